@@ -1,0 +1,51 @@
+# `make reproduce` and `make test` work on a fresh checkout: they make .venv from the lock first.
+PROFILE ?= standard
+JOBS ?= 0
+SEEDS ?= 0
+DEVICE ?= auto
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+BIN := $(VENV)/bin
+export MPLBACKEND := Agg
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce test lint report notebooks verify clean
+
+help: ## show this help
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+	@echo "Variables: PROFILE=smoke|standard|full  JOBS=N (0: one a core)  SEEDS=N (0: the profile's)  DEVICE=auto|cpu|cuda"
+
+setup: $(STAMP) ## make .venv and install the locked versions
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	  { echo "Python 3.11 to 3.13 is needed, and $(PYTHON) is `$(PYTHON) -V`; use make PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+reproduce: $(STAMP) ## compute PROFILE afresh, write results/PROFILE and its report
+	$(BIN)/replicate reproduce --profile $(PROFILE) --jobs $(JOBS) --seeds $(SEEDS) --device $(DEVICE)
+
+test: $(STAMP) ## run all tests, the smoke profile inside
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## format, lint and type checks
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+report: $(STAMP) ## write report, tables and README headline again from the last runs
+	$(BIN)/replicate report --profile $(PROFILE) $(if $(filter standard,$(PROFILE)),--readme README.md)
+
+notebooks: $(STAMP) ## execute every notebook into results/notebooks
+	$(BIN)/jupyter-nbconvert --to html --execute --output-dir results/notebooks notebooks/*.ipynb
+
+verify: $(STAMP) ## check committed results against their records and manifest
+	$(BIN)/replicate verify --profile $(PROFILE)
+
+clean: ## remove .venv, caches and unfinished runs (results stay)
+	rm -rf $(VENV) .runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

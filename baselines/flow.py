@@ -1,0 +1,445 @@
+"""Normalising flows: affine coupling and rational-quadratic spline coupling.
+
+Papers:
+    [1] Dinh, Sohl-Dickstein, Bengio: Density estimation using Real NVP, 2017, arXiv:1605.08803.
+    [2] Durkan, Bekasov, Murray, Papamakarios: Neural spline flows, 2019, arXiv:1906.04032.
+    [3] Kingma, Dhariwal: Glow, 2018, arXiv:1807.03039 (the LU-parametrised linear layer, section 3.2).
+
+A flow maps data x to z ~ N(0, I) through invertible layers, so that
+log p(x) = log N(z; 0, I) + sum over layers of log |det dy/dx| (the change of variables, [1] eq. 2-3).
+
+Deviations:
+    - Vectors, not images: fully connected conditioners, no squeezing and no multi-scale factoring.
+    - The first layer is a fixed affine whitening fitted to the training split, so that training starts from the
+      best Gaussian and the couplings learn only what a Gaussian cannot say. [1] and [2] start from the raw data.
+    - [1] uses batch normalisation between couplings; here the whitening and the LU layers take its place.
+    - Every layer starts as the identity (zero-initialised last layers).
+    - Spline slopes are 1 at both ends of the interval, as in [2] section 3.1, so the tails are the identity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from replicate.model import DataInfo, Model, ModelEntry, Training
+
+
+def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
+    """Inverted dropout of x with masks drawn from `generator`; the identity where there is none or rate is 0."""
+    if generator is None or rate == 0.0:
+        return x
+    kept = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) >= rate
+    return x * kept / (1.0 - rate)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of every conditioner of a flow.
+
+    Attributes:
+        hidden: width.
+        blocks: residual blocks h + W silu(dropout(h)).
+        dropout: rate, in training only.
+        sharpness: factor on the first layer's initial weights and biases. A network of one or two inputs with
+            torch's own start is nearly linear over unit-scale data and learns fine structure slowly.
+    """
+
+    hidden: int = 64
+    blocks: int = 1
+    dropout: float = 0.0
+    sharpness: float = 1.0
+
+
+class Conditioner(nn.Module):
+    """Residual network from the kept dimensions to the parameters of a coupling.
+
+    The last layer starts at zero: the coupling starts with all parameters 0.
+
+    Args:
+        inputs, outputs: numbers of features.
+        shape: of the network.
+    """
+
+    def __init__(self, inputs: int, outputs: int, shape: Shape) -> None:
+        super().__init__()
+        self.rate = shape.dropout
+        self.first = nn.Linear(inputs, shape.hidden)
+        self.blocks = nn.ModuleList(nn.Linear(shape.hidden, shape.hidden) for _ in range(shape.blocks))
+        self.last = nn.Linear(shape.hidden, outputs)
+        with torch.no_grad():
+            self.first.weight.mul_(shape.sharpness)
+            self.first.bias.mul_(shape.sharpness)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """x (n, inputs) -> (n, outputs); dropout only where a generator is given."""
+        h = self.first(x)
+        for block in self.blocks:
+            h = h + block(dropout(F.silu(h), self.rate, generator))
+        return self.last(dropout(F.silu(h), self.rate, generator))
+
+
+class Layer(nn.Module):
+    """An invertible map of (n, D) to (n, D)."""
+
+    def initialise(self, x: Tensor) -> None:
+        """Data-dependent initialisation from the layer's inputs x (n, D) on the training split."""
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """x (n, D) -> (y (n, D), log |det dy/dx| (n,)); a generator switches dropout on."""
+        raise NotImplementedError
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """y (n, D) -> x (n, D)."""
+        raise NotImplementedError
+
+
+class Whitening(Layer):
+    """y = W (x - mean) with the symmetric W = C^(-1/2), fixed once fitted.
+
+    C is the training covariance, shrunk towards its own diagonal. The symmetric root keeps every y_d as close
+    to x_d as a whitening can (Kessy et al. 2018, 1512.00809), so that dimensions keep their meaning.
+
+    Args:
+        dim: D.
+        shrinkage: weight of the diagonal in C, 0 to 1.
+    """
+
+    mean: Tensor
+    weight: Tensor
+    unweight: Tensor
+    logdet: Tensor
+
+    def __init__(self, dim: int, shrinkage: float = 0.0) -> None:
+        super().__init__()
+        self.shrinkage = shrinkage
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("weight", torch.eye(dim))
+        self.register_buffer("unweight", torch.eye(dim))
+        self.register_buffer("logdet", torch.zeros(()))
+
+    def initialise(self, x: Tensor) -> None:
+        cov = torch.cov(x.T.double())
+        cov = torch.lerp(cov, cov.diagonal().diag(), self.shrinkage)
+        variance, basis = torch.linalg.eigh(cov)
+        variance = variance.clamp_min(1e-8)  # a direction without spread must not be blown up without bound
+        self.mean.copy_(x.mean(0))
+        self.weight.copy_(basis * variance.rsqrt() @ basis.T)
+        self.unweight.copy_(basis * variance.sqrt() @ basis.T)
+        self.logdet.copy_(-0.5 * variance.log().sum())
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        return (x - self.mean) @ self.weight, self.logdet.expand(x.shape[0])
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y @ self.unweight + self.mean
+
+
+class LULinear(Layer):
+    """y = L U x + b with unit lower triangular L and upper triangular U ([3] eq. 10 without its permutation).
+
+    The couplings' changing splits take the permutation's place. log |det| = sum log |U_dd|, and U_dd = exp(s_d)
+    keeps the map invertible. All parameters 0 is the identity.
+    """
+
+    identity: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.lower = nn.Parameter(torch.zeros(dim, dim))
+        self.upper = nn.Parameter(torch.zeros(dim, dim))
+        self.log_diagonal = nn.Parameter(torch.zeros(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("identity", torch.eye(dim))
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        lower = self.lower.tril(-1) + self.identity
+        upper = self.upper.triu(1) + self.log_diagonal.exp().diag()
+        return lower, upper
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        lower, upper = self._factors()
+        return F.linear(x, lower @ upper, self.bias), self.log_diagonal.sum().expand(x.shape[0])
+
+    def inverse(self, y: Tensor) -> Tensor:
+        lower, upper = self._factors()
+        inner = torch.linalg.solve_triangular(lower, (y - self.bias).T, upper=False, unitriangular=True)
+        return torch.linalg.solve_triangular(upper, inner, upper=True).T
+
+
+class Coupling(Layer):
+    """Dimensions `kept` pass unchanged and decide how the others move ([1] eq. 4-5).
+
+    Args:
+        dim: D.
+        kept: indices of the dimensions that pass unchanged.
+        parameters: parameters a moved dimension needs.
+        shape: of the conditioner.
+    """
+
+    kept: Tensor
+    moved: Tensor
+    order: Tensor
+
+    def __init__(self, dim: int, kept: Sequence[int], parameters: int, shape: Shape) -> None:
+        super().__init__()
+        moved = [d for d in range(dim) if d not in set(kept)]
+        if not moved:
+            raise ValueError("a coupling needs at least one dimension to move")
+        self.parameters_each = parameters
+        self.register_buffer("kept", torch.tensor(list(kept), dtype=torch.int64))
+        self.register_buffer("moved", torch.tensor(moved, dtype=torch.int64))
+        self.register_buffer("order", torch.tensor([*kept, *moved], dtype=torch.int64).argsort())
+        self.conditioner = Conditioner(len(kept), len(moved) * parameters, shape)
+
+    def _parameters_of(self, kept: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Parameters (n, moved, parameters each) from the kept dimensions (n, kept)."""
+        return self.conditioner(kept, generator).view(len(kept), -1, self.parameters_each)
+
+    def _join(self, kept: Tensor, moved: Tensor) -> Tensor:
+        return torch.cat([kept, moved], 1)[:, self.order]
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        kept = x[:, self.kept]
+        y, logdet = self.transform(x[:, self.moved], self._parameters_of(kept, generator))
+        return self._join(kept, y), logdet.sum(-1)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        kept = y[:, self.kept]
+        return self._join(kept, self.untransform(y[:, self.moved], self._parameters_of(kept)))
+
+    def transform(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """Moved dimensions x (n, m) and parameters (n, m, p) -> (y (n, m), log |dy/dx| (n, m))."""
+        raise NotImplementedError
+
+    def untransform(self, y: Tensor, parameters: Tensor) -> Tensor:
+        """Moved dimensions y (n, m) and parameters (n, m, p) -> x (n, m)."""
+        raise NotImplementedError
+
+
+class AffineCoupling(Coupling):
+    """y = exp(s) x + t ([1] eq. 7) with s = bound tanh(raw / bound), so that no scale can run away."""
+
+    def __init__(self, dim: int, kept: Sequence[int], shape: Shape, bound: float = 3.0) -> None:
+        super().__init__(dim, kept, 2, shape)
+        self.bound = bound
+
+    def _log_scale(self, raw: Tensor) -> Tensor:
+        return self.bound * torch.tanh(raw / self.bound)
+
+    def transform(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        raw, shift = parameters.unbind(-1)
+        s = self._log_scale(raw)
+        return torch.addcmul(shift, x, s.exp()), s
+
+    def untransform(self, y: Tensor, parameters: Tensor) -> Tensor:
+        raw, shift = parameters.unbind(-1)
+        return (y - shift) * torch.exp(-self._log_scale(raw))
+
+
+class SplineCoupling(Coupling):
+    """Moved dimensions through monotone rational-quadratic splines on [-bound, bound], the identity outside.
+
+    Args:
+        bins: K; each moved dimension takes K widths, K heights and K - 1 inner slopes ([2] section 3.1).
+        bound: half width B of the interval.
+    """
+
+    #: smallest bin, as a share of the interval, and smallest slope
+    SMALLEST_BIN = 1e-4
+    SMALLEST_SLOPE = 1e-3
+    _UNIT = math.log(math.expm1(1 - SMALLEST_SLOPE))
+
+    def __init__(self, dim: int, kept: Sequence[int], shape: Shape, bins: int = 8, bound: float = 4.0) -> None:
+        super().__init__(dim, kept, 3 * bins - 1, shape)
+        self.bins, self.bound = bins, bound
+
+    def _sizes(self, parameters: Tensor) -> Tensor:
+        """Parameters (n, m, 3K - 1) -> widths and heights of the bins (n, m, 2, K); each K sum to 2B."""
+        k = self.bins
+        share = parameters[..., : 2 * k].unflatten(-1, (2, k)).softmax(-1)
+        return 2 * self.bound * (self.SMALLEST_BIN + (1 - k * self.SMALLEST_BIN) * share)
+
+    def _bin(self, value: Tensor, axis: int, parameters: Tensor) -> tuple[Tensor, ...]:
+        """The bin that `value` (n, m) falls in along axis 0 (x) or 1 (y).
+
+        Returns:
+            left edge x_k, width w, lower edge y_k, height h, slopes at both ends; each (n, m).
+        """
+        size = self._sizes(parameters)
+        right = size.cumsum(-1) - self.bound
+        inner = right[..., axis, :-1].detach().contiguous()
+        index = torch.searchsorted(inner, value.detach().unsqueeze(-1), right=True)
+        pair = index.unsqueeze(-2).expand(*index.shape[:-1], 2, 1)
+        size, right = size.gather(-1, pair).squeeze(-1), right.gather(-1, pair).squeeze(-1)
+        w, h = size.unbind(-1)
+        x_k, y_k = (right - size).unbind(-1)
+        raw = F.pad(parameters[..., 2 * self.bins :], (1, 1)).gather(-1, torch.cat([index, index + 1], -1))
+        d0, d1 = (F.softplus(raw + self._UNIT) + self.SMALLEST_SLOPE).unbind(-1)  # raw 0 is slope 1
+        return x_k, w, y_k, h, d0, d1
+
+    def transform(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """[2] eq. 4 and 5, in logarithms."""
+        inside = x.abs() < self.bound
+        x_in = x.clamp(-self.bound, self.bound)
+        x_k, w, y_k, h, d0, d1 = self._bin(x_in, 0, parameters)
+        s = h / w
+        xi = (x_in - x_k) / w
+        cross = xi * (1 - xi)
+        denominator = s + (d1 + d0 - 2 * s) * cross
+        y = y_k + h * (s * xi.square() + d0 * cross) / denominator
+        numerator = d1 * xi.square() + 2 * s * cross + d0 * (1 - xi).square()
+        logdet = 2 * (s.log() - denominator.log()) + numerator.log()
+        return torch.where(inside, y, x), torch.where(inside, logdet, 0.0)
+
+    def untransform(self, y: Tensor, parameters: Tensor) -> Tensor:
+        """[2] eq. 6-8: the root of a quadratic, in the form that does not cancel."""
+        inside = y.abs() < self.bound
+        y_in = y.clamp(-self.bound, self.bound)
+        x_k, w, y_k, h, d0, d1 = self._bin(y_in, 1, parameters)
+        s = h / w
+        bend = (y_in - y_k) * (d1 + d0 - 2 * s)
+        a = h * (s - d0) + bend
+        b = h * d0 - bend
+        c = -s * (y_in - y_k)
+        discriminant = (b.square() - 4 * a * c).clamp_min(0)
+        xi = 2 * c / (-b - discriminant.sqrt())
+        return torch.where(inside, x_k + xi * w, y)
+
+
+class Flow(Model):
+    """Layers from data to a standard normal.
+
+    Args:
+        dim: D.
+        layers: applied in this order to data.
+    """
+
+    family = "flow"
+    capabilities = frozenset({"log_prob", "score", "sample"})
+
+    def __init__(self, dim: int, layers: Sequence[Layer]) -> None:
+        super().__init__()
+        self.dim = dim
+        self.layers = nn.ModuleList(layers)
+
+    def _steps(self) -> list[Layer]:
+        return cast(list[Layer], list(self.layers))
+
+    @torch.no_grad()
+    def initialise(self, train: Tensor, generator: torch.Generator) -> None:
+        x = train
+        for layer in self._steps():
+            layer.initialise(x)
+            x, _ = layer(x)
+
+    def _log_prob(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        total = x.new_zeros(x.shape[0])
+        for layer in self._steps():
+            x, logdet = layer(x, generator)
+            total = total + logdet
+        return total - 0.5 * x.square().sum(-1) - 0.5 * self.dim * math.log(2 * math.pi)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self._log_prob(x, None)
+
+    def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        """Mean negative log-likelihood in nats, with dropout."""
+        return -self._log_prob(batch, generator).mean()
+
+    def validation_loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        return -self.log_prob(batch).mean()
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        parameter = next(self.parameters())
+        z = torch.randn(n, self.dim, generator=generator, device=parameter.device, dtype=parameter.dtype)
+        for layer in reversed(self._steps()):
+            z = layer.inverse(z)
+        return z
+
+
+def splits(dim: int, count: int) -> list[list[int]]:
+    """The kept dimensions of `count` couplings.
+
+    Pairs of complementary halves, so that every dimension moves in each pair; each pair splits by another bit
+    of the dimension's number (odd/even, then pairs, fours, ..), so that any two dimensions get to see each other.
+    """
+    bits = max(1, (dim - 1).bit_length())
+    result = []
+    for i in range(count):
+        bit, parity = (i // 2) % bits, i % 2
+        result.append([d for d in range(dim) if (d >> bit) % 2 == parity])
+    return result
+
+
+def _stack(info: DataInfo, couplings: Sequence[Layer], shrinkage: float, lu: bool) -> Flow:
+    """Whitening, then the couplings, with an LU layer before every second one where `lu`."""
+    layers: list[Layer] = [Whitening(info.dim, shrinkage)]
+    for i, coupling in enumerate(couplings):
+        if lu and i % 2 == 0 and i > 0:
+            layers.append(LULinear(info.dim))
+        layers.append(coupling)
+    return Flow(info.dim, layers)
+
+
+def build_realnvp(
+    info: DataInfo,
+    couplings: int = 8,
+    hidden: int = 64,
+    blocks: int = 1,
+    dropout: float = 0.0,
+    sharpness: float = 1.0,
+    bound: float = 3.0,
+    shrinkage: float = 0.0,
+    lu: bool = True,
+) -> Flow:
+    """RealNVP; see `Shape`, `AffineCoupling` and `Whitening` for the arguments."""
+    shape = Shape(hidden, blocks, dropout, sharpness)
+    parts = [AffineCoupling(info.dim, kept, shape, bound) for kept in splits(info.dim, couplings)]
+    return _stack(info, parts, shrinkage, lu)
+
+
+def build_spline_flow(
+    info: DataInfo,
+    couplings: int = 4,
+    hidden: int = 64,
+    blocks: int = 1,
+    dropout: float = 0.0,
+    sharpness: float = 1.0,
+    bins: int = 16,
+    bound: float = 4.0,
+    shrinkage: float = 0.0,
+    lu: bool = True,
+) -> Flow:
+    """Spline flow; see `Shape`, `SplineCoupling` and `Whitening` for the arguments."""
+    shape = Shape(hidden, blocks, dropout, sharpness)
+    parts = [SplineCoupling(info.dim, kept, shape, bins, bound) for kept in splits(info.dim, couplings)]
+    return _stack(info, parts, shrinkage, lu)
+
+
+REALNVP = ModelEntry(
+    family="flow",
+    about="affine coupling flow",
+    paper="Dinh, Sohl-Dickstein, Bengio 2017, 1605.08803",
+    build=build_realnvp,
+    domains=frozenset({"continuous"}),
+    training=Training(steps=1000, batch_size=512, lr=3e-3, ema=0.99),
+)
+
+SPLINE_FLOW = ModelEntry(
+    family="flow",
+    about="rational-quadratic spline coupling flow",
+    paper="Durkan, Bekasov, Murray, Papamakarios 2019, 1906.04032",
+    build=build_spline_flow,
+    domains=frozenset({"continuous"}),
+    training=Training(steps=1000, batch_size=512, lr=3e-3, ema=0.99),
+)

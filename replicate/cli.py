@@ -1,0 +1,293 @@
+"""The command `replicate`.
+
+Exit codes: 0 all good, 1 some run failed or a check did not hold, 2 bad usage, 3 stopped with work left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from replicate.registry import UsageError
+
+app = typer.Typer(
+    help="Generative models of every family under one protocol, and the papers' claims checked.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+Results = Annotated[Path, typer.Option("--results", help="Folder of committed results.")]
+Profile = Annotated[str, typer.Option("--profile", help="smoke, standard or full.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """One clear line on stderr and the exit code."""
+    errors.print(f"replicate: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def resolve_device(device: str) -> str:
+    """The kind of device to use.
+
+    Raises:
+        UsageError: no such kind, or it is not there.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"device is {device!r}; it must be auto, cpu or cuda.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("no CUDA device was found; use --device cpu, or install the CUDA build of torch.")
+    return device
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """key=value pairs; values are JSON where they parse as such, else text."""
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--set {pair!r} is not of the form key=value.")
+        try:
+            out[key.strip()] = json.loads(text)
+        except ValueError:
+            out[key.strip()] = text
+    return out
+
+
+@app.command("list")
+def list_(as_json: AsJson = False) -> None:
+    """Show every model, task and profile."""
+    from replicate import registry
+
+    found = {
+        "models": {
+            n: {"family": e.family, "about": e.about, "paper": e.paper} for n, e in sorted(registry.models().items())
+        },
+        "tasks": {n: {"kind": e.kind, "about": e.about} for n, e in sorted(registry.tasks().items())},
+        "profiles": ["smoke", "standard", "full"],
+        "broken": registry.broken(),
+    }
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for title, columns in (("models", ("family", "about", "paper")), ("tasks", ("kind", "about"))):
+        table = Table("name", *columns, title=title, title_justify="left")
+        for name, row in found[title].items():  # type: ignore[attr-defined]
+            table.add_row(name, *(row[c] for c in columns))
+        console.print(table)
+    for name, reason in registry.broken().items():
+        errors.print(f"replicate: {name} cannot be used: {reason}", markup=False, highlight=False)
+
+
+@app.command()
+def run(
+    model: str,
+    task: str,
+    seed: Annotated[int, typer.Option(help="0, 1, ..")] = 0,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value; repeat for more.")] = None,
+    profile: Profile = "standard",
+    device: Device = "auto",
+    precision: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    out: Annotated[Path | None, typer.Option(help="Folder for the record (default REPLICATE_RUNS/single).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train and measure one model on one task."""
+    from replicate.runs.execute import execute, failure, prepare_process
+    from replicate.runs.spec import make_spec
+    from replicate.runs.store import default_runs_folder, writable, write_json
+
+    settings = parse_settings(set_ or [])
+    spec = make_spec(model, task, seed, profile, resolve_device(device), precision, settings)
+    folder = writable(out or default_runs_folder() / "single") / spec.run_id()
+    try:
+        record = execute(spec, folder, prepare_process(spec.device))
+    except Exception as error:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "failure.json", failure(spec, error))
+        fail(f"{failure(spec, error)['error']} (details: {folder / 'failure.json'})", 1)
+    if as_json:
+        print(json.dumps(record, indent=1))
+        return
+    from replicate.model import SYMBOLS
+
+    table = Table("metric", "", "value", "standard error", "unit", title=f"{model} on {task}, seed {seed}")
+    for m in record["measurements"]:
+        if m["status"] == "ok":
+            stderr = "" if m["stderr"] is None else f"{m['stderr']:.3g}"
+            table.add_row(m["metric"], SYMBOLS[m["kind"]], f"{m['value']:.5g}", stderr, m["unit"])
+        else:
+            table.add_row(m["metric"], "", m["status"], "", "")
+    console.print(table)
+    console.print(f"record: {folder / 'record.json'}", soft_wrap=True)
+
+
+@app.command()
+def reproduce(
+    profile: Profile = "standard",
+    jobs: Annotated[int, typer.Option(min=0, help="Runs side by side; 0 for one a core.")] = 0,
+    seeds: Annotated[int, typer.Option(min=0, help="Seeds a model; 0 for the profile's own.")] = 0,
+    device: Device = "auto",
+    time_budget: Annotated[float | None, typer.Option(help="Stop after so many seconds, with exit code 3.")] = None,
+    results: Results = Path("results"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and stop.")] = False,
+) -> None:
+    """Compute a profile afresh and write its tables, figures and report."""
+    from replicate.reproduce import expected_seconds, read_reference, reproduce
+    from replicate.runs.profiles import plan
+    from replicate.runs.progress import Progress, clock
+    from replicate.runs.store import default_runs_folder
+
+    specs = plan(profile, resolve_device(device), seeds or None)
+    workers = jobs or len(os.sched_getaffinity(0))
+    if dry_run:
+        expected = expected_seconds(specs, read_reference(results / profile))
+        for spec in specs:
+            print(f"{spec.run_id()[:12]} {spec.model} {spec.task} seed {spec.seed}")
+        print(f"{len(specs)} runs, {workers} at a time, about {clock(sum(expected.values()) / workers)}")
+        return
+    code = reproduce(specs, profile, default_runs_folder(), results, workers, time_budget, Progress(console))
+    if code == 3:
+        console.print(f"go on with: {' '.join(['replicate', *sys.argv[1:]])}", markup=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+@app.command()
+def report(
+    profile: Profile = "standard",
+    results: Results = Path("results"),
+    readme: Annotated[Path | None, typer.Option(help="Also rewrite the headline table of this README.")] = None,
+) -> None:
+    """Write tables, figures and report again from the runs of the last finished sweep."""
+    from replicate.reproduce import Sweep
+    from replicate.report.build import build
+    from replicate.report.readme import refresh
+    from replicate.runs.store import default_runs_folder, writable
+
+    sweep = Sweep(default_runs_folder() / profile)
+    runs = sweep.finished if sweep.finished.exists() else sweep.current
+    if runs.exists():
+        console.print(f"report: {build(runs, writable(results / profile), profile)}", soft_wrap=True)
+    elif readme is None:
+        raise UsageError(
+            f"there are no runs of profile {profile} in {sweep.root}; `make reproduce PROFILE={profile}` first."
+        )
+    if readme is not None:
+        refresh(readme, results / profile)
+        console.print(f"headline table: {readme}", soft_wrap=True)
+
+
+@app.command()
+def compare(
+    models: list[str],
+    profile: Profile = "standard",
+    metric: Annotated[str, typer.Option(help="Metric to compare by.")] = "nll",
+    results: Results = Path("results"),
+    as_json: AsJson = False,
+) -> None:
+    """Compare models on every task they share, paired by seed."""
+    from replicate.registry import unknown
+    from replicate.report.compare import compare_models
+    from replicate.reproduce import read_reference
+
+    measured = read_reference(results / profile)
+    if measured is None:
+        raise UsageError(
+            f"there is no {results / profile / 'measurements.csv'}; `make reproduce PROFILE={profile}` first."
+        )
+    if len(models) < 2:
+        raise UsageError("name at least two models to compare.")
+    for name in models:
+        if name not in set(measured.model):
+            raise unknown(
+                "model", name, sorted(set(measured.model)), f"Only those in {results / profile} can be compared."
+            )
+    if metric not in set(measured.metric):
+        raise unknown("metric", metric, sorted(set(measured.metric)), "`nll` is the default.")
+    frame = compare_models(measured, models, metric)
+    if as_json:
+        print(frame.to_json(orient="records", indent=1))
+        return
+    table = Table(*frame.columns)
+    for row in frame.itertuples(index=False):
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row))
+    console.print(table)
+
+
+@app.command()
+def verify(profile: Profile = "standard", results: Results = Path("results"), readme: Path = Path("README.md")) -> None:
+    """Check committed results: files against the manifest, specs against their hashes, tables against records."""
+    from replicate.report.build import verify as check
+    from replicate.report.readme import stale
+
+    folder = results / profile
+    if not (folder / "MANIFEST.json").exists():
+        raise UsageError(f"there is no {folder / 'MANIFEST.json'}; `make reproduce PROFILE={profile}` first.")
+    problems = check(folder)
+    if profile == "standard" and readme.exists() and stale(readme, folder):
+        problems.append(
+            f"the headline table in {readme} is not the one that {folder} gives; `replicate report --readme {readme}`"
+        )
+    for problem in problems:
+        errors.print(f"replicate: {problem}", markup=False, highlight=False, soft_wrap=True)
+    if problems:
+        raise typer.Exit(1)
+    console.print(f"{folder}: every file, spec and table agrees")
+
+
+@app.command()
+def data(as_json: AsJson = False) -> None:
+    """Show every task's data: sizes, the sha256 that enters a run's hash, and where they come from."""
+    from replicate import registry
+
+    rows = {}
+    for name in sorted(registry.tasks()):
+        task = registry.load_task(name)
+        rows[name] = {
+            "train": len(task.train),
+            "valid": len(task.valid),
+            "test": len(task.test),
+            "dim": task.info.dim,
+            "domain": task.info.domain,
+            "sha256": task.sha256(),
+        }
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table("task", "train", "valid", "test", "dim", "domain", "sha256")
+    for name, row in rows.items():
+        table.add_row(name, *(str(v)[:16] for v in row.values()))
+    console.print(table)
+    console.print("Every one of these is made on this machine; nothing is downloaded.")
+
+
+def main() -> None:
+    """Entry point: usage errors become one line and exit code 2."""
+    if shutil.get_terminal_size().columns < 100 and not console.is_terminal:
+        console.width = errors.width = 160
+    from replicate.report.records import ReportError
+
+    try:
+        app()
+    except (UsageError, ReportError) as error:
+        errors.print(f"replicate: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The way from a model's capabilities to log p(x) with its kind; the same for every family.
+
+| the model has | estimator | kind |
+|---|---|---|
+| log_prob | itself | exact |
+| importance_weights | log-mean-exp of k weights | lower bound |
+| annealing | -energy minus log Z by annealed importance sampling, both ways | estimate |
+| diffusion | probability-flow ODE | estimate (solver and trace error stated) |
+| energy, D = 2 | -energy minus log Z by quadrature | estimate |
+
+A continuous model of discrete data turns each of these into a lower bound on log P(x) (see `dequantisation`),
+except where log Z itself is an estimate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from replicate.likelihood.ais import bracket, schedule
+from replicate.likelihood.dequantisation import Preprocessed
+from replicate.likelihood.importance import iw_bound
+from replicate.likelihood.ode import ode_log_prob
+from replicate.likelihood.quadrature import log_z
+from replicate.model import Estimate, Kind, LogLikelihood, Model
+
+#: rows per call of a model; fixed, because the batch size changes the last bits of a float
+CHUNK = 2_000
+
+#: capabilities that lead to a normalised density without integrating over a grid
+NORMALISED = frozenset({"log_prob", "importance_weights", "annealing", "diffusion"})
+
+Estimator = Callable[[Tensor], LogLikelihood]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard log p is estimated.
+
+    Attributes:
+        importance_samples: k of the importance-weighted bound.
+        dequantisation_draws: noise draws of the log-mean-exp bound on discrete data.
+        ode_draws: (noise, probe) draws averaged for the probability flow on discrete data.
+        ode_steps: steps of the probability-flow ODE solver.
+        ais_chains, ais_steps: chains and temperatures of annealed importance sampling, each way.
+        quadrature_points: grid points per axis of numerical normalisation in 2-D.
+    """
+
+    importance_samples: int = 1_000
+    dequantisation_draws: int = 64
+    ode_draws: int = 4
+    ode_steps: int = 40
+    ais_chains: int = 256
+    ais_steps: int = 1_000
+    quadrature_points: int = 400
+
+
+def log_likelihood(
+    model: Model, x: Tensor, effort: Effort, generator: torch.Generator, half_width: float | None = None
+) -> LogLikelihood:
+    """log p(x) in nats of x (n, D) by the best estimator that the model's capabilities allow.
+
+    Args:
+        half_width: half the side of the box that quadrature may integrate over (2-D densities only).
+
+    Raises:
+        NotImplementedError: nothing that the model has gives log p.
+    """
+    if isinstance(model, Preprocessed) and model.discrete:
+        return _dequantised(model, x, effort, generator)
+    if isinstance(model, Preprocessed) and model.inner.capabilities & NORMALISED:
+        z, logdet = model.transform(x, generator)
+        inner = _estimator(model.inner, effort, generator, None)(z)
+        return replace(inner, values=inner.values + logdet)
+    return _estimator(model, effort, generator, half_width)(x)
+
+
+def _estimator(model: Model, effort: Effort, generator: torch.Generator, half_width: float | None) -> Estimator:
+    has = model.capabilities
+    if "log_prob" in has:
+        return lambda x: LogLikelihood(_chunked(model.log_prob, x), "exact")
+    if "importance_weights" in has:
+        return lambda x: iw_bound(model, x, effort.importance_samples, generator)
+    if "annealing" in has:
+        return _annealed(model, effort, generator)
+    if "diffusion" in has:
+        return lambda x: ode_log_prob(model, x, generator, steps=effort.ode_steps)
+    if "energy" in has and half_width is not None:
+        return _by_quadrature(model, effort, half_width)
+    raise NotImplementedError(
+        "no normalised density: the model gives neither log p nor an energy that can be normalised"
+    )
+
+
+@torch.no_grad()
+def _chunked(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return torch.cat([f(part).detach() for part in x.split(CHUNK)])
+
+
+def _shifted(model: Model, z: Estimate, details: Mapping[str, Estimate]) -> Estimator:
+    def estimate(x: Tensor) -> LogLikelihood:
+        values = -_chunked(model.energy, x) - z.value
+        return LogLikelihood(values, "estimate", shared_stderr=z.stderr, details=details)
+
+    return estimate
+
+
+def _by_quadrature(model: Model, effort: Effort, half_width: float) -> Estimator:
+    device = str(next(model.parameters()).device)
+    z = log_z(lambda x: -model.energy(x), half_width, effort.quadrature_points, device=device)
+    return _shifted(model, z, {"log_z": z})
+
+
+def _annealed(model: Model, effort: Effort, generator: torch.Generator) -> Estimator:
+    both = bracket(model, effort.ais_chains, schedule(effort.ais_steps), generator)
+    return _shifted(model, both.log_z, both.details())
+
+
+def _dequantised(model: Preprocessed, x: Tensor, effort: Effort, generator: torch.Generator) -> LogLikelihood:
+    """Bound on log P(x): log-mean-exp over noise draws, or the plain mean where each draw is itself noisy.
+
+    The probability flow's trace estimate is unbiased for log p but not for p, so that a log-mean-exp of it would
+    not be a bound (Jensen's inequality the wrong way round); its draws are averaged.
+    """
+    inner = model.inner
+    noisy = "diffusion" in inner.capabilities and "log_prob" not in inner.capabilities
+    draws = effort.ode_draws if noisy else effort.dequantisation_draws
+    estimate = _estimator(inner, effort, generator, None)
+    total = torch.full((len(x),), -math.inf if not noisy else 0.0, dtype=torch.float64, device=x.device)
+    for _ in range(draws):
+        z, logdet = model.transform(x, generator)
+        one = estimate(z)
+        log_p = (one.values + logdet).double()
+        total = total + log_p / draws if noisy else torch.logaddexp(total, log_p - math.log(draws))
+    # an estimate by the probability flow is unbiased up to the solver's stated error: its mean bounds log P(x)
+    kind: Kind = "estimate" if "annealing" in inner.capabilities else "lower_bound"
+    return LogLikelihood(total, kind, draws * one.draws, one.shared_stderr, one.details)

@@ -1,0 +1,83 @@
+"""Normalising constants in one and two dimensions by the midpoint rule.
+
+For a smooth function that vanishes at the border of the box the rule converges faster than any power of the spacing;
+across a jump its error falls like the spacing. The error stated beside a result is the difference to the grid of
+half the resolution: safe for smooth functions, where the finer grid is far better than that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from replicate.model import Estimate
+
+#: grid points evaluated at a time
+CHUNK = 65536
+
+
+def grid(half_width: float, points: int, dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, float]:
+    """Midpoints of the cells of the box [-half_width, half_width]^dim.
+
+    Args:
+        half_width: of the box, per axis.
+        points: cells per axis.
+        dim: 1 or 2.
+        dtype: of the midpoints.
+
+    Returns:
+        (midpoints (points^dim, dim), the last axis running fastest; log volume of a cell).
+
+    Raises:
+        ValueError: dim is not 1 or 2, or half_width or points is not positive.
+    """
+    if dim not in (1, 2) or points < 1 or not half_width > 0:
+        raise ValueError(f"a grid needs dim 1 or 2, points >= 1, half_width > 0; got {dim}, {points}, {half_width}")
+    spacing = 2 * half_width / points
+    axis = (torch.arange(points, dtype=torch.float64) + 0.5) * spacing - half_width
+    nodes = torch.cartesian_prod(*[axis] * dim).reshape(-1, dim)
+    return nodes.to(dtype), dim * math.log(spacing)
+
+
+@torch.no_grad()
+def _log_integral(
+    log_f: Callable[[Tensor], Tensor], half_width: float, points: int, dim: int, dtype: torch.dtype, device: str
+) -> float:
+    nodes, log_cell = grid(half_width, points, dim, dtype)
+    parts = [torch.logsumexp(log_f(part.to(device)).detach().double(), 0) for part in nodes.split(CHUNK)]
+    return float(torch.logsumexp(torch.stack(parts), 0)) + log_cell
+
+
+def log_z(
+    log_f: Callable[[Tensor], Tensor],
+    half_width: float,
+    points: int = 400,
+    dim: int = 2,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Estimate:
+    """log of the integral of exp(log_f) over the box [-half_width, half_width]^dim, in nats.
+
+    Args:
+        log_f: (n, dim) -> (n,), the log of a function to integrate, such as minus an energy.
+        half_width: the box must hold all but a negligible part of the integral.
+        points: cells per axis, at least 2.
+        dim: 1 or 2.
+        dtype: of the points handed to log_f; the sum is in double precision always.
+        device: where log_f is evaluated.
+
+    Returns:
+        Estimate of kind "estimate", whose `stderr` is the numerical error |log Z - log Z at half the resolution|
+        (no sampling is involved) and whose `n` is the number of grid points.
+
+    Raises:
+        ValueError: points < 2, or as `grid`.
+    """
+    if points < 2:
+        raise ValueError(f"log_z compares with half the resolution and needs points >= 2; got {points}")
+    fine = _log_integral(log_f, half_width, points, dim, dtype, device)
+    coarse = _log_integral(log_f, half_width, points // 2, dim, dtype, device)
+    return Estimate(fine, abs(fine - coarse), "estimate", "nats", points**dim)

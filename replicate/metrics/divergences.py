@@ -1,0 +1,42 @@
+"""Distances to a known truth from per-example values: Kullback-Leibler and Fisher divergence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from replicate.model import Estimate, LogLikelihood
+
+
+def kl(log_p: LogLikelihood, log_q: LogLikelihood) -> Estimate:
+    """KL(p || q) = E_p[log p(x) - log q(x)] in nats, from values at draws of p.
+
+    Args:
+        log_p: exact log p of each draw, values (n,).
+        log_q: the model's log q of the same draws, values (n,); a lower bound of it makes an upper bound of KL.
+
+    Returns:
+        The mean with its standard error; of log q's kind, bounds turned round.
+
+    Raises:
+        ValueError: log_p is not exact, or the shapes differ.
+    """
+    if log_p.kind != "exact":
+        raise ValueError(f"the truth's log p must be exact; it is {log_p.kind!r}")
+    if log_p.values.shape != log_q.values.shape:
+        raise ValueError(f"log p has shape {tuple(log_p.values.shape)}, log q {tuple(log_q.values.shape)}")
+    excess = log_q.values.double() - log_p.values.double()
+    return -replace(log_q, values=excess).mean()
+
+
+def fisher_divergence(score_q: Tensor, score_p: Tensor) -> Estimate:
+    """E_p ||grad log q(x) - grad log p(x)||^2 from the scores (n, D) at n draws of p (Hyvarinen 2005, without 1/2).
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if score_q.shape != score_p.shape:
+        raise ValueError(f"the scores have shapes {tuple(score_q.shape)} and {tuple(score_p.shape)}")
+    squared = (score_q.double() - score_p.double()).square().sum(-1)
+    return Estimate.mean_of(squared, "estimate", "squared nats per squared unit")

@@ -1,0 +1,273 @@
+"""What the suite asks of a model, and the typed numbers that come back.
+
+This module is the whole contract between a model and the suite: `baselines` and any user's plug-in import
+it and nothing else.
+
+A likelihood is never a bare float. `Estimate` is one number with its kind; `LogLikelihood` is one number per
+example with its kind. The kind says on which side of the truth the number may lie.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+Kind = Literal["exact", "lower_bound", "upper_bound", "estimate"]
+Family = Literal["autoregressive", "flow", "vae", "ebm", "score", "reference"]
+Domain = Literal["continuous", "levels", "bits"]
+Capability = Literal[
+    "log_prob",  # log_prob(x): exact and normalised
+    "importance_weights",  # log_weights(x, k, generator): E[mean_k exp] = p(x)
+    "energy",  # energy(x): -log p(x) up to the constant log Z
+    "annealing",  # base_log_z, base_sample, anneal: what annealed importance sampling needs
+    "diffusion",  # sde and score_at(x, t): what the probability-flow ODE needs
+    "score",  # score(x) = grad_x log p(x)
+    "sample",  # sample(n, generator)
+]
+
+KINDS: tuple[str, ...] = get_args(Kind)
+FAMILIES: tuple[str, ...] = get_args(Family)
+CAPABILITIES: tuple[str, ...] = get_args(Capability)
+SYMBOLS: dict[str, str] = {"exact": "=", "lower_bound": ">=", "upper_bound": "<=", "estimate": "~"}
+_FLIPPED: dict[str, Kind] = {
+    "exact": "exact",
+    "estimate": "estimate",
+    "lower_bound": "upper_bound",
+    "upper_bound": "lower_bound",
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One number, what kind of number it is, and how sure we are of it.
+
+    Attributes:
+        value: the number, in `unit`.
+        stderr: its standard error in `unit`; 0.0 where there is no sampling error, nan where it is unknown.
+        kind: on which side of the truth `value` may lie ("exact" still carries the sampling error of a
+            finite test set in `stderr`).
+        unit: in full words ("nats", "bits/dim", "seconds").
+        n: how many independent draws or examples the number averages.
+    """
+
+    value: float
+    stderr: float
+    kind: Kind
+    unit: str
+    n: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"Estimate.kind is {self.kind!r}; it must be one of {', '.join(KINDS)}")
+        if self.n < 1:
+            raise ValueError(f"Estimate.n is {self.n}; it must be at least 1")
+
+    @property
+    def symbol(self) -> str:
+        """The sign that a table cell shows before the number: = >= <= ~."""
+        return SYMBOLS[self.kind]
+
+    def __neg__(self) -> Estimate:
+        """The negated number: a lower bound becomes an upper bound."""
+        return replace(self, value=-self.value, kind=_FLIPPED[self.kind])
+
+    def times(self, factor: float, unit: str) -> Estimate:
+        """The number in another unit; a negative factor turns bounds round."""
+        flipped = -self if factor < 0 else self
+        scale = abs(factor)
+        return replace(flipped, value=flipped.value * scale, stderr=flipped.stderr * scale, unit=unit)
+
+    @staticmethod
+    def mean_of(values: Tensor, kind: Kind, unit: str) -> Estimate:
+        """The mean of per-example values of shape (n,), with the standard error of that mean."""
+        x = values.detach().double().flatten()
+        n = x.numel()
+        stderr = float(x.std(unbiased=True) / math.sqrt(n)) if n > 1 else math.nan
+        return Estimate(float(x.mean()), stderr, kind, unit, n)
+
+
+@dataclass(frozen=True)
+class LogLikelihood:
+    """log p(x) of each example, in nats, with its kind.
+
+    Attributes:
+        values: shape (n,).
+        kind: of every value.
+        draws: random draws behind each value (importance samples, dequantisation draws, probes); 1 if none.
+        shared_stderr: standard error in nats that all values share, such as that of one estimate of log Z.
+        details: further estimates worth a row of their own, by metric name (log Z, effective sample size,
+            solver error).
+    """
+
+    values: Tensor
+    kind: Kind
+    draws: int = 1
+    shared_stderr: float = 0.0
+    details: Mapping[str, Estimate] = field(default_factory=dict)
+
+    def mean(self) -> Estimate:
+        """Mean log-likelihood over the examples in nats; per-example and shared errors combined."""
+        m = Estimate.mean_of(self.values, self.kind, "nats")
+        return replace(m, stderr=math.hypot(m.stderr, self.shared_stderr))
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What a model may know of the data before it sees any: shapes and ranges, never the density.
+
+    Attributes:
+        dim: number of dimensions D; every batch is (n, D).
+        domain: "continuous" (real numbers), "levels" (integers 0..levels-1), "bits" (0 or 1).
+        levels: number of levels on discrete data, None on continuous data.
+        image: (height, width) where the D dimensions are an image in row-major order.
+    """
+
+    dim: int
+    domain: Domain
+    levels: int | None = None
+    image: tuple[int, int] | None = None
+
+
+class Model(nn.Module):
+    """Base of every model in the suite.
+
+    A subclass sets `family` and `capabilities` and implements the methods that its capabilities name; the
+    suite asks no more and prints "n/a" for the rest. All tensors are batches of shape (n, D); discrete data
+    arrive as floating point tensors that hold integers. Every random draw uses the generator handed in.
+    """
+
+    family: ClassVar[Family]
+    capabilities: frozenset[str] = frozenset()
+    #: sequential network evaluations for one batch of `sample`
+    nfe: int = 1
+
+    def initialise(self, train: Tensor, generator: torch.Generator) -> None:
+        """Data-dependent initialisation, called once before training with the training split (n, D).
+
+        Models that are fitted in closed form or by EM do all their training here.
+        """
+
+    def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        """Scalar training objective on a batch of shape (n, D)."""
+        raise NotImplementedError
+
+    def validation_loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        """Scalar by which the best step is selected on the validation split; `loss` unless overridden."""
+        return self.loss(batch, generator)
+
+    def after_step(self, generator: torch.Generator) -> None:
+        """Called after each optimizer step (constraints, persistent chains)."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Exact normalised log density (or log mass) in nats, shape (n,)."""
+        raise NotImplementedError
+
+    def log_weights(self, x: Tensor, k: int, generator: torch.Generator) -> Tensor:
+        """Log importance weights, shape (n, k), whose exponentials average to p(x) in expectation."""
+        raise NotImplementedError
+
+    def energy(self, x: Tensor) -> Tensor:
+        """Energy f(x) = -log p(x) - log Z in nats, shape (n,)."""
+        raise NotImplementedError
+
+    def score(self, x: Tensor) -> Tensor:
+        """grad_x log p(x), shape (n, D). Without an override: autograd of `log_prob`, else of `-energy`."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            if "log_prob" in self.capabilities:
+                total = self.log_prob(x).sum()
+            elif "energy" in self.capabilities:
+                total = -self.energy(x).sum()
+            else:
+                raise NotImplementedError
+            (grad,) = torch.autograd.grad(total, x)
+        return grad
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """n samples by the model's own sampler, shape (n, D)."""
+        raise NotImplementedError
+
+    # annealed importance sampling between a tractable base (beta = 0) and the model (beta = 1)
+    def base_log_z(self) -> float:
+        """Exact log normalising constant of the annealing path at beta = 0, in nats."""
+        raise NotImplementedError
+
+    def base_sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """n exact samples of the annealing path at beta = 0, shape (n, D)."""
+        raise NotImplementedError
+
+    def anneal(self, x: Tensor, beta: float, beta_next: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """One annealing step.
+
+        Returns:
+            (log f_{beta_next}(x) - log f_{beta}(x) of shape (n,), x moved by a kernel that is reversible with
+            respect to f_{beta_next}, shape (n, D)).
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained; every field may be set from the command line by `--set NAME=VALUE`.
+
+    Attributes:
+        steps: optimizer steps; 0 for models that `initialise` fits.
+        batch_size: examples a step.
+        lr: peak learning rate.
+        optimizer: "adam" (decoupled weight decay) or "sgd" (momentum 0.9).
+        betas: Adam's two decay rates.
+        schedule: "constant" or "cosine" (to zero, after `warmup` steps).
+        warmup: steps of linear warm-up.
+        weight_decay: decoupled weight decay.
+        grad_clip: largest gradient norm; 0 switches clipping off.
+        ema: decay of the exponential moving average of the weights that is evaluated; 0 switches it off.
+        validate_every: steps between validations that select the best weights; 0 keeps the last weights.
+    """
+
+    steps: int = 2000
+    batch_size: int = 256
+    lr: float = 1e-3
+    optimizer: Literal["adam", "sgd"] = "adam"
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    grad_clip: float = 0.0
+    ema: float = 0.0
+    validate_every: int = 0
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """How the suite finds a model: the object that an entry point in `replicate.models` names.
+
+    Attributes:
+        family: one of FAMILIES.
+        about: one line for `replicate list` and the report.
+        paper: the source, author and year with arXiv number or place.
+        build: called as build(info, **params) with the model's parameters initialised from torch's generator,
+            which the suite seeds and restores around the call.
+        domains: the data domains that the model handles itself. A continuous model on discrete data is wrapped
+            by the suite in the shared dequantise-logit-standardise preprocessing.
+        params: default hyperparameters (JSON scalars) of `build`.
+        training: default training settings.
+        overrides: changes to params and training (one flat mapping) by data domain ("continuous", "levels",
+            "bits"), task name, or "TASK@PROFILE"; applied in that order.
+        needs_density: build also gets density=task.density (None where the truth is not known, if the model lists
+            that domain), and the model sees the data as they are, without preprocessing.
+    """
+
+    family: Family
+    about: str
+    paper: str
+    build: Callable[..., Model]
+    domains: frozenset[str]
+    params: Mapping[str, Any] = field(default_factory=dict)
+    training: Training = field(default_factory=Training)
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    needs_density: bool = False

@@ -1,0 +1,110 @@
+"""Models and tasks by name, found through entry points; a plug-in's are found the same way as our own."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import fields
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from replicate.model import FAMILIES, ModelEntry, Training
+from replicate.tasks.base import Task, TaskEntry
+
+
+class UsageError(ValueError):
+    """The user asked for something that does not exist or does not fit; the message says what to do."""
+
+
+def unknown(what: str, name: str, known: Iterable[str], next_step: str) -> UsageError:
+    """One line: what is unknown, the nearest names, and the command that lists them."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    return UsageError(f"unknown {what} {name!r}.{hint} {next_step}")
+
+
+def _load(group: str, kind: type) -> tuple[dict[str, Any], dict[str, str]]:
+    found: dict[str, Any] = {}
+    broken: dict[str, str] = {}
+    for point in sorted(entry_points(group=group), key=lambda p: p.name):
+        try:
+            entry = point.load()
+        except Exception as error:  # a plug-in that cannot be imported must not take the others down
+            broken[point.name] = f"{type(error).__name__}: {error}"
+            continue
+        if isinstance(entry, kind):
+            found[point.name] = entry
+        else:
+            broken[point.name] = f"{point.value} is a {type(entry).__name__}, not a {kind.__name__}"
+    return found, broken
+
+
+@cache
+def _models() -> tuple[dict[str, ModelEntry], dict[str, str]]:
+    found, broken = _load("replicate.models", ModelEntry)
+    for name, entry in list(found.items()):
+        if entry.family not in FAMILIES:
+            broken[name] = f"family {entry.family!r} is not one of {', '.join(FAMILIES)}"
+            del found[name]
+    return found, broken
+
+
+@cache
+def _tasks() -> tuple[dict[str, TaskEntry], dict[str, str]]:
+    return _load("replicate.tasks", TaskEntry)
+
+
+def models() -> dict[str, ModelEntry]:
+    """Every model that could be imported, by name."""
+    return _models()[0]
+
+
+def tasks() -> dict[str, TaskEntry]:
+    """Every task that could be imported, by name."""
+    return _tasks()[0]
+
+
+def broken() -> dict[str, str]:
+    """Entry points that could not be used: name -> reason."""
+    return {**_models()[1], **_tasks()[1]}
+
+
+def model_entry(name: str) -> ModelEntry:
+    """The model's entry.
+
+    Raises:
+        UsageError: no such model, or it cannot be imported.
+    """
+    if name in _models()[1]:
+        raise UsageError(f"model {name!r} cannot be used: {_models()[1][name]}. Fix or uninstall its package.")
+    if name not in models():
+        raise unknown("model", name, models(), "`replicate list` shows all.")
+    return models()[name]
+
+
+@cache
+def load_task(name: str) -> Task:
+    """The task's data.
+
+    Raises:
+        UsageError: no such task, or it cannot be imported.
+    """
+    if name in _tasks()[1]:
+        raise UsageError(f"task {name!r} cannot be used: {_tasks()[1][name]}. Fix or uninstall its package.")
+    if name not in tasks():
+        raise unknown("task", name, tasks(), "`replicate list` shows all.")
+    return tasks()[name].load()
+
+
+def unsupported(entry: ModelEntry, task: Task) -> str | None:
+    """Why this model cannot run on this task, or None."""
+    domain = task.info.domain
+    if entry.needs_density and task.density is None and domain not in entry.domains:
+        return "it needs a task whose true density is known"
+    if domain in entry.domains or "continuous" in entry.domains:
+        return None
+    return f"it models {' and '.join(sorted(entry.domains))}, and the data are {domain}"
+
+
+TRAINING_FIELDS = tuple(f.name for f in fields(Training))

@@ -1,0 +1,208 @@
+"""From a folder of runs to results/PROFILE, and the check that such a folder still agrees with itself.
+
+`build` is a pure function of the records: the same records give the same bytes. It writes beside the results first
+and moves files into place when all are there, so that a failure half-way leaves the earlier results whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from replicate.report.drawing import save, style
+from replicate.report.figures import all_figures
+from replicate.report.labels import TIMING_METRICS, short
+from replicate.report.page import Shown, render
+from replicate.report.records import (
+    FAILED,
+    SUMMARY_COLUMNS,
+    ReportError,
+    Runs,
+    canonical_hash,
+    load_runs,
+    measurements,
+    read_measurements,
+    read_summary,
+    summary,
+    write_measurements,
+    write_summary,
+)
+from replicate.report.tables import Results, all_tables, to_csv, to_latex, to_markdown
+
+__all__ = ["MANIFEST", "TIMING_METRICS", "build", "verify", "write_manifest"]
+
+MANIFEST = "MANIFEST.json"
+#: folders whose earlier files are ours to remove
+OWNED = ("tables", "figures")
+#: numbers of summary.csv must be recomputed to this relative precision: they are written with ten digits
+PRECISION = 1e-8
+
+
+def sha256(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def results_files(folder: Path) -> list[str]:
+    """Every file below a results folder but the manifest, as sorted relative paths with forward slashes."""
+    files = (p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+    return sorted(p.relative_to(folder).as_posix() for p in files)
+
+
+def write_manifest(folder: Path) -> Path:
+    """Write MANIFEST.json with the sha256 of every other file below a results folder."""
+    digests = {name: sha256(folder / name) for name in results_files(folder)}
+    path = folder / MANIFEST
+    path.write_text(json.dumps(digests, indent=1, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
+    return path
+
+
+def _write_records(runs: Runs, path: Path) -> None:
+    lines = (json.dumps(run.as_record(), sort_keys=True, allow_nan=False) for run in runs.runs)
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8", newline="\n")
+
+
+def _write_all(runs: Runs, profile: str, folder: Path) -> None:
+    frame = measurements(runs)
+    results, totals = Results(frame), summary(frame)
+    write_measurements(frame, folder / "measurements.csv")
+    write_summary(totals, folder / "summary.csv")
+    _write_records(runs, folder / "records.jsonl")
+    tables = all_tables(results)
+    (folder / "tables").mkdir()
+    for table in tables:
+        for ending, write in (("csv", to_csv), ("md", to_markdown), ("tex", to_latex)):
+            (folder / "tables" / f"{table.name}.{ending}").write_text(write(table), encoding="utf-8", newline="\n")
+    with style():
+        shown = [Shown.of(d, save(d, folder / "figures")) for d in all_figures(results, runs)]
+    page = render(runs, results, totals, tables, shown, profile)
+    (folder / "report.html").write_text(page, encoding="utf-8", newline="\n")
+
+
+def build(runs_folder: Path, out_folder: Path, profile: str, run_ids: Iterable[str] | None = None) -> Path:
+    """Write measurements, summary, records, tables, figures, report and manifest of a folder of runs.
+
+    Other files in the results folder stay and enter the manifest; earlier tables and figures that are no longer made
+    are removed.
+
+    Args:
+        runs_folder: its sub-folders are runs.
+        out_folder: results/PROFILE; made if missing.
+        profile: named in the report.
+        run_ids: the runs to report on; all in the folder by default.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        ReportError: there are no runs, or one cannot be read.
+    """
+    runs = load_runs(runs_folder, run_ids)
+    if not runs.runs:
+        raise ReportError(f"there are no finished runs in {runs_folder}; `replicate reproduce` makes them")
+    out_folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out_folder.name}.", dir=out_folder.resolve().parent) as temporary:
+        fresh = Path(temporary)
+        _write_all(runs, profile, fresh)
+        for name in OWNED:
+            shutil.rmtree(out_folder / name, ignore_errors=True)
+        for name in results_files(fresh):
+            target = out_folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(fresh / name, target)
+    write_manifest(out_folder)
+    return out_folder / "report.html"
+
+
+# -- the check
+
+
+def verify(out_folder: Path) -> list[str]:
+    """What is wrong with a results folder, one line a problem; an empty list where everything agrees.
+
+    Checks that every file is the one that the manifest names, that summary.csv follows from measurements.csv, that
+    every run id is the sha256 of its spec, and that measurements and records speak of the same runs.
+    """
+    problems = _manifest_problems(out_folder)
+    try:
+        frame = read_measurements(out_folder / "measurements.csv")
+        records = _read_records(out_folder / "records.jsonl")
+        problems += _summary_problems(summary(frame), read_summary(out_folder / "summary.csv"))
+    except ReportError as error:
+        return [*problems, str(error)]
+    return [*problems, *_record_problems(records, frame)]
+
+
+def _manifest_problems(folder: Path) -> list[str]:
+    try:
+        named = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        digests = {str(k): str(v) for k, v in named.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        return [f"{folder / MANIFEST} cannot be read: {error}"]
+    there = set(results_files(folder))
+    problems = [f"{name} is in the manifest and not in the folder" for name in sorted(set(digests) - there)]
+    problems += [f"{name} is in the folder and not in the manifest" for name in sorted(there - set(digests))]
+    changed = (name for name in sorted(there & set(digests)) if sha256(folder / name) != digests[name])
+    return problems + [f"{name} is not the file that the manifest names: its sha256 differs" for name in changed]
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{path} cannot be read: {error}") from None
+
+
+def _summary_problems(computed: pd.DataFrame, written: pd.DataFrame) -> list[str]:
+    keys = ["task", "model", "family", "metric", "kind", "unit"]
+    computed, written = computed.set_index(keys), written.set_index(keys)
+    problems = []
+    for key in dict.fromkeys([*computed.index, *written.index]):
+        name = "summary.csv: " + " / ".join(str(k) for k in key[:2]) + f" / {key[3]}"
+        if key not in written.index or key not in computed.index:
+            where = "summary.csv" if key not in written.index else "measurements.csv"
+            problems.append(f"{name} ({key[4]}) is missing from {where}")
+            continue
+        a, b = computed.loc[[key]].iloc[0], written.loc[[key]].iloc[0]
+        for column in SUMMARY_COLUMNS[len(keys) :]:
+            if not _agree(a[column], b[column]):
+                problems.append(f"{name}: {column} is {b[column]}, measurements.csv gives {a[column]}")
+    if written.index.has_duplicates:
+        problems.append("summary.csv has the same row twice")
+    return problems
+
+
+def _agree(a: Any, b: Any) -> bool:
+    if isinstance(a, float):
+        return bool(np.isclose(a, float(b), rtol=PRECISION, atol=1e-300, equal_nan=True))
+    return bool(a == b)
+
+
+def _record_problems(records: list[dict[str, Any]], frame: pd.DataFrame) -> list[str]:
+    problems = []
+    known: dict[str, tuple[Any, ...]] = {}
+    for record in records:
+        run_id, spec = str(record.get("run_id")), record.get("spec") or {}
+        if canonical_hash(spec) != run_id:
+            problems.append(f"records.jsonl: run {short(run_id)} is not the sha256 of its spec")
+        known[run_id] = tuple(spec.get(k) for k in ("task", "model", "family", "seed"))
+        failed = bool((frame.loc[frame["run_id"] == run_id, "metric"] == FAILED).any())
+        if failed != ("error" in record):
+            problems.append(f"records.jsonl and measurements.csv disagree on whether run {short(run_id)} failed")
+    seen = frame[["run_id", "task", "model", "family", "seed"]].drop_duplicates()
+    for run_id, *told in seen.itertuples(index=False, name=None):
+        if run_id not in known:
+            problems.append(f"measurements.csv: run {short(run_id)} has no record")
+        elif tuple(told) != known[run_id]:
+            problems.append(f"measurements.csv: run {short(run_id)} is {told}, its record says {list(known[run_id])}")
+    lost = sorted(set(known) - set(frame["run_id"]))
+    return problems + [f"records.jsonl: run {short(run_id)} has no measurements" for run_id in lost]

@@ -1,0 +1,224 @@
+"""Comparisons: models with each other, paired by seed, and new results with the committed ones.
+
+Seeds pair models because the batch stream of a task and seed is the same for all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from replicate.report.labels import TIMING_METRICS, base_metric, metric_info, short, symbol, task_key
+from replicate.report.records import good_rows, interval
+
+COMPARISON_COLUMNS = (
+    "task",
+    "metric",
+    "model_a",
+    "model_b",
+    "mean_a",
+    "mean_b",
+    "kind",
+    "difference",
+    "ci_low",
+    "ci_high",
+    "unit",
+    "n_seeds",
+    "verdict",
+)
+_NEGATED = {"exact": "exact", "estimate": "estimate", "lower_bound": "upper_bound", "upper_bound": "lower_bound"}
+#: differences below this share of the number are the rounding of another machine or library
+ROUNDING = 1e-6
+#: a number recomputed elsewhere may move by so many standard errors and seed-to-seed standard deviations
+SIGMAS = 4.0
+
+
+def kind_of_difference(a: str, b: str) -> str:
+    """The kind of a - b: known on one side only if neither number pulls the other way."""
+    parts = {a, _NEGATED.get(b, "estimate")} - {"exact"}
+    if not parts:
+        return "exact"
+    return parts.pop() if len(parts) == 1 else "estimate"
+
+
+def _verdict(metric: str, a: str, b: str, kind: str, low: float, high: float) -> str:
+    """Which model is better, as far as interval and kind allow to say."""
+    better = metric_info(metric).better
+    if better is None:
+        return ""
+    if math.isnan(low):
+        return "too few seeds"
+    if low <= 0 <= high:
+        return "no difference seen"
+    below = high < 0
+    # an upper bound below 0 and a lower bound above 0 are conclusive; the other way round they say nothing
+    if kind == "estimate" or (kind == "lower_bound" and below) or (kind == "upper_bound" and not below):
+        return f"{a if below == (better == 'lower') else b} looks better, but the kinds do not decide"
+    return f"{a if below == (better == 'lower') else b} is better"
+
+
+def compare_models(measurements: pd.DataFrame, models: Sequence[str], metric: str = "nll") -> pd.DataFrame:
+    """Differences between models on every task that they share, paired by seed, with a 95 % t-interval.
+
+    Args:
+        measurements: as in measurements.csv.
+        models: two or more names; every pair is compared, the earlier minus the later.
+        metric: as in measurements.csv.
+
+    Returns:
+        One row a task and pair, with the columns COMPARISON_COLUMNS. `kind` is the sign of the difference's kind.
+
+    Raises:
+        ValueError: fewer than two models.
+    """
+    if len(set(models)) < 2:
+        raise ValueError("name at least two different models to compare")
+    rows = good_rows(measurements)
+    rows = rows[(rows["metric"] == metric) & rows["model"].isin(models)]
+    out = []
+    for task in sorted(set(rows["task"]), key=task_key):
+        here = rows[rows["task"] == task]
+        for a, b in combinations(dict.fromkeys(models), 2):
+            left, right = here[here["model"] == a], here[here["model"] == b]
+            for kind_a in sorted(set(left["kind"])):
+                for kind_b in sorted(set(right["kind"])):
+                    pair = _pair(left[left["kind"] == kind_a], right[right["kind"] == kind_b])
+                    if len(pair):
+                        out.append(_comparison(task, metric, a, b, kind_a, kind_b, pair))
+    return pd.DataFrame(out, columns=list(COMPARISON_COLUMNS))
+
+
+def _pair(left: pd.DataFrame, right: pd.DataFrame) -> pd.DataFrame:
+    columns = ["seed", "unit", "value"]
+    return left[columns].merge(right[columns], on=["seed", "unit"], suffixes=("_a", "_b")).sort_values("seed")
+
+
+def _comparison(
+    task: str, metric: str, a: str, b: str, kind_a: str, kind_b: str, pair: pd.DataFrame
+) -> tuple[object, ...]:
+    difference = (pair["value_a"] - pair["value_b"]).to_numpy(dtype=np.float64)
+    low, high = interval(difference)
+    kind = kind_of_difference(kind_a, kind_b)
+    means = float(pair["value_a"].mean()), float(pair["value_b"].mean())
+    verdict = _verdict(metric, a, b, kind, low, high)
+    unit = str(pair["unit"].iat[0])
+    return (task, metric, a, b, *means, symbol(kind), float(difference.mean()), low, high, unit, len(pair), verdict)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One number that is not the same bits as in the reference.
+
+    Attributes:
+        label: "rounding" (relative 1e-6), "within error" (4 standard errors and seed-to-seed deviations),
+            "differs", "status" (a number on one side only), "missing" (only in the reference), "new".
+        new, reference: values; nan where there is none.
+    """
+
+    run_id: str
+    task: str
+    model: str
+    seed: int
+    metric: str
+    label: str
+    new: float
+    reference: float
+
+    def __str__(self) -> str:
+        where = f"{self.model} on {self.task}, seed {self.seed}, {self.metric} (run {short(self.run_id)})"
+        return f"{self.label}: {where}: {self.new:.8g}, was {self.reference:.8g}"
+
+
+_KEY = ["run_id", "metric", "split"]
+
+
+def _comparable(frame: pd.DataFrame) -> pd.DataFrame:
+    rows = frame[~frame["metric"].map(base_metric).isin(TIMING_METRICS)].copy()
+    rows[["split", "kind"]] = rows[["split", "kind"]].fillna("").astype(object)
+    # the same metric may stand twice under one key (two kinds): number them
+    rows["nth"] = rows.groupby([*_KEY, "kind"]).cumcount()
+    return rows
+
+
+def _tolerances(rows: pd.DataFrame) -> dict[tuple[str, str, str], float]:
+    """Seed-to-seed standard deviation of each number of the reference that has two seeds or more."""
+    values: dict[tuple[str, str, str], list[float]] = {}
+    for task, model, metric, value in zip(rows["task"], rows["model"], rows["metric"], rows["value"], strict=True):
+        if math.isfinite(value):
+            values.setdefault((task, model, metric), []).append(value)
+    return {key: float(np.std(x, ddof=1)) for key, x in values.items() if len(x) > 1}
+
+
+def differences(new: pd.DataFrame, reference: pd.DataFrame) -> list[Difference]:
+    """Every number that is not bit for bit as in the reference, times and memory left out.
+
+    Runs are matched by id, which names all that may change a number but the machine.
+
+    Args:
+        new, reference: as in measurements.csv.
+    """
+    old = _comparable(reference)
+    spread = _tolerances(old)
+    both = _comparable(new).merge(old, on=[*_KEY, "kind", "nth"], how="outer", suffixes=("", "_old"), indicator=True)
+    both = both.sort_values([*_KEY, "kind", "nth"])
+    out = []
+    for row in both.to_dict("records"):
+        side = row["_merge"]
+        tail = "_old" if side == "right_only" else ""
+        who = (row["run_id"], row["task" + tail], row["model" + tail], int(row["seed" + tail]), row["metric"])
+        label = {"left_only": "new", "right_only": "missing"}.get(side) or _label(row, spread)
+        if label:
+            out.append(Difference(*who, label, float(row["value"]), float(row["value_old"])))
+    return out
+
+
+def _label(row: Mapping[Any, Any], spread: dict[tuple[str, str, str], float]) -> str:
+    """The class of a pair of values; "" where they are the same bits."""
+    a, b = float(row["value"]), float(row["value_old"])
+    if math.isnan(a) or math.isnan(b):
+        return "" if math.isnan(a) and math.isnan(b) else "status"
+    if a == b:
+        return ""
+    if abs(a - b) <= ROUNDING * max(abs(a), abs(b)):
+        return "rounding"
+    errors = [float(row[k]) for k in ("stderr", "stderr_old")]
+    deviation = math.sqrt(2) * spread.get((str(row["task"]), str(row["model"]), str(row["metric"])), 0.0)
+    scale = math.hypot(*(e for e in errors if math.isfinite(e)), deviation)
+    return "within error" if abs(a - b) <= SIGMAS * scale else "differs"
+
+
+#: so many differences are spelled out; the rest are counted
+SHOWN = 20
+
+
+def compare_with_reference(new: pd.DataFrame, reference: pd.DataFrame) -> list[str]:
+    """What `differences` finds, in lines for a reader: the counts, then the worst, at most 20.
+
+    The first line always says how many numbers were compared and how many are the same bits.
+    """
+    found = differences(new, reference)
+    matched = _comparable(new).merge(_comparable(reference), on=[*_KEY, "kind", "nth"])
+    changed = sum(d.label not in ("new", "missing") for d in found)
+    lines = [f"{len(matched) - changed} of {len(matched)} numbers are bit for bit those of the earlier results"]
+    counts = Counter(d.label for d in found)
+    meanings = {
+        "rounding": "differ by rounding",
+        "within error": f"differ within {SIGMAS:g} standard errors and seed-to-seed deviations",
+        "differs": "differ by more than that",
+        "status": "have a value on one side only",
+        "missing": "are gone",
+        "new": "are new",
+    }
+    lines += [f"{counts[label]} {meaning}" for label, meaning in meanings.items() if counts[label]]
+    serious = [d for d in found if d.label in ("differs", "status")]
+    lines += [f"  {d}" for d in serious[:SHOWN]]
+    if len(serious) > SHOWN:
+        lines.append(f"  and {len(serious) - SHOWN} more")
+    return lines

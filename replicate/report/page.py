@@ -1,0 +1,367 @@
+"""report.html: everything on one page that opens from disk with nothing fetched.
+
+The page is made by jinja2 with autoescape from `template.html` beside this file; pictures are embedded, and their
+data are linked where they lie beside the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader
+from PIL import Image
+
+from replicate.model import FAMILIES
+from replicate.report.drawing import Drawing
+from replicate.report.labels import (
+    FAMILY_COLOURS,
+    FAMILY_LABELS,
+    METRICS,
+    MetricInfo,
+    family_key,
+    metric_info,
+    short,
+    slug,
+    task_key,
+)
+from replicate.report.readme import Best, headline_best, headline_rows, seeds_line, winner
+from replicate.report.records import Runs
+from replicate.report.tables import Results, Table, data_tasks, density_tasks, planar_tasks, task_dimension
+
+#: all pictures of a page together, in bytes before base64
+PICTURES = 4_000_000
+
+KIND_LEGEND = (
+    ("=", "exact", "The number itself, up to the sampling error of a finite test set."),
+    ("<=", "upper bound", "The truth is at most this. An NLL with this sign can only be better than it looks."),
+    (">=", "lower bound", "The truth is at least this. An NLL with this sign may look better than it is."),
+    ("~", "estimate", "No side is known: an estimate of log Z or the solution of an ODE stands behind it."),
+)
+FAMILY_TABLE = (
+    ("autoregressive", "restricts the architecture: a product of conditionals needs no Z", "exact", "autograd"),
+    (
+        "flow",
+        "restricts the architecture: an invertible map carries Z along",
+        "exact; a bound on discrete data",
+        "autograd",
+    ),
+    ("vae", "approximates by variational inference", "ELBO and importance-weighted bounds", "autograd of the bound"),
+    (
+        "ebm",
+        "approximates by Markov chains while training",
+        "unnormalised, and an estimate of log Z: annealed importance sampling from both sides, quadrature in 2-D",
+        "-grad f, exact",
+    ),
+    ("score", "models grad log p, where Z drops out", "probability-flow ODE", "the model itself"),
+    ("reference", "needs none: closed forms and kernels, and the truth itself where it is known", "exact", "autograd"),
+)
+METRIC_NOTES: dict[str, str] = {
+    "nll": "Mean negative log-likelihood of the test split.",
+    "bits_per_dim": "NLL divided by the number of dimensions and by ln 2.",
+    "kl": "Mean of log p(x) - log q(x) over test points of the truth p; 0 is perfect.",
+    "fisher_divergence": "Mean squared distance between the model's score and the truth's at test points.",
+    "w2": "2-Wasserstein distance between samples and test points, by exact optimal transport.",
+    "mmd": "Maximum mean discrepancy between samples and test points.",
+    "mode_weight_error": "Distance between the share of samples in each mode and the mode's true probability.",
+    "c2st": "Accuracy of a classifier that tells samples from test data; 0.5 is perfect.",
+    "frechet": "Fréchet distance between samples and test data in the features of a small classifier.",
+    "precision": "Share of samples that fall among test data in feature space.",
+    "recall": "Share of test data that fall among samples in feature space.",
+    "density": "How densely test data surround the samples in feature space; about 1 is perfect.",
+    "coverage": "Share of test data with a sample in their neighbourhood in feature space.",
+    "parameters": "Trainable numbers.",
+    "train_seconds": "Wall time of training.",
+    "sample_ms": "Wall time of sampling a batch, divided by its size.",
+    "nfe": "Network evaluations one after the other for one batch of samples.",
+    "peak_memory_mb": "Peak memory of the process, libraries included; of the device on a GPU.",
+    "evaluate_seconds": "Wall time of all measurements together.",
+}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A figure as the page shows it: its texts and its PNG."""
+
+    name: str
+    title: str
+    caption: str
+    png: bytes
+    also: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(drawing: Drawing, png: bytes) -> Shown:
+        """A drawing without its figure."""
+        return Shown(drawing.name, drawing.title, drawing.caption, png, drawing.also)
+
+    @property
+    def source(self) -> str:
+        """The picture as a data URI."""
+        return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
+
+    @property
+    def width(self) -> int:
+        """Width in pixels."""
+        return Image.open(io.BytesIO(self.png)).width
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section of the page: tables first, then figures, then sub-sections."""
+
+    id: str
+    title: str
+    intro: str = ""
+    tables: tuple[Table, ...] = ()
+    figures: tuple[Shown, ...] = ()
+    parts: tuple[Section, ...] = field(default=())
+    folded: bool = False
+
+
+def shrunk(shown: Sequence[Shown], budget: int = PICTURES) -> list[Shown]:
+    """The figures with the larger pictures scaled down until all together fit the budget in bytes."""
+    out = list(shown)
+    for _ in range(8):
+        total = sum(len(s.png) for s in out)
+        if total <= budget:
+            break
+        mean = total / len(out)
+        out = [_scaled(s, 0.85) if len(s.png) >= mean else s for s in out]
+    return out
+
+
+def _scaled(s: Shown, factor: float) -> Shown:
+    image = Image.open(io.BytesIO(s.png)).convert("RGB")
+    small = image.resize((int(image.width * factor), int(image.height * factor)), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.quantize(128, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    return Shown(s.name, s.title, s.caption, buffer.getvalue(), s.also)
+
+
+def sections(results: Results, tables: Sequence[Table], shown: Sequence[Shown]) -> list[Section]:
+    """All tables and figures in their places."""
+    table = {t.name: t for t in tables}
+    figure = {s.name: s for s in shown}
+
+    def pick(names: Iterable[str]) -> tuple[Shown, ...]:
+        return tuple(figure[n] for n in names if n in figure)
+
+    def some(*names: str) -> tuple[Table, ...]:
+        return tuple(table[n] for n in names if n in table)
+
+    def part(task: str, kinds: Sequence[str]) -> Section:
+        at = slug(task)
+        return Section(f"task-{at}", task, "", some(f"task-{at}"), pick(f"{k}-{at}" for k in kinds))
+
+    data, planar = data_tasks(results), planar_tasks(results)
+    other = [t for t in results.tasks if t not in data and t not in planar]
+    out = [
+        Section(
+            "likelihood",
+            "Digits: likelihood and samples",
+            "Real data: 8x8 handwritten digits. Continuous families see the pixels through the shared dequantisation, "
+            "whose change of variables is part of their likelihood; so theirs are bounds or estimates.",
+            some("likelihood"),
+            pick(["nll", "cost-data"]),
+            tuple(part(t, ["samples"]) for t in data),
+        ),
+        Section(
+            "densities",
+            "Densities whose truth is known",
+            "Two-dimensional densities with exact log p, score and sampler, so that every error can be measured rather "
+            "than ranked.",
+            some("kl"),
+            pick(["kl", "cost-densities"]),
+            tuple(part(t, ["density", "score", "paths"]) for t in planar),
+        ),
+        Section(
+            "dimension",
+            "Error and cost against dimension",
+            "Mixtures of the same kind in more and more dimensions.",
+            some("dimension"),
+            pick(["dimension"]),
+            tuple(part(t, []) for t in other),
+        ),
+        Section(
+            "samplers",
+            "Samplers",
+            "Any model with a score can be handed to any Langevin sampler: a flow or a VAE as well as a score network.",
+            some("samplers"),
+            folded=True,
+        ),
+        Section("cost", "Cost", "", some("cost"), folded=True),
+        Section(
+            "checks",
+            "Estimators' own checks",
+            "Effective sample sizes, both brackets of log Z, and what halving the solver's step changes.",
+            some("estimator-checks"),
+            folded=True,
+        ),
+        Section(
+            "training",
+            "Training curves",
+            "",
+            figures=pick(f"training-{slug(t)}" for t in [*data, *density_tasks(results)]),
+            folded=True,
+        ),
+    ]
+    return [s for s in out if s.tables or s.figures or s.parts]
+
+
+def headline(results: Results, summary: pd.DataFrame) -> list[dict[str, Any]]:
+    """The headline table's rows for the template: the same numbers as in README, with every seed behind them."""
+    rows = []
+    for task, metric in headline_rows(summary):
+        best = headline_best(summary, task, metric)
+        info = metric_info(metric)
+        label = "KL" if metric == "kl" else info.label
+        unit = "" if info.unit == label else info.unit
+        cells = [_headline_cell(results, task, metric, best.get(f)) for f in FAMILIES]
+        rows.append({"task": task, "label": label, "unit": unit, "cells": cells, "first": winner(best)})
+    return rows
+
+
+def _headline_cell(results: Results, task: str, metric: str, best: Best | None) -> dict[str, Any]:
+    if best is None:
+        return {"cell": None, "model": "", "tip": ""}
+    return {"cell": best.cell, "model": best.model, "tip": results.cell(task, best.model, metric).tip()}
+
+
+def failures(runs: Runs) -> list[dict[str, Any]]:
+    """Every failed run, for the template."""
+    return [
+        {
+            "model": r.model,
+            "task": r.task,
+            "seed": r.seed,
+            "id": r.run_id,
+            "short": short(r.run_id),
+            "error": r.error,
+            "tail": r.traceback_tail,
+        }
+        for r in runs.failed
+    ]
+
+
+def models(runs: Runs) -> list[dict[str, str]]:
+    """Every model once, with its line and its source."""
+    seen: dict[str, dict[str, str]] = {}
+    for r in sorted(runs.runs, key=lambda r: (family_key(r.family), r.model, r.failed)):
+        seen.setdefault(r.model, {"model": r.model, "family": r.family, "about": r.about, "paper": r.paper})
+    return list(seen.values())
+
+
+def provenance(runs: Runs) -> list[tuple[str, str]]:
+    """What the runs say of where and with what they were made: distinct values with their counts."""
+    done = runs.done
+    rows: list[tuple[str, str]] = [("runs", f"{len(done)} done, {len(runs.failed)} failed")]
+    labels = {
+        "commit": "commit",
+        "device": "device",
+        "threads": "threads a run",
+        "torch": "torch",
+        "python": "Python",
+        "platform": "platform",
+        "cpu_capability": "CPU instructions",
+    }
+    for key, label in labels.items():
+        values = _counted(r.commit if key == "commit" else r.provenance.get(key) for r in done)
+        if values:
+            rows.append((label, values))
+    rows.append(("precision", _counted(r.spec.get("precision") for r in done)))
+    rows.append(("results version", _counted(r.spec.get("results_version") for r in done)))
+    for task in runs.tasks():
+        here = [r for r in runs.runs if r.task == task]
+        digests = sorted({str(r.spec.get("data_sha256") or "")[:16] for r in here})
+        seeds = sorted({r.seed for r in here})
+        rows.append((f"data of {task}", f"sha256 {', '.join(digests)}; seeds {', '.join(map(str, seeds))}"))
+    return [*rows, *_times(runs)]
+
+
+def _counted(values: Iterable[Any]) -> str:
+    counts: dict[str, int] = {}
+    for v in values:
+        if v not in (None, ""):
+            counts[str(v)] = counts.get(str(v), 0) + 1
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{value} ({n} runs)" for value, n in sorted(counts.items()))
+
+
+def _moment(value: Any) -> datetime | None:
+    try:
+        return datetime.fromisoformat(str(value))
+    except ValueError:
+        return None
+
+
+def _span(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _times(runs: Runs) -> list[tuple[str, str]]:
+    starts = [t for r in runs.done if (t := _moment(r.provenance.get("started"))) is not None]
+    ends = [t for r in runs.done if (t := _moment(r.provenance.get("finished"))) is not None]
+    rows = []
+    if starts and ends:
+        wall = _span((max(ends) - min(starts)).total_seconds())
+        first, last = min(starts).isoformat(sep=" "), max(ends).isoformat(sep=" ")
+        rows.append(("wall time", f"{wall} (hours:minutes:seconds), from {first} to {last}"))
+        pairs = [(_moment(r.provenance.get("started")), _moment(r.provenance.get("finished"))) for r in runs.done]
+        rows.append(("all runs together", _span(sum((b - a).total_seconds() for a, b in pairs if a and b))))
+    return rows
+
+
+def _metric_rows(results: Results) -> list[tuple[str, str, MetricInfo]]:
+    asked = {m.partition(":")[0] for m in results.metrics()}
+    return [(m, METRIC_NOTES[m], info) for m, info in METRICS.items() if m in asked]
+
+
+def environment() -> Environment:
+    """jinja2 with autoescape on, over the templates beside this file."""
+    found = FileSystemLoader(Path(__file__).parent)
+    return Environment(loader=found, autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+
+
+def render(
+    runs: Runs, results: Results, summary: pd.DataFrame, tables: Sequence[Table], shown: Sequence[Shown], profile: str
+) -> str:
+    """The whole page as HTML text.
+
+    Args:
+        runs: for failures, models and provenance.
+        results: the measurements behind `tables`.
+        summary: for the headline.
+        tables, shown: as written beside the page.
+        profile: named in the title.
+    """
+    template = environment().get_template("template.html")
+    order: Callable[[str], Any] = task_key
+    return template.render(
+        profile=profile,
+        sections=sections(results, tables, shrunk(shown)),
+        headline=headline(results, summary),
+        seeds=seeds_line(summary),
+        families=[(FAMILY_LABELS[f], f) for f in FAMILIES],
+        family_table=FAMILY_TABLE,
+        family_labels=FAMILY_LABELS,
+        family_colours=FAMILY_COLOURS,
+        kinds=KIND_LEGEND,
+        metrics=_metric_rows(results),
+        failures=failures(runs),
+        models=models(runs),
+        provenance=provenance(runs),
+        counts={
+            "models": len(results.models()),
+            "tasks": len(sorted(results.tasks, key=order)),
+            "runs": len(runs.done),
+            "failed": len(runs.failed),
+        },
+        dimensions=[d for t in results.tasks if (d := task_dimension(t))],
+    )

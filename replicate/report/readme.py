@@ -1,0 +1,143 @@
+"""The headline table: the best model of each family on each task, written into README by a command."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from replicate.model import FAMILIES
+from replicate.report.labels import FAMILY_LABELS, markdown, metric_info, task_key
+from replicate.report.records import FAILED, ReportError, read_summary
+from replicate.report.tables import Cell, Number, flatters, task_dimension
+
+BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
+LEGEND = (
+    "Best model of each family, mean over seeds with a 95 % t-interval. `=` exact, `<=` upper bound, `>=` lower bound, "
+    "`~` estimate; bold: best of the five families among numbers that cannot flatter."
+)
+
+
+class Best(NamedTuple):
+    """The best model of a family in one row of the headline table."""
+
+    model: str
+    cell: Cell
+    flattering: bool
+    mean: float
+    seeds: int
+
+
+def headline_rows(summary: pd.DataFrame) -> list[tuple[str, str]]:
+    """(task, metric) of each row: likelihood on data, then KL on densities in two dimensions."""
+    data = sorted(set(summary.loc[summary["metric"] == "bits_per_dim", "task"]), key=task_key)
+    known = sorted(set(summary.loc[summary["metric"] == "kl", "task"]), key=task_key)
+    planar = [t for t in known if task_dimension(t) in (None, 2)]
+    return [*((t, m) for t in data for m in ("nll", "bits_per_dim")), *((t, "kl") for t in planar)]
+
+
+def best_of(summary: pd.DataFrame, family: str, task: str, metric: str) -> Best | None:
+    """The best model of a family by a metric of which less is better, the truth left out.
+
+    Numbers that may flatter (estimates, lower bounds) come second to those that cannot.
+    """
+    rows = summary[(summary["family"] == family) & (summary["task"] == task) & (summary["metric"] == metric)]
+    found = []
+    for r in rows[rows["model"] != "truth"].to_dict("records"):
+        if math.isfinite(r["mean"]):
+            number = Number(r["kind"], r["unit"], r["mean"], r["ci_low"], r["ci_high"], ())
+            flattering = flatters(metric, r["kind"])
+            found.append(Best(r["model"], Cell(metric, (number,)), flattering, r["mean"], int(r["n_seeds"])))
+    return min(found, key=lambda b: (b.flattering, b.mean, b.model), default=None)
+
+
+def headline_best(summary: pd.DataFrame, task: str, metric: str) -> dict[str, Best]:
+    """The best of each family in one row."""
+    found = ((f, best_of(summary, f, task, metric)) for f in FAMILIES)
+    return {f: b for f, b in found if b is not None}
+
+
+def winner(best: dict[str, Best]) -> str | None:
+    """The family whose number is the row's best, among numbers that cannot flatter and are no reference."""
+    able = {f: b for f, b in best.items() if f != "reference" and not b.flattering}
+    return min(able, key=lambda f: able[f].mean) if len(able) > 1 else None
+
+
+def headline_markdown(summary: pd.DataFrame) -> str:
+    """The headline table in Markdown: tasks down, families across, the model's name under each number."""
+    lines = [
+        "| task | " + " | ".join(FAMILY_LABELS[f] for f in FAMILIES) + " |",
+        "|---|" + "---|" * len(FAMILIES),
+    ]
+    for task, metric in headline_rows(summary):
+        best = headline_best(summary, task, metric)
+        first = winner(best)
+        cells = []
+        for family in FAMILIES:
+            b = best.get(family)
+            text = f"**{b.cell.text()}**" if b and family == first else b.cell.text() if b else "n/a"
+            cells.append(f"{text}<br>{markdown(b.model)}" if b else text)
+        info = metric_info(metric)
+        label = "KL" if metric == "kl" else info.label
+        name = f"{markdown(task)}<br>{label}" + ("" if label == info.unit else f", {info.unit}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    tail = [LEGEND + " " + seeds_line(summary)]
+    lost = summary[summary["metric"] == FAILED]
+    if len(lost):
+        names = (
+            f"{markdown(r['model'])} on {markdown(r['task'])} ({int(r['mean'])} of {r['n_seeds']})"
+            for r in lost.to_dict("records")
+        )
+        tail.append("Failed runs: " + ", ".join(names) + ".")
+    return "\n".join([*lines, "", *tail]) + "\n"
+
+
+def seeds_line(summary: pd.DataFrame) -> str:
+    """How many seeds stand behind the numbers of each task."""
+    counts: dict[str, int] = {}
+    for task, _ in headline_rows(summary):
+        rows = summary[(summary["task"] == task) & (summary["metric"] != FAILED)]
+        counts[task] = int(rows["n_seeds"].max())
+    by_count: dict[int, list[str]] = {}
+    for task, n in counts.items():
+        by_count.setdefault(n, []).append(markdown(task))
+    parts = (f"{n} on {', '.join(tasks)}" for n, tasks in sorted(by_count.items()))
+    return "Seeds: " + "; ".join(parts) + "." if counts else ""
+
+
+def update_readme(path: Path, text: str) -> bool:
+    """Put text between the headline markers of a file, leaving the rest as it is.
+
+    Returns:
+        Whether the file changed.
+
+    Raises:
+        ReportError: the markers are not there once each, in order.
+    """
+    old = path.read_text(encoding="utf-8")
+    new = _replaced(old, text, path)
+    if new != old:
+        path.write_text(new, encoding="utf-8", newline="\n")
+    return new != old
+
+
+def _replaced(old: str, text: str, path: Path) -> str:
+    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
+        raise ReportError(
+            f"{path} needs one line {BEGIN} and after it one line {END}; the table is written between them"
+        )
+    head, rest = old.split(BEGIN)
+    return f"{head}{BEGIN}\n{text.strip()}\n{END}{rest.split(END)[1]}"
+
+
+def refresh(readme: Path, results: Path) -> bool:
+    """Write the headline table of a results folder into a README; returns whether it changed."""
+    return update_readme(readme, headline_markdown(read_summary(results / "summary.csv")))
+
+
+def stale(readme: Path, results: Path) -> bool:
+    """Whether a README's headline table is not the one that a results folder gives."""
+    old = readme.read_text(encoding="utf-8")
+    return _replaced(old, headline_markdown(read_summary(results / "summary.csv")), readme) != old

@@ -1,0 +1,173 @@
+"""The whole way of `replicate reproduce`: plan, run, report, compare with the committed reference."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import pandas as pd
+
+from replicate.report.build import build
+from replicate.report.compare import compare_with_reference
+from replicate.runs.execute import source_version
+from replicate.runs.pool import Outcome, run_all
+from replicate.runs.progress import Progress
+from replicate.runs.spec import RunSpec
+from replicate.runs.store import held, read_record, writable, write_json
+
+DONE, FAILED, STOPPED = 0, 1, 3
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM arrived."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Where a profile's work in progress lies.
+
+    A sweep belongs to one version of the code: after a change of commit it starts afresh. A finished sweep is set
+    aside, so that the next call computes everything again.
+    """
+
+    root: Path
+
+    @property
+    def current(self) -> Path:
+        """Runs of the sweep in progress."""
+        return self.root / "current"
+
+    @property
+    def finished(self) -> Path:
+        """Runs of the last sweep that was completed."""
+        return self.root / "finished"
+
+    def open(self) -> str:
+        """Make the folder ready; returns one line on what was found there."""
+        commit, dirty = source_version()
+        version = {"commit": commit, "dirty": dirty}
+        mark = self.current / "version.json"
+        if self.current.exists():
+            try:
+                same = json.loads(mark.read_text()) == version
+            except (OSError, ValueError):
+                same = False
+            if same:
+                return "going on with the unfinished sweep"
+            shutil.rmtree(self.current)
+            self.current.mkdir(parents=True)
+            write_json(mark, version)
+            return "the unfinished sweep was made by another version of the code; starting afresh"
+        self.current.mkdir(parents=True)
+        write_json(mark, version)
+        return "starting afresh"
+
+    def close(self) -> None:
+        """Set the completed sweep aside."""
+        shutil.rmtree(self.finished, ignore_errors=True)
+        self.current.rename(self.finished)
+
+
+def expected_seconds(specs: list[RunSpec], reference: pd.DataFrame | None) -> dict[str, float]:
+    """Seconds that each run may take, by run id: from the committed reference where it has the model and task."""
+    known: dict[tuple[str, str], float] = {}
+    if reference is not None:
+        cost = reference[reference.metric.isin(["train_seconds", "evaluate_seconds"])]
+        per_run = cost.groupby(["model", "task", "run_id"], as_index=False)["value"].sum()
+        mean = per_run.groupby(["model", "task"], as_index=False)["value"].mean()
+        known = dict(zip(zip(mean["model"], mean["task"], strict=True), mean["value"].astype(float), strict=True))
+    typical = sum(known.values()) / len(known) if known else 10.0
+    return {s.run_id(): known.get((s.model, s.task), typical) for s in specs}
+
+
+def read_reference(out: Path) -> pd.DataFrame | None:
+    """The committed measurements, or None."""
+    try:
+        return pd.read_csv(out / "measurements.csv", dtype={"commit": str}, keep_default_na=False, na_values=[""])
+    except (OSError, ValueError):
+        return None
+
+
+def reproduce(
+    specs: list[RunSpec],
+    profile: str,
+    runs_root: Path,
+    results: Path,
+    jobs: int,
+    time_budget: float | None,
+    show: Progress,
+) -> int:
+    """Run every spec afresh, write results/PROFILE, and say how it compares with what was there before.
+
+    Returns:
+        0 all good, 1 some run failed, 3 stopped by the time budget or a signal with work left.
+    """
+    deadline = None if time_budget is None else time.monotonic() + time_budget
+    out = writable(results / profile)
+    sweep = Sweep(writable(runs_root / profile))
+    reference = read_reference(out)
+    with held(sweep.root):
+        show.say(sweep.open())
+        expected = expected_seconds(specs, reference)
+        todo = sorted(specs, key=lambda s: -expected[s.run_id()])  # longest first packs the workers best
+        show.begin([(s.run_id(), expected[s.run_id()]) for s in todo], jobs)
+        for spec in todo:
+            if read_record(sweep.current / spec.run_id()) is not None:
+                show.skip(spec.run_id())
+
+        def listen(outcome: Outcome, spec: RunSpec, error: str) -> None:
+            show.event(outcome, spec.run_id(), f"{spec.model} on {spec.task}, seed {spec.seed}", error)
+
+        complete = _until_signal(lambda: run_all(todo, sweep.current, jobs, listen, deadline), show)
+        show.end()
+        missing = [s for s in specs if read_record(sweep.current / s.run_id()) is None]
+        if not complete:
+            show.say(f"stopped with {len(missing)} of {len(specs)} runs left; the same command goes on from here")
+            return STOPPED
+        show.say(f"writing tables, figures and report to {out}")
+        build(sweep.current, out, profile, [s.run_id() for s in specs])
+        _compare(out, reference, show)
+        if missing:
+            counts = Counter(f"{s.model} on {s.task}" for s in missing)
+            show.say("failed: " + ", ".join(f"{name} ({n} runs)" for name, n in sorted(counts.items())))
+            show.say("the same command tries the failed runs again")
+            return FAILED
+        sweep.close()
+        show.say(f"report: {out / 'report.html'}")
+        return DONE
+
+
+def _until_signal(work: Callable[[], bool], show: Progress) -> bool:
+    """work()'s result, or False when SIGINT or SIGTERM ends it; a second signal ends the process at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Interrupted
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return work()
+    except Interrupted:
+        show.say("interrupted: stopping the runs in progress")
+        return False
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def _compare(out: Path, reference: pd.DataFrame | None, show: Progress) -> None:
+    if reference is None:
+        show.say("there was no earlier result to compare with")
+        return
+    new = read_reference(out)
+    assert new is not None
+    for line in compare_with_reference(new, reference):
+        show.say(line)

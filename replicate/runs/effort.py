@@ -1,0 +1,56 @@
+"""How hard a run is evaluated: part of its spec, the same for every model of a profile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from replicate.likelihood.estimator import Effort
+
+
+@dataclass(frozen=True)
+class Evaluation(Effort):
+    """The likelihood estimators' effort, and sizes of everything else that is measured.
+
+    Attributes:
+        test_points: test examples scored on densities (all on data).
+        samples: samples drawn for sample metrics on densities.
+        data_samples: samples drawn for sample metrics on data.
+        transport_points: samples on each side of the exact optimal transport problem.
+        langevin_steps: steps of each Langevin sampler in the sampler comparison.
+        langevin_chains: chains of each.
+        map_points, field_points: grid points per axis of density and score-field maps (seed 0).
+    """
+
+    test_points: int = 10_000
+    samples: int = 4_000
+    data_samples: int = 1_000
+    transport_points: int = 1_000
+    langevin_steps: int = 300
+    langevin_chains: int = 1_000
+    map_points: int = 60
+    field_points: int = 18
+
+
+STANDARD = Evaluation()
+EVALUATION = {
+    "smoke": replace(
+        STANDARD,
+        test_points=500,
+        importance_samples=20,
+        dequantisation_draws=2,
+        ode_draws=1,
+        ode_steps=6,
+        ais_chains=32,
+        ais_steps=20,
+        quadrature_points=60,
+        samples=300,
+        data_samples=200,
+        transport_points=150,
+        langevin_steps=20,
+        langevin_chains=150,
+        map_points=24,
+        field_points=10,
+    ),
+    "standard": STANDARD,
+    "full": replace(STANDARD, importance_samples=5_000, ais_chains=1_000, ais_steps=10_000, ode_draws=16),
+}

@@ -1,0 +1,309 @@
+"""From a trained model to measurements: the same protocol for every family, by capability.
+
+Each measurement is an `Estimate` or the reason why there is none. Nothing here can disturb training: it runs
+afterwards, on generators of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from replicate.likelihood.dequantisation import Preprocessed
+from replicate.likelihood.estimator import CHUNK, log_likelihood
+from replicate.metrics.classifier import DigitFeatures, c2st
+from replicate.metrics.divergences import fisher_divergence, kl
+from replicate.metrics.quality import frechet, precision_recall_density_coverage
+from replicate.metrics.samples import mmd, mode_weight_error, w2
+from replicate.model import Estimate, LogLikelihood, Model
+from replicate.runs.effort import Evaluation
+from replicate.runs.seeds import Streams, stream_seed
+from replicate.sampling.langevin import Chain, mala, ula
+from replicate.tasks.base import Density, Task
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of measurements.csv before the run's own columns are added.
+
+    Attributes:
+        estimate: the number, or None where there is none.
+        status: "ok" or "n/a: " and the reason.
+    """
+
+    metric: str
+    estimate: Estimate | None
+    status: str = "ok"
+    split: str = "test"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        e = self.estimate
+        numbers = {f.name: getattr(e, f.name) if e else None for f in fields(Estimate)}
+        if e:
+            numbers["value"] = e.value + 0.0  # no negative zero
+        if e and math.isnan(e.stderr):
+            numbers["stderr"] = None  # unknown; JSON has no nan
+        return {"split": self.split, "metric": self.metric, **numbers, "status": self.status}
+
+
+Measurements = Iterator[Measurement]
+
+
+def na(metric: str, reason: str) -> Measurement:
+    """A metric that this model honestly does not have."""
+    return Measurement(metric, None, f"n/a: {reason}")
+
+
+def count(metric: str, value: float, unit: str) -> Measurement:
+    """A number without sampling error."""
+    return Measurement(metric, Estimate(float(value), 0.0, "exact", unit, 1))
+
+
+def timed(device: torch.device, f: Callable[[], Any]) -> tuple[Any, float]:
+    """f()'s result and its wall seconds, the device's queue included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = f()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """One trained model on one task; iterate `measurements()`, then `arrays()` for the report's pictures."""
+
+    model: Model
+    task: Task
+    settings: Evaluation
+    streams: Streams
+    device: torch.device
+
+    def measurements(self) -> Measurements:
+        """Every measurement of this model on this task."""
+        if self.task.density is not None:
+            yield from self._density_likelihood(self.task.density)
+            yield from self._density_samples(self.task.density)
+            yield from self._samplers(self.task.density)
+        else:
+            yield from self._data_likelihood()
+            yield from self._data_samples()
+        yield count("parameters", sum(p.numel() for p in self.model.parameters()), "parameters")
+
+    # -- densities whose truth is known
+
+    def _log_likelihood(self, x: Tensor) -> LogLikelihood:
+        half_width = self.task.density.half_width if self.task.density and self.task.info.dim == 2 else None
+        generator = self.streams.fresh("evaluation")
+        return log_likelihood(self.model, x, self.settings, generator, half_width)
+
+    def _density_likelihood(self, truth: Density) -> Measurements:
+        x = self.task.test[: self.settings.test_points].to(self.device)
+        try:
+            log_q = self._log_likelihood(x)
+        except NotImplementedError as reason:
+            yield na("nll", str(reason))
+            yield na("kl", str(reason))
+        else:
+            yield Measurement("nll", -log_q.mean())
+            yield Measurement("kl", kl(LogLikelihood(truth.log_prob(x), "exact"), log_q))
+            yield from (Measurement(name, e) for name, e in log_q.details.items())
+        if not truth.smooth:
+            yield na("fisher_divergence", "the truth has no score at its edges")
+        elif "score" not in self.model.capabilities:
+            yield na("fisher_divergence", "the model has no score")
+        else:
+            scores = torch.cat([self.model.score(part).detach() for part in x.split(CHUNK)])
+            yield Measurement("fisher_divergence", fisher_divergence(scores, truth.score(x)))
+
+    def _density_samples(self, truth: Density) -> Measurements:
+        if "sample" not in self.model.capabilities:
+            for metric in ("w2", "mmd", "mode_weight_error", "sample_ms", "nfe"):
+                yield na(metric, "the model has no sampler of its own")
+            return
+        n = self.settings.samples
+        generator = self.streams.fresh("sample")
+        x, seconds = timed(self.device, lambda: self.model.sample(n, generator).detach())
+        yield from self._sample_quality(truth, x, "")
+        yield count("sample_ms", 1000 * seconds / n, "milliseconds")
+        yield count("nfe", self.model.nfe, "network evaluations")
+
+    def _sample_quality(self, truth: Density, x: Tensor, suffix: str) -> Measurements:
+        reference = self.task.test.to(self.device)
+        m = min(self.settings.transport_points, len(x), len(reference))
+        if not bool(torch.isfinite(x).all()):
+            for metric in ("w2", "mmd", "mode_weight_error"):
+                yield na(metric + suffix, "the sampler diverged")
+            return
+        yield Measurement("w2" + suffix, w2(x[:m], reference[:m]))
+        yield Measurement("mmd" + suffix, mmd(x[:m], reference[:m]))
+        weights = truth.mode_weights()
+        if weights is None:
+            yield na("mode_weight_error" + suffix, "the truth has no modes")
+        else:
+            yield Measurement("mode_weight_error" + suffix, mode_weight_error(truth.mode_of(x), weights.to(x.device)))
+
+    # -- any model with a score, under any Langevin sampler
+
+    def _start(self) -> Tensor:
+        """Langevin's start: a centred Gaussian as wide as the data, which knows nothing of the modes' weights."""
+        n, generator = self.settings.langevin_chains, self.streams.fresh("langevin-start")
+        z = torch.randn((n, self.task.info.dim), generator=generator, device=self.device)
+        return z * float(self.task.train.square().mean().sqrt())
+
+    def _chains(self, truth: Density, record_every: int = 0) -> Iterator[tuple[str, Callable[[], Chain]]]:
+        has, steps = self.model.capabilities, self.settings.langevin_steps
+        eps = langevin_step(truth)
+        if "score" in has:
+            yield (
+                "ula",
+                lambda: ula(
+                    self.model.score,
+                    self._start(),
+                    steps,
+                    eps,
+                    self.streams.fresh("langevin"),
+                    record_every=record_every,
+                ),
+            )
+        if "log_prob" in has or "energy" in has:
+            log_f = self.model.log_prob if "log_prob" in has else (lambda x: -self.model.energy(x))
+            yield (
+                "mala",
+                lambda: mala(log_f, self.model.score, self._start(), steps, eps, self.streams.fresh("langevin")),
+            )
+
+    def _samplers(self, truth: Density) -> Measurements:
+        if self.task.info.dim != 2 or not truth.smooth:
+            return
+        for name, run in self._chains(truth):
+            chain, seconds = timed(self.device, run)
+            yield from self._sample_quality(truth, chain.samples, f":{name}")
+            yield count(f"nfe:{name}", chain.nfe, "network evaluations")
+            yield count(f"sample_ms:{name}", 1000 * seconds / len(chain.samples), "milliseconds")
+        yield from self._alternative_samplers(truth)
+
+    def _alternative_samplers(self, truth: Density) -> Measurements:
+        """The samplers that a model offers beside its own: annealed, predictor-corrector, probability flow."""
+        inner = self.model.inner if isinstance(self.model, Preprocessed) else self.model
+        offered: dict[str, Callable[[int, torch.Generator], Chain]] = getattr(inner, "samplers", lambda: {})()
+        for name, run in offered.items():
+            generator = self.streams.fresh(f"sample-{name}")
+            chain, seconds = timed(self.device, partial(run, self.settings.langevin_chains, generator))
+            x = chain.samples
+            if isinstance(self.model, Preprocessed):
+                x = self.model.transform.inverse(x)
+            yield from self._sample_quality(truth, x.detach(), f":{name}")
+            yield count(f"nfe:{name}", chain.nfe, "network evaluations")
+            yield count(f"sample_ms:{name}", 1000 * seconds / len(x), "milliseconds")
+
+    # -- data
+
+    def _data_likelihood(self) -> Measurements:
+        x = self.task.test.to(self.device)
+        try:
+            log_p = self._log_likelihood(x)
+        except NotImplementedError as reason:
+            yield na("nll", str(reason))
+            yield na("bits_per_dim", str(reason))
+            return
+        nll = -log_p.mean()
+        yield Measurement("nll", nll)
+        yield Measurement("bits_per_dim", nll.times(1 / (self.task.info.dim * float(np.log(2))), "bits/dim"))
+        yield from (Measurement(name, e) for name, e in log_p.details.items())
+
+    def _data_samples(self) -> Measurements:
+        names = ("c2st", "frechet", "precision", "recall", "density", "coverage")
+        if "sample" not in self.model.capabilities:
+            for metric in (*names, "sample_ms", "nfe"):
+                yield na(metric, "the model has no sampler of its own")
+            return
+        n, test = self.settings.data_samples, self.task.test.to(self.device)
+        generator = self.streams.fresh("sample")
+        x, seconds = timed(self.device, lambda: self.model.sample(n, generator).detach())
+        m = min(n, len(test))
+        yield Measurement("c2st", c2st(x[:m].cpu(), test[:m].cpu(), self.streams.fresh("c2st-cpu")))
+        features = digit_features(self.task)
+        fake, real = features.features(x.cpu()), features.features(test.cpu())
+        yield Measurement("frechet", frechet(fake, real))
+        for name, e in precision_recall_density_coverage(real, fake[:m]).items():
+            yield Measurement(name, e)
+        yield count("sample_ms", 1000 * seconds / n, "milliseconds")
+        yield count("nfe", self.model.nfe, "network evaluations")
+
+    # -- what the report draws
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Maps, samples and paths for the report; drawn for one seed only, since they are pictures."""
+        out: dict[str, np.ndarray] = {}
+        if "sample" in self.model.capabilities:
+            n = 100 if self.task.density is None else 1_000
+            out["samples"] = self.model.sample(n, self.streams.fresh("sample")).detach().cpu().numpy()
+        if self.task.density is None:
+            out["levels"] = np.asarray(self.task.info.levels)
+            out["reference_samples"] = self.task.test[:100].numpy()
+        elif self.task.info.dim == 2:
+            out.update(self._maps(self.task.density))
+        return {k: v.astype(np.float32) for k, v in out.items()}
+
+    def _maps(self, truth: Density) -> dict[str, np.ndarray]:
+        out: dict[str, np.ndarray] = {}
+        span = view_half_width(self.task)
+        x, axis = plane(span, self.settings.map_points, self.device)
+        try:
+            values = self._log_likelihood(x).values
+        except NotImplementedError:
+            pass
+        else:
+            out["grid_log_density"] = values.reshape(len(axis), -1).cpu().numpy()
+            out["grid_axis"] = axis.numpy()
+        if "score" in self.model.capabilities and truth.smooth:
+            x, axis = plane(span, self.settings.field_points, self.device)
+            out["grid_score"] = self.model.score(x).detach().reshape(len(axis), len(axis), 2).cpu().numpy()
+            out["score_axis"] = axis.numpy()
+            for name, run in self._chains(truth, record_every=max(1, self.settings.langevin_steps // 50)):
+                if name == "ula":
+                    path = run().path
+                    assert path is not None
+                    out["path"] = path[:, :12].detach().cpu().numpy()
+        return out
+
+
+def langevin_step(truth: Density) -> float:
+    """Step size eps of plain Langevin: a fifth of the narrowest variance, which biases that variance by 5 %."""
+    return 0.2 * truth.narrowest**2
+
+
+def view_half_width(task: Task) -> float:
+    """Half width of the square that the report draws: all test points, with a margin."""
+    return float(task.test.abs().max()) * 1.05
+
+
+def plane(half_width: float, points: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Grid of (points^2, 2) positions, rows along x2 and columns along x1, and its axis (points,)."""
+    axis = torch.linspace(-half_width, half_width, points)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    return torch.stack([x.flatten(), y.flatten()], 1).to(device), axis
+
+
+_FEATURES: dict[str, DigitFeatures] = {}
+
+
+def digit_features(task: Task) -> DigitFeatures:
+    """The feature classifier of a task, trained once a process under a fixed seed."""
+    if task.name not in _FEATURES:
+        assert task.labels is not None
+        assert task.info.levels is not None
+        seed = stream_seed(task.name, "features") % 2**31
+        _FEATURES[task.name] = DigitFeatures.train(task.train, task.labels[0], task.info.levels - 1, seed)
+    return _FEATURES[task.name]

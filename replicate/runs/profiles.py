@@ -1,0 +1,77 @@
+"""What each profile of the comparison runs: which models on which tasks over how many seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from replicate.registry import load_task, model_entry, models, unknown, unsupported
+from replicate.runs.spec import PROFILES, RunSpec, make_spec
+
+PLANE = ("two-gaussians", "eight-gaussians", "two-moons", "rings")
+PLANE_FULL = (*PLANE, "pinwheel", "spirals", "checkerboard")
+
+#: one model a family for how error and cost grow with the dimension
+ACROSS_DIMENSIONS = ("causal-conv", "spline-flow", "vae", "neural-ebm", "sde-vp", "gaussian-mixture", "truth")
+
+#: scores of one noise level give no log p on data, and the exact trace costs one pass a dimension
+ONE_LEVEL = ("sm-explicit", "sm-implicit", "dsm", "dsm-energy", "ssm", "ssm-vr")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Every given model that supports each task, over seeds 0 .. seeds-1.
+
+    Attributes:
+        tasks: task names.
+        seeds: how many.
+        models: model names; empty for all.
+        without: names left out of "all".
+    """
+
+    tasks: tuple[str, ...]
+    seeds: int
+    models: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+
+
+COMPARISON: dict[str, tuple[Part, ...]] = {
+    "smoke": (
+        Part(("two-gaussians",), 1),
+        Part(("digits", "digits-binary"), 1, without=ONE_LEVEL),
+    ),
+    "standard": (
+        Part(PLANE, 5),
+        Part(("mixture-8", "mixture-32"), 3, ACROSS_DIMENSIONS),
+        Part(("digits", "digits-binary"), 3, without=ONE_LEVEL),
+    ),
+    "full": (
+        Part(PLANE_FULL, 5),
+        Part(("mixture-2", "mixture-8", "mixture-32", "mixture-64"), 5, ACROSS_DIMENSIONS),
+        Part(("digits", "digits-shuffled", "digits-binary"), 5, without=ONE_LEVEL),
+    ),
+}
+
+
+def plan(profile: str, device: str = "cpu", seeds: int | None = None) -> list[RunSpec]:
+    """All specs of a profile's comparison, in a fixed order.
+
+    Args:
+        seeds: overrides the number of seeds of every part.
+
+    Raises:
+        UsageError: no such profile.
+    """
+    if profile not in PROFILES:
+        raise unknown("profile", profile, PROFILES, f"It is one of {', '.join(PROFILES)}.")
+    return list(_specs(profile, device, seeds))
+
+
+def _specs(profile: str, device: str, seeds: int | None) -> Iterator[RunSpec]:
+    for part in COMPARISON[profile]:
+        for task_name in part.tasks:
+            task = load_task(task_name)
+            for name in part.models or sorted(set(models()) - set(part.without)):
+                if unsupported(model_entry(name), task) is None:
+                    for seed in range(seeds or part.seeds):
+                        yield make_spec(name, task_name, seed, profile, device)

@@ -1,0 +1,94 @@
+"""Run directories: written so that a record is either whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from replicate.registry import UsageError
+from replicate.runs.spec import spec_hash
+
+
+def default_runs_folder() -> Path:
+    """REPLICATE_RUNS, or .runs in the current folder."""
+    return Path(os.environ.get("REPLICATE_RUNS") or ".runs")
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file whole: a temporary one beside it, flushed to disk, then renamed over it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write JSON atomically; nan and infinity are refused, since JSON has none."""
+    write_atomic(path, (json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an npz atomically."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as handle:
+        np.savez_compressed(handle, allow_pickle=False, **arrays)
+    os.replace(temporary, path)
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """A run's record, or None where there is no whole record that belongs to this folder."""
+    try:
+        record: dict[str, Any] = json.loads((folder / "record.json").read_text())
+        whole = record["run_id"] == folder.name == spec_hash(record["spec"]) and "measurements" in record
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return record if whole else None
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made if it was missing.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test.{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to {folder}: {error.strerror}. Choose another folder or mend its rights."
+        ) from None
+    return folder
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; the lock goes with the process, however it ends.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    with open(folder / "lock", "a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.seek(0)
+            holder = handle.read().strip() or "unknown"
+            raise UsageError(
+                f"{folder} is in use by process {holder}; wait for it, or set REPLICATE_RUNS to another folder."
+            ) from None
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield

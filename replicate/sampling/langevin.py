@@ -1,0 +1,174 @@
+"""Langevin samplers: unadjusted (ULA) and Metropolis-adjusted (MALA).
+
+One convention, here and in every sampler of this package (Welling and Teh 2011, Eq. 4, with a temperature):
+
+    x <- x + (eps / 2T) score(x) + sqrt(eps) z,    z ~ N(0, I)
+
+eps is `step_size`, T is `temperature`, score(x) = grad log p(x). As eps -> 0 the chain's law is proportional to
+p(x)^(1/T); T = 1 samples p. Papers that write another parametrisation are converted where they are called.
+
+Sources: Roberts and Tweedie 1996, Bernoulli 2(4), for both chains and the acceptance ratio.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Score = Callable[[Tensor], Tensor]
+LogDensity = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Where a batch of n independent chains ended.
+
+    Attributes:
+        samples: last states, shape (n, D).
+        path: recorded states, shape (r, n, D), the starting state first; None where nothing was recorded.
+        nfe: score evaluations in sequence for one batch.
+        acceptance: accepted fraction of all proposals, None where the sampler has no accept step.
+    """
+
+    samples: Tensor
+    path: Tensor | None
+    nfe: int
+    acceptance: float | None = None
+
+
+class Recorder:
+    """Keeps every `every`-th state of a chain; 0 keeps none."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._states: list[Tensor] = []
+
+    def see(self, step: int, x: Tensor) -> None:
+        """Offer the state x (n, D) after `step` steps."""
+        if self.every and step % self.every == 0:
+            self._states.append(x.clone())
+
+    def path(self) -> Tensor | None:
+        """The states kept, shape (r, n, D)."""
+        return torch.stack(self._states) if self._states else None
+
+
+def standard_normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """z ~ N(0, I) of x's shape, dtype and device."""
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+
+def langevin_drift(x: Tensor, score: Tensor, step_size: float | Tensor, temperature: float = 1.0) -> Tensor:
+    """The mean of one step, x + (eps / 2T) score, shape (n, D)."""
+    return x + (step_size / (2 * temperature)) * score
+
+
+def langevin_step(
+    x: Tensor, score: Tensor, step_size: float | Tensor, noise: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """One step of the convention in the module's header, shape (n, D).
+
+    Args:
+        x: state, shape (n, D).
+        score: grad log p(x), shape (n, D).
+        step_size: eps, in squared units of x; a float or a tensor that broadcasts with x.
+        noise: standard normal draw, shape (n, D).
+        temperature: T.
+    """
+    return langevin_drift(x, score, step_size, temperature) + step_size**0.5 * noise
+
+
+def check_settings(steps: int, step_size: float, temperature: float) -> None:
+    """Refuse settings under which the chain means nothing.
+
+    Raises:
+        ValueError: steps < 0, step_size <= 0 or temperature <= 0.
+    """
+    if steps < 0 or not step_size > 0 or not temperature > 0:
+        raise ValueError(
+            f"Langevin sampling needs steps >= 0, step_size > 0 and temperature > 0; "
+            f"got steps={steps}, step_size={step_size}, temperature={temperature}"
+        )
+
+
+@torch.no_grad()
+def ula(
+    score: Score,
+    x: Tensor,
+    steps: int,
+    step_size: float,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    record_every: int = 0,
+) -> Chain:
+    """Unadjusted Langevin algorithm; biased by the step size.
+
+    On N(0, s^2) its stationary variance is T s^2 / (1 - eps / (4 T s^2)); it diverges for eps >= 4 T s^2.
+
+    Args:
+        score: grad log p, (n, D) -> (n, D).
+        x: starting states, shape (n, D); not changed.
+        steps: number of steps.
+        step_size: eps in squared units of x.
+        generator: on x's device.
+        temperature: T.
+        record_every: keep every so many states in `path`; 0 keeps none.
+    """
+    check_settings(steps, step_size, temperature)
+    recorder = Recorder(record_every)
+    recorder.see(0, x)
+    for step in range(1, steps + 1):
+        x = langevin_step(x, score(x), step_size, standard_normal_like(x, generator), temperature)
+        recorder.see(step, x)
+    return Chain(x, recorder.path(), nfe=steps)
+
+
+@torch.no_grad()
+def mala(
+    log_density: LogDensity,
+    score: Score,
+    x: Tensor,
+    steps: int,
+    step_size: float,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    record_every: int = 0,
+) -> Chain:
+    """Metropolis-adjusted Langevin algorithm: the ULA step as a proposal, accepted so that p^(1/T) is exact.
+
+    A proposal whose log density or score is nan is rejected.
+
+    Args:
+        log_density: log p up to a constant, (n, D) -> (n,).
+        score: its gradient, (n, D) -> (n, D). A score that is not costs acceptance, not correctness.
+        x: starting states, shape (n, D); not changed.
+        steps: number of steps.
+        step_size: eps in squared units of x.
+        generator: on x's device.
+        temperature: T.
+        record_every: keep every so many states in `path`; 0 keeps none.
+    """
+    check_settings(steps, step_size, temperature)
+    recorder = Recorder(record_every)
+    recorder.see(0, x)
+    log_p, grad = log_density(x).detach(), score(x)
+    accepted = torch.zeros((), dtype=torch.float64, device=x.device)
+    for step in range(1, steps + 1):
+        proposal = langevin_step(x, grad, step_size, standard_normal_like(x, generator), temperature)
+        log_p_new, grad_new = log_density(proposal).detach(), score(proposal)
+        # log of p(y)^(1/T) q(x | y) / (p(x)^(1/T) q(y | x)) with q(. | x) = N(x + eps / 2T score(x), eps I)
+        there = (proposal - langevin_drift(x, grad, step_size, temperature)).square().sum(-1)
+        back = (x - langevin_drift(proposal, grad_new, step_size, temperature)).square().sum(-1)
+        log_ratio = (log_p_new - log_p) / temperature + (there - back) / (2 * step_size)
+        u = torch.rand(log_ratio.shape, generator=generator, device=x.device, dtype=log_ratio.dtype)
+        accept = u.log() < log_ratio
+        x = torch.where(accept[:, None], proposal, x)
+        grad = torch.where(accept[:, None], grad_new, grad)
+        log_p = torch.where(accept, log_p_new, log_p)
+        accepted += accept.double().mean()
+        recorder.see(step, x)
+    return Chain(x, recorder.path(), nfe=steps + 1, acceptance=float(accepted) / steps if steps else math.nan)

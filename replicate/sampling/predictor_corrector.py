@@ -1,0 +1,118 @@
+"""Predictor-corrector sampling of a reverse SDE (Song et al. 2021, arXiv:2011.13456, Algorithms 1 to 5).
+
+Predictor: reverse diffusion (Eq. 46),  x_{i} = x_{i+1} - f_{i+1}(x_{i+1}) + G_{i+1}^2 s(x_{i+1}, t_{i+1}) + G_{i+1} z,
+with the discretisation x_{i+1} = x_i + f + G z taken from the SDE's own transition kernel: on the VE and VP SDEs these
+are the printed updates (G^2 = sigma_{i+1}^2 - sigma_i^2; f = (sqrt(1 - beta) - 1) x, G^2 = beta).
+
+Corrector: Langevin with the step size that keeps the signal-to-noise ratio r (Algorithms 4 and 5). The paper's step
+x + eps g + sqrt(2 eps) z with eps = 2 alpha (r ||z|| / ||g||)^2 is this package's convention with step size 2 eps.
+
+The predictor's bias is of first order: on a Gaussian, 200 steps without a corrector leave samples 2 to 4 % too wide.
+
+Deviations: the time grid is `time_grid`, not even in t; ||z|| and ||g|| are means over the batch, as in the released
+code (in two dimensions a single ||g|| comes arbitrarily close to 0); alpha = 1 for every SDE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from replicate.sampling.grid import time_grid
+from replicate.sampling.langevin import Chain, Recorder, langevin_step, standard_normal_like
+
+if TYPE_CHECKING:
+    from replicate.score_based.sde import SDE
+
+ScoreAt = Callable[[Tensor, Tensor], Tensor]
+
+
+def transition(sde: SDE, times: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernel p(x_{t_i} | x_{t_{i+1}}) = N(ratio x, variance I) between neighbours t_i > t_{i+1} of a grid.
+
+    Args:
+        times: decreasing, shape (steps + 1,).
+
+    Returns:
+        (ratio, variance), each of shape (steps,).
+    """
+    scale, std = sde.marginal(times)
+    ratio = scale[:-1] / scale[1:]
+    return ratio, (std[:-1].square() - (ratio * std[1:]).square()).clamp_min(0)
+
+
+def corrector_step(x: Tensor, score: Tensor, snr: float, noise: Tensor) -> Tensor:
+    """One Langevin step whose size is set by the signal-to-noise ratio `snr`, shape (n, D)."""
+    ratio = noise.norm(dim=-1).mean() / score.norm(dim=-1).mean()
+    step_size = 4 * (snr * ratio).square()
+    return langevin_step(x, score, step_size, noise)
+
+
+def tweedie(x: Tensor, score: Tensor, scale: Tensor, std: Tensor) -> Tensor:
+    """E[x_0 | x_t] = (x + std^2 score) / scale, shape (n, D), for scalar scale and std."""
+    return (x + std.square() * score) / scale
+
+
+@torch.no_grad()
+def predictor_corrector(
+    score_at: ScoreAt,
+    sde: SDE,
+    n: int,
+    dim: int,
+    steps: int,
+    corrector_steps: int,
+    snr: float,
+    generator: torch.Generator,
+    predict: bool = True,
+    denoise: bool = True,
+    record_every: int = 0,
+) -> Chain:
+    """n samples by predictor and corrector steps down the time grid.
+
+    Args:
+        score_at: (x (n, D), t (n,)) -> score of x at time t, shape (n, D).
+        sde: the forward SDE.
+        n: number of samples.
+        dim: D.
+        steps: steps of the time grid.
+        corrector_steps: Langevin steps after each predictor step (M in the paper).
+        snr: r; 0.16 in the paper's VE experiments, 0.01 to 0.2 elsewhere.
+        generator: on the device to sample on.
+        predict: False samples by the corrector alone.
+        denoise: end with Tweedie's mean at t_min.
+        record_every: keep every so many grid steps in `path`; 0 keeps none.
+
+    Raises:
+        ValueError: steps < 1, or neither predictor nor corrector is on.
+    """
+    if not predict and corrector_steps < 1:
+        raise ValueError("predictor_corrector needs predict=True or corrector_steps >= 1")
+    x = sde.prior_sample(n, dim, generator)
+    times = time_grid(sde, steps, x.device)
+    ratio, variance = (value.to(x.dtype) for value in transition(sde, times))
+    scale, std = (value.to(x.dtype) for value in sde.marginal(times))
+    times = times.to(x.dtype)
+    recorder = Recorder(record_every)
+    recorder.see(0, x)
+    for i in range(steps):
+        if predict:
+            score = score_at(x, times[i].expand(n))
+            mean = (2 - ratio[i]) * x + variance[i] * score
+            x = mean + variance[i].sqrt() * standard_normal_like(x, generator)
+        for _ in range(corrector_steps):
+            score = score_at(x, times[i + 1].expand(n))
+            x = corrector_step(x, score, snr, standard_normal_like(x, generator))
+        recorder.see(i + 1, x)
+    if denoise:
+        x = tweedie(x, score_at(x, times[-1].expand(n)), scale[-1], std[-1])
+    return Chain(x, recorder.path(), nfe=steps * (int(predict) + corrector_steps) + int(denoise))
+
+
+def reverse_sde(
+    score_at: ScoreAt, sde: SDE, n: int, dim: int, steps: int, generator: torch.Generator, denoise: bool = True
+) -> Chain:
+    """n samples by the predictor alone: the reverse SDE, discretised; see `predictor_corrector`."""
+    return predictor_corrector(score_at, sde, n, dim, steps, 0, 0.0, generator, denoise=denoise)

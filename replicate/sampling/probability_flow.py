@@ -1,0 +1,71 @@
+"""Deterministic sampling by the probability-flow ODE (Song et al. 2021, arXiv:2011.13456, Eq. 13).
+
+With y = x / m(t) and sigma = std(t) / m(t) every linear SDE has the same flow, dy/dsigma = -sigma m(t) s(m(t) y, t)
+(Karras et al. 2022, arXiv:2206.00364, Eq. 4), which Heun's method integrates on `time_grid` (their Algorithm 1). Unlike
+there, the flow ends at t_min, where the model's likelihood is defined, and no Euler step to sigma = 0 is added
+unless `denoise` asks for it (that step is Tweedie's mean).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from replicate.sampling.grid import time_grid
+from replicate.sampling.langevin import Chain, Recorder
+from replicate.sampling.predictor_corrector import ScoreAt, tweedie
+
+if TYPE_CHECKING:
+    from replicate.score_based.sde import SDE
+
+
+@torch.no_grad()
+def probability_flow(
+    score_at: ScoreAt,
+    sde: SDE,
+    n: int,
+    dim: int,
+    steps: int,
+    generator: torch.Generator,
+    denoise: bool = False,
+    record_every: int = 0,
+) -> Chain:
+    """n samples of the prior carried to t_min by Heun's method; the generator draws the prior only.
+
+    Args:
+        score_at: (x (n, D), t (n,)) -> score of x at time t, shape (n, D).
+        sde: the forward SDE.
+        n: number of samples.
+        dim: D.
+        steps: Heun steps, two score evaluations each.
+        generator: on the device to sample on.
+        denoise: end with Tweedie's mean at t_min.
+        record_every: keep every so many states in `path`; 0 keeps none.
+
+    Raises:
+        ValueError: steps < 1.
+    """
+    x = sde.prior_sample(n, dim, generator)
+    times = time_grid(sde, steps, x.device)
+    scale, std = (value.to(x.dtype) for value in sde.marginal(times))
+    sigma = std / scale
+    times = times.to(x.dtype)
+
+    def slope(y: Tensor, i: int) -> Tensor:
+        return -std[i] * score_at(scale[i] * y, times[i].expand(n))
+
+    recorder = Recorder(record_every)
+    recorder.see(0, x)
+    y = x / scale[0]
+    for i in range(steps):
+        h = sigma[i + 1] - sigma[i]
+        first = slope(y, i)
+        second = slope(y + h * first, i + 1)
+        y = y + h * (first + second) / 2
+        recorder.see(i + 1, scale[i + 1] * y)
+    x = scale[-1] * y
+    if denoise:
+        x = tweedie(x, score_at(x, times[-1].expand(n)), scale[-1], std[-1])
+    return Chain(x, recorder.path(), nfe=2 * steps + int(denoise))

@@ -1,0 +1,148 @@
+"""Score-based models through stochastic differential equations (Song et al. 2021, 2011.13456).
+
+The network predicts the noise in data coordinates, y = x_t / s(t) with noise level rho = sigma / s, so one network
+serves VE, VP and sub-VP. With lambda = log rho the likelihood weighting of Song et al. 2021 (2101.09258, eq. 7) is
+the same for each of them: the bound on -log p(x) is a constant plus the integral of E|eps - z|^2 over lambda.
+
+Levels are drawn by importance from a truncated logistic distribution of lambda mixed with a uniform one, stratified
+over the batch (Kingma et al. 2021, 2107.00630, appendix I.1). `weighting`: "likelihood" corrects for the proposal, so
+the loss is the bound; "proposal" does not, as in Karras et al. 2022 (2206.00364, table 1).
+
+Deviations: each example is noised by z and by -z, which cancels most of the target's noise at small rho; the network
+is an MLP preconditioned by the data's Gaussian fit; samples come from the probability-flow ODE.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from replicate.model import DataInfo, Model
+from replicate.sampling.probability_flow import probability_flow
+from replicate.score_based.networks import NoiseNet
+from replicate.score_based.sde import SDE, VE, VP, SubVP
+
+Weighting = Literal["likelihood", "proposal"]
+
+
+class LevelProposal:
+    """Random noise levels lambda = log rho in [low, high] and their density.
+
+    A mixture: `uniform` of it uniform, the rest logistic with location and scale, cut off at the ends.
+    """
+
+    def __init__(self, low: float, high: float, location: float, scale: float, uniform: float) -> None:
+        self.low, self.high = low, high
+        self.location, self.scale, self.uniform = location, scale, uniform
+        self._cdf_low, self._cdf_high = (1 / (1 + math.exp(-(v - location) / scale)) for v in (low, high))
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """n levels (n,), stratified: their quantiles are even up to one shared random shift."""
+        draws = torch.rand(2, max(n, 1), generator=generator, device=generator.device, dtype=torch.float64)
+        u = (draws[0, :1] + torch.arange(n, device=generator.device) / n) % 1
+        logistic = self.location + self.scale * torch.logit(self._cdf_low + u * (self._cdf_high - self._cdf_low))
+        flat = self.low + u * (self.high - self.low)
+        return torch.where(draws[1, :n] < self.uniform, flat, logistic)
+
+    def density(self, level: Tensor) -> Tensor:
+        """Probability density of each level (n,)."""
+        inside = torch.sigmoid((level - self.location) / self.scale)
+        logistic = inside * (1 - inside) / (self.scale * (self._cdf_high - self._cdf_low))
+        return self.uniform / (self.high - self.low) + (1 - self.uniform) * logistic
+
+
+class DiffusionModel(Model):
+    """Scores of the data along an SDE.
+
+    Args:
+        net: predicts the noise from (y (n, D), log rho (n,)).
+        dim: D.
+        sde: the forward process.
+        proposal: of the training levels.
+        weighting: "likelihood" or "proposal".
+        sample_steps: Heun steps of the probability-flow sampler, two evaluations each.
+    """
+
+    family = "score"
+    capabilities = frozenset({"diffusion", "score", "sample"})
+
+    def __init__(
+        self, net: NoiseNet, dim: int, sde: SDE, proposal: LevelProposal, weighting: Weighting, sample_steps: int
+    ) -> None:
+        super().__init__()
+        self.net, self.dim, self.sde = net, dim, sde
+        self.proposal, self.weighting = proposal, weighting
+        self.sample_steps = sample_steps
+        self.nfe = 2 * sample_steps
+
+    def initialise(self, train: Tensor, generator: torch.Generator) -> None:
+        self.net.gaussian.fit(train)
+
+    def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        return self._objective(batch, generator, self.weighting)
+
+    def validation_loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        """The likelihood-weighted objective, whatever the training's weighting."""
+        return self._objective(batch, generator, "likelihood")
+
+    def _objective(self, batch: Tensor, generator: torch.Generator, weighting: Weighting) -> Tensor:
+        level = self.proposal.sample(len(batch), generator).to(batch)
+        z = torch.randn(batch.shape, generator=generator, device=batch.device, dtype=batch.dtype)
+        step = level.exp()[:, None] * z
+        eps = self.net(torch.cat([batch + step, batch - step]), torch.cat([level, level]))
+        error = (eps - torch.cat([z, -z])).square().sum(-1).view(2, -1).mean(0)
+        if weighting == "likelihood":
+            error = error / self.proposal.density(level)
+        return error.mean()
+
+    def score_at(self, x: Tensor, t: Tensor) -> Tensor:
+        """grad log p_t(x) of the noised data, x (n, D), t (n,) -> (n, D)."""
+        scale, std = self.sde.marginal(t)
+        return -self.net(x / scale[:, None], self.sde.log_ratio(t)) / std[:, None]
+
+    def score(self, x: Tensor) -> Tensor:
+        """Score at data x (n, D) under the noise of t_min."""
+        t = torch.full_like(x[:, 0], self.sde.t_min)
+        scale, _ = self.sde.marginal(t)
+        return scale[:, None] * self.score_at(scale[:, None] * x, t)
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        return probability_flow(
+            self.score_at, self.sde, n, self.dim, self.sample_steps, generator, denoise=True
+        ).samples
+
+
+def build_vp(info: DataInfo, *, beta_min: float, beta_max: float, t_min: float, **settings: Any) -> DiffusionModel:
+    """A diffusion model on the VP SDE; `settings` are those of `assemble`."""
+    return assemble(VP(beta_min, beta_max, t_min), info, **settings)
+
+
+def build_subvp(info: DataInfo, *, beta_min: float, beta_max: float, t_min: float, **settings: Any) -> DiffusionModel:
+    """A diffusion model on the sub-VP SDE; `settings` are those of `assemble`."""
+    return assemble(SubVP(beta_min, beta_max, t_min), info, **settings)
+
+
+def build_ve(info: DataInfo, *, sigma_min: float, sigma_max: float, **settings: Any) -> DiffusionModel:
+    """A diffusion model on the VE SDE; `settings` are those of `assemble`."""
+    return assemble(VE(sigma_min, sigma_max), info, **settings)
+
+
+def assemble(
+    sde: SDE,
+    info: DataInfo,
+    *,
+    weighting: Weighting,
+    location: float,
+    scale: float,
+    uniform: float,
+    sample_steps: int,
+    **network: Any,
+) -> DiffusionModel:
+    """A diffusion model from scalar settings; `network` are those of `NoiseNet`."""
+    ends = torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)
+    low, high = sde.log_ratio(ends).tolist()
+    proposal = LevelProposal(low, high, location, scale, uniform)
+    return DiffusionModel(NoiseNet(info.dim, **network), info.dim, sde, proposal, weighting, sample_steps)

@@ -1,0 +1,114 @@
+"""The score-based models that the suite offers, with their default settings.
+
+Noise levels and step sizes are in standard deviations of the data: models see standardised inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from replicate.model import ModelEntry, Training
+from replicate.score_based.diffusion import build_subvp, build_ve, build_vp
+from replicate.score_based.ncsn import build_ncsn
+from replicate.score_based.single import (
+    DenoisingModel,
+    ImplicitModel,
+    SlicedModel,
+    SlicedVRModel,
+    build_energy,
+    build_free,
+)
+
+CONTINUOUS = frozenset({"continuous"})
+
+_NETWORK = {"hidden": 64, "depth": 3, "activation": "softplus"}
+_LANGEVIN = {"langevin_steps": 1000, "step_size": 0.005}
+_SINGLE = Training(steps=1000, batch_size=256, lr=3e-3, betas=(0.9, 0.99), ema=0.99)
+
+SM_IMPLICIT = ModelEntry(
+    family="score",
+    about="implicit score matching, exact trace",
+    paper="Hyvarinen 2005, JMLR 6",
+    build=partial(build_free, ImplicitModel),
+    domains=CONTINUOUS,
+    params={**_NETWORK, **_LANGEVIN},
+    training=_SINGLE,
+)
+
+SSM = ModelEntry(
+    family="score",
+    about="sliced score matching",
+    paper="Song et al. 2019, 1905.07088",
+    build=partial(build_free, SlicedModel),
+    domains=CONTINUOUS,
+    params={**_NETWORK, **_LANGEVIN},
+    training=_SINGLE,
+)
+
+SSM_VR = replace(SSM, about="sliced score matching, variance reduced", build=partial(build_free, SlicedVRModel))
+
+DSM = ModelEntry(
+    family="score",
+    about="denoising score matching at one noise level",
+    paper="Vincent 2011, Neural Computation 23",
+    build=partial(build_free, DenoisingModel),
+    domains=CONTINUOUS,
+    params={**_NETWORK, **_LANGEVIN, "sigma": 0.1},
+    training=_SINGLE,
+)
+
+DSM_ENERGY = replace(DSM, about="denoising score matching, s = -grad f", build=build_energy)
+
+_NOISE_NET = {"hidden": 128, "depth": 3, "features": 64, "max_frequency": 12.0, "width": 0.1, "shrinkage": 0.0}
+
+NCSN = ModelEntry(
+    family="score",
+    about="noise-conditional score network, annealed Langevin",
+    paper="Song and Ermon 2019, 1907.05600",
+    build=build_ncsn,
+    domains=CONTINUOUS,
+    params={
+        "sigma_max": 5.0,
+        "sigma_min": 0.03,
+        "levels": 10,
+        "steps_per_level": 20,
+        "step_size": 0.3,
+        "denoise": True,
+        **_NOISE_NET,
+    },
+    training=Training(steps=500, batch_size=256, lr=6e-3, betas=(0.9, 0.99), ema=0.99),
+)
+
+_DIFFUSION = {
+    "weighting": "likelihood",
+    "location": -2.2,
+    "scale": 0.7,
+    "uniform": 0.1,
+    "sample_steps": 32,
+    **_NOISE_NET,
+}
+
+SDE_VP = ModelEntry(
+    family="score",
+    about="score SDE, variance preserving",
+    paper="Song et al. 2021, 2011.13456",
+    build=build_vp,
+    domains=CONTINUOUS,
+    params={"beta_min": 0.1, "beta_max": 20.0, "t_min": 1e-3, **_DIFFUSION},
+    training=Training(steps=1500, batch_size=256, lr=6e-3, betas=(0.9, 0.99), ema=0.995),
+)
+
+SDE_VE = replace(
+    SDE_VP,
+    about="score SDE, variance exploding",
+    build=build_ve,
+    params={"sigma_min": 0.01, "sigma_max": 50.0, **_DIFFUSION},
+)
+
+SDE_SUBVP = replace(
+    SDE_VP,
+    about="score SDE, sub-VP",
+    build=build_subvp,
+    params={"beta_min": 0.1, "beta_max": 20.0, "t_min": 0.03, **_DIFFUSION},
+)

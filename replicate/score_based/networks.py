@@ -1,0 +1,198 @@
+"""Score networks: free vector fields, gradients of a scalar energy, and noise-conditional ones.
+
+The noise-conditional network predicts the noise, eps(y, rho) = -rho grad log q_rho(y), where q_rho is the data
+density convolved with N(0, rho^2 I). It is the exact answer for the data's Gaussian fit plus a learned residual,
+which is Karras et al.'s preconditioning (2022, 2206.00364, section 5) with a full covariance in place of one
+sigma_data: at large rho, where the data look Gaussian, there is nothing to learn.
+
+Input Fourier features follow Tancik et al. 2020 (2006.10739); deviation: each is damped by its expectation under
+the noise, exp(-(rho |w|)^2 / 2), so that frequencies that the noise has erased cannot act as noise themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "softplus": nn.Softplus}
+
+
+def mlp(sizes: list[int], activation: str = "silu") -> nn.Sequential:
+    """Linear layers of the given sizes with a smooth activation between them.
+
+    Raises:
+        KeyError: the activation is neither "silu" nor "softplus".
+    """
+    layers: list[nn.Module] = []
+    for i, (a, b) in enumerate(pairwise(sizes)):
+        layers += [_ACTIVATIONS[activation]()] if i else []
+        layers.append(nn.Linear(a, b))
+    return nn.Sequential(*layers)
+
+
+class FreeScore(nn.Module):
+    """s(x) = MLP(x), an unconstrained vector field: x (n, D) -> (n, D)."""
+
+    def __init__(self, dim: int, hidden: int, depth: int, activation: str = "silu") -> None:
+        super().__init__()
+        self.net = mlp([dim, *[hidden] * depth, dim], activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class EnergyScore(nn.Module):
+    """s(x) = -grad f(x) of a scalar MLP f: a conservative field whose energy can be read off.
+
+    f has a quadratic bowl |x|^2 / (2 bowl^2) beside the network, so that exp(-f) can be normalised whatever the
+    network does far from the data (it grows at most linearly there).
+    """
+
+    def __init__(self, dim: int, hidden: int, depth: int, activation: str = "silu", bowl: float = 3.0) -> None:
+        super().__init__()
+        self.net = mlp([dim, *[hidden] * depth, 1], activation)
+        self.bowl = bowl
+
+    def energy(self, x: Tensor) -> Tensor:
+        """f(x), shape (n,), in nats up to a constant."""
+        return self.net(x).squeeze(-1) + 0.5 * (x / self.bowl).square().sum(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """-grad f, shape (n, D); differentiable again where gradients are on."""
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_(True)
+            (grad,) = torch.autograd.grad(self.energy(x).sum(), x, create_graph=create_graph)
+        return -grad
+
+
+class GaussianFit(nn.Module):
+    """The data's Gaussian fit N(m, U diag(l) U'), kept in its eigenbasis, and its exact noise prediction."""
+
+    mean: Tensor
+    basis: Tensor
+    variance: Tensor
+
+    def __init__(self, dim: int, shrinkage: float = 0.0) -> None:
+        super().__init__()
+        self.shrinkage = shrinkage
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("basis", torch.eye(dim))
+        self.register_buffer("variance", torch.ones(dim))
+
+    def fit(self, x: Tensor) -> None:
+        """Moments of x (n, D); the covariance is shrunk towards its diagonal."""
+        x64 = x.double()
+        centred = x64 - x64.mean(0)
+        cov = centred.T @ centred / len(x)
+        cov = (1 - self.shrinkage) * cov + self.shrinkage * cov.diagonal().diag()
+        variance, basis = torch.linalg.eigh(cov)
+        self.mean.copy_(x64.mean(0))
+        self.basis.copy_(basis)
+        self.variance.copy_(variance.clamp_min(1e-6))
+
+    def to_basis(self, y: Tensor) -> Tensor:
+        """y (n, D) -> U'(y - m)."""
+        return (y - self.mean) @ self.basis
+
+    def from_basis(self, w: Tensor) -> Tensor:
+        """A vector (n, D) in eigen-coordinates, turned back: U w."""
+        return w @ self.basis.T
+
+
+class InputFeatures(nn.Module):
+    """sin and cos of random projections of y, each damped by its expectation under noise of size rho."""
+
+    frequencies: Tensor
+
+    def __init__(self, dim: int, count: int, max_frequency: float) -> None:
+        super().__init__()
+        direction = nn.functional.normalize(torch.randn(dim, count), dim=0)
+        magnitude = torch.linspace(math.log(0.5), math.log(max_frequency), count).exp()
+        self.register_buffer("frequencies", direction * magnitude)
+
+    def forward(self, y: Tensor, rho: Tensor) -> Tensor:
+        """y (n, D), rho (n, 1) -> (n, 2 count)."""
+        phase = y @ self.frequencies
+        damping = (-0.5 * (rho * self.frequencies.norm(dim=0)).square()).exp()
+        return torch.cat([phase.sin() * damping, phase.cos() * damping], dim=-1)
+
+
+class LevelFeatures(nn.Module):
+    """Gaussian bumps along log rho, from where noise is invisible to where nothing else is left."""
+
+    COUNT = 16
+    centres: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centres", torch.linspace(-8.0, 5.0, self.COUNT))
+
+    def forward(self, log_rho: Tensor) -> Tensor:
+        """log_rho (n,) -> (n, COUNT)."""
+        spacing = 13.0 / (self.COUNT - 1)
+        return (-0.5 * ((log_rho[:, None] - self.centres) / spacing).square()).exp()
+
+
+class NoiseNet(nn.Module):
+    """eps(y, log rho): the noise in y = x + rho z, predicted by the Gaussian fit plus an MLP.
+
+    In the fit's eigenbasis, with w = U'(y - m) and total variance v = l + rho^2,
+
+        eps = (rho / v) w + sqrt(l / v) rho / sqrt(rho^2 + width^2) F(w / sqrt(v), features(y), log rho)
+
+    where F is the MLP. The factor sqrt(l / v) is Karras et al.'s c_out / sigma; the last one, which is theirs with a
+    second length in place of sigma_data, says that structure finer than `width` is not expected: below it the
+    correction is a score times rho.
+
+    Args:
+        dim: D.
+        hidden: units a layer.
+        depth: hidden layers.
+        features: number of random input frequencies; 0 for none.
+        max_frequency: the largest of them, in radians per unit of y.
+        width: the finest structure expected, in units of y.
+        shrinkage: of the Gaussian fit's covariance.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int = 128,
+        depth: int = 3,
+        features: int = 0,
+        max_frequency: float = 12.0,
+        width: float = 0.1,
+        shrinkage: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.gaussian = GaussianFit(dim, shrinkage)
+        self.features = InputFeatures(dim, features, max_frequency) if features else None
+        self.level = LevelFeatures()
+        self.first = nn.Linear(dim + 2 * features, hidden)
+        self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth - 1))
+        self.shifts = nn.ModuleList(nn.Linear(LevelFeatures.COUNT, hidden, bias=False) for _ in range(depth))
+        self.last = nn.Linear(hidden, dim)
+        nn.init.zeros_(self.last.weight)  # training starts at the Gaussian fit
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, y: Tensor, log_rho: Tensor) -> Tensor:
+        """y (n, D), log_rho (n,) -> eps (n, D)."""
+        rho = log_rho.exp()[:, None]
+        w = self.gaussian.to_basis(y)
+        variance = self.gaussian.variance
+        total = variance + rho.square()
+        gain = (variance / total).sqrt() * rho / torch.hypot(rho, rho.new_tensor(self.width))
+        return self.gaussian.from_basis(rho / total * w + gain * self._mlp(w / total.sqrt(), y, rho, log_rho))
+
+    def _mlp(self, u: Tensor, y: Tensor, rho: Tensor, log_rho: Tensor) -> Tensor:
+        level = self.level(log_rho)
+        inputs = u if self.features is None else torch.cat([u, self.features(y, rho)], dim=-1)
+        h = nn.functional.silu(self.first(inputs) + self.shifts[0](level))
+        for layer, shift in zip(self.hidden, self.shifts[1:], strict=True):
+            h = nn.functional.silu(layer(h) + shift(level))
+        return self.last(h)

@@ -1,0 +1,99 @@
+"""Score models of one noise level: implicit, denoising and sliced score matching, free or as -grad of an energy.
+
+Papers: Hyvarinen 2005 (JMLR 6); Vincent 2011 (Neural Computation 23); Song et al. 2019 (1905.07088). All but DSM
+estimate the score of the data themselves; DSM that of the data plus N(0, sigma^2 I).
+
+Deviations: no Langevin sampler is part of those papers; ours starts from N(0, 2^2 I) in standardised units and runs
+the unadjusted chain. Like any single-noise model's, it cannot move weight between modes that are far apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from replicate.model import DataInfo, Model
+from replicate.sampling.langevin import ula
+from replicate.score_based import matching
+from replicate.score_based.networks import EnergyScore, FreeScore
+
+#: start of every chain, in standard deviations of the data
+START_STD = 2.0
+
+
+class ScoreModel(Model):
+    """A score network s(x), its objective left to subclasses, sampled by unadjusted Langevin dynamics."""
+
+    family = "score"
+    capabilities = frozenset({"score", "sample"})
+
+    def __init__(self, net: FreeScore | EnergyScore, dim: int, langevin_steps: int, step_size: float) -> None:
+        super().__init__()
+        self.net = net
+        self.dim, self.step_size = dim, step_size
+        self.nfe = langevin_steps
+
+    def score(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        start = START_STD * torch.randn(n, self.dim, generator=generator, device=generator.device)
+        return ula(self.net, start, self.nfe, self.step_size, generator).samples
+
+
+class ImplicitModel(ScoreModel):
+    """Hyvarinen's implicit score matching with the exact trace."""
+
+    def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        return matching.implicit_score_matching(self.net, batch).mean()
+
+
+class SlicedModel(ScoreModel):
+    """Sliced score matching with one Rademacher projection an example."""
+
+    objective = staticmethod(matching.sliced_score_matching)
+
+    def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        return self.objective(self.net, batch, matching.rademacher(batch, generator)).mean()
+
+
+class SlicedVRModel(SlicedModel):
+    """Sliced score matching with variance reduction."""
+
+    objective = staticmethod(matching.sliced_score_matching_vr)
+
+
+class DenoisingModel(ScoreModel):
+    """Denoising score matching at one noise level, in standard deviations of the data."""
+
+    def __init__(self, net: FreeScore | EnergyScore, sigma: float, **sampler: Any) -> None:
+        super().__init__(net, **sampler)
+        self.sigma = sigma
+
+    def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        z = torch.randn(batch.shape, generator=generator, device=batch.device, dtype=batch.dtype)
+        return matching.denoising_score_matching(self.net, batch, self.sigma, z).mean()
+
+
+class DenoisingEnergyModel(DenoisingModel):
+    """Denoising score matching of s = -grad f: the score is conservative and f is an energy."""
+
+    net: EnergyScore
+    capabilities = frozenset({"energy", "score", "sample"})
+
+    def energy(self, x: Tensor) -> Tensor:
+        return self.net.energy(x)
+
+
+def build_free(
+    model: type[ScoreModel], info: DataInfo, *, hidden: int, depth: int, activation: str, **rest: Any
+) -> ScoreModel:
+    """A model around a free score network."""
+    return model(FreeScore(info.dim, hidden, depth, activation), dim=info.dim, **rest)
+
+
+def build_energy(info: DataInfo, *, hidden: int, depth: int, activation: str, **rest: Any) -> ScoreModel:
+    """A denoising model around the gradient of an energy."""
+    return DenoisingEnergyModel(EnergyScore(info.dim, hidden, depth, activation), dim=info.dim, **rest)

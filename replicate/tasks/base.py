@@ -1,0 +1,87 @@
+"""A task: data with a fixed split, and the truth where it is known."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from replicate.model import DataInfo
+
+
+class Density(Protocol):
+    """A density whose log p, score and sampler are exact."""
+
+    dim: int
+    #: False where log p is not differentiable everywhere (the checkerboard's edges)
+    smooth: bool
+    #: per-axis half width of a centred box that holds all but a negligible mass (< 1e-8 where smooth)
+    half_width: float
+    #: the smallest length over which the density changes: Langevin's step sizes are set by it
+    narrowest: float
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Exact log density in nats of x (n, D), shape (n,); computed in x's dtype."""
+
+    def score(self, x: Tensor) -> Tensor:
+        """Exact grad log p of x (n, D), shape (n, D)."""
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """n exact samples, shape (n, D), float32."""
+
+    def mode_weights(self) -> Tensor | None:
+        """True probability of each mode, shape (M,), or None where modes mean nothing."""
+
+    def mode_of(self, x: Tensor) -> Tensor:
+        """Index of the mode that each x (n, D) belongs to, shape (n,), int64."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data with a fixed split.
+
+    Attributes:
+        name: as in `replicate list`.
+        about: one line.
+        info: what a model may know of the data.
+        train, valid, test: float32 tensors (n, D); discrete data hold integers.
+        density: the truth, where it is known.
+        labels: class labels of (train, valid, test) where the data have them (only metrics read them).
+    """
+
+    name: str
+    about: str
+    info: DataInfo
+    train: Tensor
+    valid: Tensor
+    test: Tensor
+    density: Density | None = None
+    labels: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def sha256(self) -> str:
+        """sha256 of the three parts' bytes: the data's identity in a run's hash."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.valid, self.test):
+            array = part.contiguous().numpy()
+            digest.update(f"{array.dtype.str}{array.shape}".encode())
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """How the suite finds a task: the object that an entry point in `replicate.tasks` names.
+
+    Attributes:
+        about: one line.
+        load: builds the task; deterministic, reads at most REPLICATE_DATA.
+        kind: "density" (truth known) or "data".
+    """
+
+    about: str
+    load: Callable[[], Task]
+    kind: str

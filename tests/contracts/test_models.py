@@ -1,0 +1,210 @@
+"""What every registered model must hold, ours and any plug-in's: `pytest tests/contracts` finds them all.
+
+Each model is trained for a few steps on a small plane task or on tiny images and then held to what it declares.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from replicate.likelihood.dequantisation import Preprocessed
+from replicate.likelihood.quadrature import grid
+from replicate.model import CAPABILITIES, FAMILIES, DataInfo, Model
+from replicate.registry import load_task, models, unsupported
+from replicate.runs.execute import build_model
+from replicate.runs.seeds import Streams
+from replicate.runs.spec import make_spec
+from replicate.runs.training import train
+from replicate.tasks.base import Task
+
+PLANE = "two-moons"
+STEPS = 60
+
+
+@cache
+def tiny_levels(levels: int) -> Task:
+    """2 x 2 images whose pixels copy their left neighbour most of the time: 4 dimensions, enumerable."""
+    g = torch.Generator().manual_seed(levels)
+    first = torch.randint(levels, (400, 2), generator=g)
+    other = torch.randint(levels, (400, 2), generator=g)
+    second = torch.where(torch.rand((400, 2), generator=g) < 0.7, first, other)
+    x = torch.stack([first[:, 0], second[:, 0], first[:, 1], second[:, 1]], 1).float()
+    info = DataInfo(4, "bits" if levels == 2 else "levels", levels, (2, 2))
+    return Task("tiny", "", info, x[:300], x[300:350], x[350:])
+
+
+@cache
+def trained(name: str, domain: str) -> tuple[Model, Task]:
+    """A model after a few steps; on tiny images with whatever parameters its entry gives for the domain."""
+    task_name = PLANE if domain == "continuous" else {"levels": "digits", "bits": "digits-binary"}[domain]
+    spec = make_spec(name, task_name, 0, "smoke")
+    task = load_task(task_name) if domain == "continuous" else tiny_levels({"levels": 3, "bits": 2}[domain])
+    streams = Streams("contract", name, 0)
+    model = build_model(spec, task, streams)
+    training = replace(spec.training, steps=min(STEPS, spec.training.steps), batch_size=64, validate_every=0)
+    data = task.train[:2000]
+    train(model, data, task.valid[:200], training, streams)
+    return model, task
+
+
+def supporting(domain: str) -> list[str]:
+    task = load_task({"continuous": PLANE, "levels": "digits", "bits": "digits-binary"}[domain])
+    return [n for n, e in sorted(models().items()) if unsupported(e, task) is None]
+
+
+def having(domain: str, capability: str) -> list[str]:
+    """Names of the models that declare the capability on the domain (the untrained model tells)."""
+    out = []
+    for name in supporting(domain):
+        task_name = PLANE if domain == "continuous" else {"levels": "digits", "bits": "digits-binary"}[domain]
+        spec = make_spec(name, task_name, 0, "smoke")
+        task = load_task(task_name) if domain == "continuous" else tiny_levels({"levels": 3, "bits": 2}[domain])
+        if capability in build_model(spec, task, Streams("contract", name, 0)).capabilities:
+            out.append(name)
+    return out
+
+
+def gen(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("name", sorted(models()))
+def test_entry_names_a_family_and_a_paper(name: str) -> None:
+    entry = models()[name]
+    assert entry.family in FAMILIES
+    assert entry.about
+    assert entry.paper
+
+
+@pytest.mark.parametrize("domain", ["continuous", "levels", "bits"])
+def test_declared_capabilities_are_known_and_every_model_runs_somewhere(domain: str) -> None:
+    for name in supporting(domain):
+        model, _ = trained(name, domain)
+        assert model.capabilities <= set(CAPABILITIES), name
+        assert model.family == models()[name].family, name
+
+
+@pytest.mark.parametrize("name", having("continuous", "log_prob"))
+def test_exact_density_integrates_to_one(name: str) -> None:
+    model, task = trained(name, "continuous")
+    assert task.density is not None
+    nodes, log_cell = grid(3 * task.density.half_width, 400, 2)
+    with torch.no_grad():
+        parts = [model.log_prob(p).double().logsumexp(0) for p in nodes.split(65536)]
+    total = torch.stack(parts).logsumexp(0) + log_cell
+    assert abs(float(total)) < 5e-3
+
+
+@pytest.mark.parametrize("domain", ["levels", "bits"])
+def test_exact_masses_sum_to_one(domain: str) -> None:
+    names = having(domain, "log_prob")
+    assert names
+    for name in names:
+        model, task = trained(name, domain)
+        levels = task.info.levels
+        assert levels is not None
+        states = torch.cartesian_prod(*[torch.arange(levels).float()] * 4)
+        with torch.no_grad():
+            total = float(model.log_prob(states).double().logsumexp(0))
+        assert abs(total) < 1e-4, name
+
+
+@pytest.mark.parametrize("name", [n for n in having("continuous", "log_prob") if n in having("continuous", "sample")])
+def test_samples_agree_with_the_density(name: str) -> None:
+    """Counts of samples in coarse cells against the cells' probabilities by quadrature (chi-square)."""
+    model, task = trained(name, "continuous")
+    half, cells, fine = 2 * float(task.train.abs().max()), 10, 30
+    nodes, log_cell = grid(half, cells * fine, 2)
+    with torch.no_grad():
+        p = torch.cat([model.log_prob(part).double() for part in nodes.split(65536)]).add(log_cell).exp()
+    p = p.view(cells, fine, cells, fine).sum((1, 3))
+    n = 4000
+    x = model.sample(n, gen()).detach()
+    index = ((x + half) / (2 * half) * cells).floor().long()
+    inside = ((index >= 0) & (index < cells)).all(1)
+    counts = torch.zeros(cells, cells, dtype=torch.float64)
+    counts.index_put_((index[inside, 0], index[inside, 1]), torch.ones((), dtype=torch.float64), accumulate=True)
+    expected = n * p
+    busy = expected >= 5
+    chi2 = float(((counts - expected)[busy] ** 2 / expected[busy]).sum())
+    rest = float(counts[~busy].sum() + (n - counts.sum()))
+    rest_expected = n - float(expected[busy].sum())
+    degrees = int(busy.sum())
+    assert chi2 < degrees + 4.5 * math.sqrt(2 * degrees)
+    assert abs(rest - rest_expected) < 5 * math.sqrt(max(rest_expected, 0) + 1) + 0.003 * n
+
+
+@pytest.mark.parametrize("name", [n for n in having("continuous", "score") if n in having("continuous", "log_prob")])
+def test_score_is_the_gradient_of_log_p(name: str) -> None:
+    model, task = trained(name, "continuous")
+    x = task.test[:50].clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(model.log_prob(x).sum(), x)
+    torch.testing.assert_close(model.score(x.detach()).detach(), gradient, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [n for n in having("continuous", "score") if n in having("continuous", "energy")])
+def test_score_is_minus_the_gradient_of_the_energy(name: str) -> None:
+    model, task = trained(name, "continuous")
+    x = task.test[:50].clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(model.energy(x).sum(), x)
+    torch.testing.assert_close(model.score(x.detach()).detach(), -gradient, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", supporting("continuous"))
+def test_same_generators_give_the_same_bits_and_the_global_one_is_untouched(name: str) -> None:
+    model, task = trained(name, "continuous")
+    before = torch.get_rng_state()
+    if "sample" in model.capabilities:
+        assert torch.equal(model.sample(20, gen(3)), model.sample(20, gen(3)))
+        assert not torch.equal(model.sample(20, gen(3)), model.sample(20, gen(4)))
+    if models()[name].training.steps:
+        model.train()
+        a, b = (float(model.loss(task.train[:64], gen(5)).detach()) for _ in range(2))
+        model.eval()
+        if name not in {"rbm-pcd", "neural-ebm"}:  # their chains go on from call to call
+            assert a == b
+        assert math.isfinite(a)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("domain", ["levels", "bits"])
+def test_discrete_samples_are_levels(domain: str) -> None:
+    for name in having(domain, "sample"):
+        model, task = trained(name, domain)
+        x = model.sample(50, gen()).detach()
+        assert x.shape == (50, 4), name
+        assert set(x.flatten().tolist()) <= set(range(task.info.levels or 0)), name
+
+
+@pytest.mark.parametrize("name", having("continuous", "sample"))
+def test_continuous_samples_have_shape_and_are_finite(name: str) -> None:
+    model, _ = trained(name, "continuous")
+    x = model.sample(30, gen())
+    assert x.shape == (30, 2)
+    assert bool(torch.isfinite(x).all())
+    assert model.nfe >= 1
+
+
+@pytest.mark.parametrize("name", supporting("continuous"))
+def test_weights_survive_their_state_dictionary(name: str) -> None:
+    """A model rebuilt from its spec and filled from safe tensors is the same model."""
+    model, task = trained(name, "continuous")
+    spec = make_spec(name, PLANE, 0, "smoke")
+    again = build_model(spec, task, Streams("contract", name, 99))
+    if isinstance(model, Preprocessed) or "log_prob" in model.capabilities:
+        for key, value in model.state_dict().items():
+            target = dict(again.named_buffers()) | dict(again.named_parameters())
+            if key in target and target[key].shape != value.shape:
+                pytest.skip("its buffers take their size from the data")
+    again.load_state_dict(model.state_dict())
+    again.eval()
+    x = task.test[:20]
+    if "log_prob" in model.capabilities:
+        torch.testing.assert_close(again.log_prob(x), model.log_prob(x))
+    elif "score" in model.capabilities:
+        torch.testing.assert_close(again.score(x), model.score(x))

@@ -1,0 +1,110 @@
+"""The command line: names, exit codes, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from replicate.cli import main
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):  # type: ignore[no-untyped-def]
+    """Run `replicate WORDS` in this process; returns (exit code, stdout, stderr)."""
+    monkeypatch.setenv("REPLICATE_RUNS", str(tmp_path / "runs"))
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["replicate", *words])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return run
+
+
+def test_list_names_all_families_and_tasks(call) -> None:  # type: ignore[no-untyped-def]
+    code, out, err = call("list", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert err == ""
+    families = {m["family"] for m in found["models"].values()}
+    assert families == {"autoregressive", "flow", "vae", "ebm", "score", "reference"}
+    assert {"digits", "digits-shuffled", "digits-binary", "two-gaussians", "mixture-64"} <= set(found["tasks"])
+    assert found["broken"] == {}
+
+
+def test_run_prints_its_record_and_keeps_it(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    words = ("run", "marginals", "two-moons", "--profile", "smoke", "--seed", "3", "--json")
+    code, out, _ = call(*words)
+    record = json.loads(out)
+    assert code == 0
+    assert json.loads((tmp_path / "runs" / "single" / record["run_id"] / "record.json").read_text()) == record
+    assert record["spec"]["seed"] == 3
+    measured = {m["metric"]: m for m in record["measurements"]}
+    assert measured["nll"]["kind"] == "exact"
+    assert measured["kl"]["value"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("run", "pixelcn", "digits"), "Did you mean gated-pixelcnn"),
+        (("run", "realnvp", "digts"), "Did you mean digits"),
+        (("run", "realnvp", "two-moons", "--set", "lr"), "key=value"),
+        (("run", "realnvp", "two-moons", "--set", "lr=fast"), "type float"),
+        (("run", "realnvp", "two-moons", "--device", "tpu"), "auto, cpu or cuda"),
+        (("run", "realnvp", "two-moons", "--seed", "-1"), "from 0 to"),
+        (("run", "realnvp", "two-moons", "--seed", "one"), "one"),
+        (("reproduce", "--profile", "quick"), "smoke, standard, full"),
+        (("compare", "vae", "realnvp", "--results", "nowhere"), "make reproduce"),
+        (("verify", "--results", "nowhere"), "make reproduce"),
+        (("report", "--profile", "smoke"), "make reproduce"),
+        (("reproduc",), "reproduc"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(call, words: tuple[str, ...], message: str) -> None:  # type: ignore[no-untyped-def]
+    code, _, err = call(*words)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_diverging_run_leaves_a_failure_record_and_exit_code_1(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    words = ("run", "realnvp", "two-moons", "--profile", "smoke", "--set", "lr=1e30", "--set", "grad_clip=0.0")
+    code, _, err = call(*words)
+    assert code == 1
+    assert "training loss is" in err
+    (left,) = (tmp_path / "runs" / "single").iterdir()
+    assert "TrainingError" in json.loads((left / "failure.json").read_text())["error"]
+    assert not (left / "record.json").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_folder_is_named(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    code, _, err = call("run", "marginals", "two-moons", "--profile", "smoke", "--out", str(locked / "x"))
+    assert code == 2
+    assert f"cannot write to {locked}" in err
+
+
+def test_a_folder_that_is_a_file_is_named(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "file").write_text("")
+    code, _, err = call("run", "marginals", "two-moons", "--profile", "smoke", "--out", str(tmp_path / "file"))
+    assert code == 2
+    assert "cannot write to" in err
+
+
+def test_dry_run_lists_and_computes_nothing(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = call("reproduce", "--profile", "smoke", "--dry-run", "--results", str(tmp_path / "results"))
+    assert code == 0
+    assert "realnvp two-gaussians seed 0" in out
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,791 @@
+"""The report says what the records say: columns, means, intervals, escapes, bytes, and the check that finds edits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from replicate.report import build as builder
+from replicate.report import tables
+from replicate.report.build import TIMING_METRICS, build, verify, write_manifest
+from replicate.report.compare import compare_models, compare_with_reference, differences, kind_of_difference
+from replicate.report.labels import fixed, latex, markdown, slug
+from replicate.report.readme import BEGIN, END, headline_markdown, refresh, stale, update_readme
+from replicate.report.records import (
+    MEASUREMENT_COLUMNS,
+    SUMMARY_COLUMNS,
+    ReportError,
+    load_runs,
+    read_measurements,
+    read_summary,
+)
+
+# -- synthetic runs: plausible numbers, no training
+
+EVIL = "<script>alert('a_b%&')</script>"
+MODELS = {
+    "pixelcnn": "autoregressive",
+    "causal-conv": "autoregressive",
+    "realnvp": "flow",
+    "spline-flow": "flow",
+    "iwae": "vae",
+    "rbm-pcd": "ebm",
+    "neural-energy": "ebm",
+    "vp-sde": "score",
+    EVIL: "score",
+    "truth": "reference",
+    "kde": "reference",
+}
+QUALITY = {"truth": 0.0, "spline-flow": 0.012, "vp-sde": 0.018, "causal-conv": 0.02, "realnvp": 0.05, "iwae": 0.2}
+DATA_KINDS = {
+    "autoregressive": "exact",
+    "flow": "upper_bound",
+    "vae": "upper_bound",
+    "ebm": "estimate",
+    "score": "estimate",
+}
+
+
+def row(metric: str, value: float | None, kind: str | None, unit: str = "nats", status: str = "ok") -> dict[str, Any]:
+    """One measurement as a record holds it."""
+    stderr = None if value is None else 0.01 * abs(value)
+    n = None if value is None else 1000
+    keys = ("split", "metric", "value", "stderr", "kind", "unit", "n", "status")
+    return dict(
+        zip(keys, ("test", metric, value, stderr, kind, unit if value is not None else None, n, status), strict=True)
+    )
+
+
+def spec_of(model: str, family: str, task: str, seed: int) -> dict[str, Any]:
+    """A spec with all the keys of a real one."""
+    return {
+        "model": model,
+        "task": task,
+        "family": family,
+        "seed": seed,
+        "profile": "smoke",
+        "precision": "float32",
+        "params": {"width": 64},
+        "training": {"steps": 200},
+        "data_sha256": hashlib.sha256(task.encode()).hexdigest(),
+        "results_version": 1,
+        "evaluation": {"samples": 1000},
+    }
+
+
+def run_id_of(spec: dict[str, Any]) -> str:
+    """The run id that the contract asks for."""
+    text = json.dumps(spec, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def truth_log_density(x: np.ndarray) -> np.ndarray:
+    """Log density of two Gaussians, of x (..., 2)."""
+    a = np.log(0.2) - 0.5 * ((x + 2) ** 2).sum(-1)
+    b = np.log(0.8) - 0.5 * ((x - 2) ** 2).sum(-1)
+    return np.logaddexp(a, b) - np.log(2 * np.pi)
+
+
+def density_measurements(model: str, task: str, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Measurements of a density task."""
+    dim = int(task.rpartition("-")[2]) if task.startswith("mixture") else 2
+    error = QUALITY.get(model, 0.1) * dim / 2
+    jitter = 1 + 0.1 * rng.standard_normal()
+    kind = "estimate" if model == "vp-sde" else "exact"
+    rows = [
+        row("nll", 2.8 + error * jitter, kind),
+        row("kl", error * jitter, kind),
+        row("w2", 0.2 + error * jitter, "estimate", "data units"),
+        row("mmd", 2e-4 + 0.01 * error, "estimate", "squared kernel distance"),
+        row("mode_weight_error", 0.02 * jitter, "estimate", "total variation"),
+    ]
+    if model == "kde":
+        rows.append(row("fisher_divergence", None, None, status="n/a: the model has no score | <b>none</b>"))
+    else:
+        rows.append(row("fisher_divergence", 3 * error * jitter, "exact", "per squared data unit"))
+        for sampler in ("ula", "mala"):
+            rows.append(row(f"w2:{sampler}", 0.3 * jitter, "estimate", "data units"))
+            rows.append(row(f"nfe:{sampler}", 300, "exact", "network evaluations"))
+    return rows
+
+
+def data_measurements(model: str, family: str, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Measurements of an image task."""
+    if model == "causal-conv":
+        return [row(m, None, None, status="n/a: no likelihood on images") for m in ("nll", "bits_per_dim")]
+    nll = {"autoregressive": 80.3, "flow": 92.1, "vae": 90.4, "ebm": 105.0, "score": 94.2}.get(family, 130.0)
+    nll += 0.3 * rng.standard_normal()
+    kind = DATA_KINDS.get(family, "exact")
+    return [
+        row("nll", nll, kind),
+        row("bits_per_dim", nll / 64 / math.log(2), kind, "bits/dim"),
+        row("c2st", 0.6 + 0.02 * rng.standard_normal(), "estimate", "accuracy"),
+        row("frechet", 3 + rng.standard_normal() ** 2, "estimate", "squared feature units"),
+        *(
+            row(m, 0.7 + 0.02 * rng.standard_normal(), "estimate", "fraction")
+            for m in ("precision", "recall", "coverage")
+        ),
+        *([row("ais_ess", 80.0, "estimate", "chains")] if family == "ebm" else []),
+    ]
+
+
+def arrays_of(model: str, task: str, rng: np.random.Generator, points: int = 24) -> dict[str, np.ndarray]:
+    """What seed 0 keeps for pictures."""
+    if task.startswith("digits"):
+        images = rng.integers(0, 17, (40, 64)).astype(np.float32)
+        return {"samples": images, "levels": np.asarray(17.0), "reference_samples": images[::-1]}
+    if task.startswith("mixture"):
+        return {"samples": rng.standard_normal((50, int(task.rpartition("-")[2])))}
+    axis = np.linspace(-6, 6, points)
+    coarse = np.linspace(-6, 6, points // 2)
+    y, x = np.meshgrid(axis, axis, indexing="ij")
+    grid = truth_log_density(np.stack([x, y], -1) + 0.3 * QUALITY.get(model, 0.1))
+    v, u = np.meshgrid(coarse, coarse, indexing="ij")
+    at = np.stack([u, v], -1)
+    steps = 1e-4 * np.eye(2)
+    score = np.stack([(truth_log_density(at + s) - truth_log_density(at - s)) / 2e-4 for s in steps], -1)
+    path = np.cumsum(0.3 * rng.standard_normal((30, 12, 2)), 0) + rng.standard_normal((1, 12, 2)) * 3
+    out = {"samples": rng.standard_normal((300, 2)) + 2, "path": path, "grid_score": score, "score_axis": coarse}
+    return out if model == "kde" else {**out, "grid_log_density": grid, "grid_axis": axis}
+
+
+def write_run(folder: Path, model: str, family: str, task: str, seed: int, points: int = 24) -> str:
+    """One whole run; returns its id."""
+    spec = spec_of(model, family, task, seed)
+    run_id = run_id_of(spec)
+    rng = np.random.default_rng(int(run_id[:12], 16))
+    rows = (
+        data_measurements(model, family, rng) if task.startswith("digits") else density_measurements(model, task, rng)
+    )
+    costs = {"train_seconds": "seconds", "sample_ms": "milliseconds", "peak_memory_mb": "megabytes"}
+    rows += [
+        row(m, 5 * len(model) ** 2 / 40 * float(np.exp(0.1 * rng.standard_normal())), "exact", unit)
+        for m, unit in costs.items()
+    ]
+    rows += [row("parameters", 12345, "exact", "parameters"), row("nfe", 64, "exact", "network evaluations")]
+    curve = [[s, 3 + 4 * math.exp(-s / 40) + 0.05 * float(rng.standard_normal())] for s in range(10, 201, 10)]
+    record = {
+        "run_id": run_id,
+        "spec": spec,
+        "about": f"{model} & friends",
+        "paper": "Nobody 2020, 2001.00001",
+        "measurements": rows,
+        "history": {
+            "train": [] if family == "reference" else curve,
+            "valid": curve[::5],
+            "best_step": 160,
+            "seconds": 3.0,
+        },
+        "provenance": {
+            "commit": "c" * 40,
+            "dirty": "",
+            "device": "Test CPU",
+            "torch": "2.13.0",
+            "python": "3.12",
+            "threads": 1,
+            "platform": "Linux",
+            "started": "2026-01-01T00:00:00+00:00",
+            "finished": f"2026-01-01T00:0{seed}:30+00:00",
+        },
+    }
+    place = folder / run_id
+    place.mkdir(parents=True)
+    (place / "record.json").write_text(json.dumps(record))
+    if seed == 0:
+        np.savez_compressed(place / "arrays.npz", **arrays_of(model, task, rng, points))
+    return run_id
+
+
+def write_failure(folder: Path, model: str, family: str, task: str, seed: int) -> str:
+    """One failed run; returns its id."""
+    spec = spec_of(model, family, task, seed)
+    run_id = run_id_of(spec)
+    (folder / run_id).mkdir(parents=True)
+    failure = {
+        "run_id": run_id,
+        "spec": spec,
+        "error": "TrainingError: the loss became nan <b>",
+        "traceback_tail": "line\n<i>",
+    }
+    (folder / run_id / "failure.json").write_text(json.dumps(failure))
+    return run_id
+
+
+def write_runs(
+    folder: Path, tasks: tuple[str, ...], seeds: int = 3, models: dict[str, str] = MODELS, points: int = 24
+) -> Path:
+    """A whole sweep with two failures of the hostile model and one unfinished run."""
+    for task in tasks:
+        for model, family in models.items():
+            if task.startswith("digits") and model == "truth":
+                continue
+            for seed in range(seeds):
+                if model == EVIL and task == tasks[0] and 0 < seed < 3:
+                    write_failure(folder, model, family, task, seed)
+                else:
+                    write_run(folder, model, family, task, seed, points)
+    (folder / ("0" * 64)).mkdir()
+    (folder / "version.json").write_text("{}")
+    return folder
+
+
+TASKS = ("two-gaussians", "mixture-2", "mixture-8", "digits")
+#: what the tests of whole builds need, and no more: every kind of table and figure once
+SMALL = {m: f for m, f in MODELS.items() if m in {"pixelcnn", "spline-flow", "rbm-pcd", EVIL, "truth", "kde"}}
+
+
+@pytest.fixture(scope="module")
+def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All models on four tasks with three seeds."""
+    return write_runs(tmp_path_factory.mktemp("runs"), TASKS)
+
+
+@pytest.fixture(scope="module")
+def frame(runs_folder: Path) -> pd.DataFrame:
+    """Its measurements."""
+    return tables.measurements(load_runs(runs_folder))
+
+
+@pytest.fixture(scope="module")
+def small_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fewer models, for whole builds."""
+    return write_runs(tmp_path_factory.mktemp("small"), TASKS, models=SMALL, points=16)
+
+
+@pytest.fixture(scope="module")
+def built(small_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """results/PROFILE of the small runs."""
+    out = tmp_path_factory.mktemp("results") / "smoke"
+    assert build(small_runs, out, "smoke") == out / "report.html"
+    return out
+
+
+@pytest.fixture
+def copy(built: Path, tmp_path: Path) -> Path:
+    """A copy of the built results that a test may spoil."""
+    return Path(shutil.copytree(built, tmp_path / "smoke"))
+
+
+# -- measurements and summary
+
+
+def test_measurements_have_the_contracts_columns_in_an_order_the_records_decide(
+    runs_folder: Path, tmp_path: Path
+) -> None:
+    frame = tables.measurements(load_runs(runs_folder))
+    assert tuple(frame.columns) == MEASUREMENT_COLUMNS
+    assert ",".join(MEASUREMENT_COLUMNS) == (
+        "run_id,task,model,family,seed,split,metric,value,stderr,kind,unit,n,status,device,commit"
+    )
+    shuffled = tmp_path / "shuffled"
+    for place in sorted(runs_folder.iterdir(), key=lambda p: p.name[::-1]):
+        (shutil.copytree if place.is_dir() else shutil.copy)(place, shuffled / place.name) if place.is_dir() else None
+    pd.testing.assert_frame_equal(frame, tables.measurements(load_runs(shuffled)))
+
+
+def test_a_metric_without_a_number_keeps_its_reason_and_an_empty_value(frame: pd.DataFrame) -> None:
+    rows = frame[(frame.model == "kde") & (frame.metric == "fisher_divergence")]
+    assert len(rows)
+    assert rows.value.isna().all()
+    assert rows.status.str.startswith("n/a: ").all()
+
+
+def test_summary_is_the_mean_with_students_interval(frame: pd.DataFrame) -> None:
+    summary = tables.summary(frame)
+    assert tuple(summary.columns) == SUMMARY_COLUMNS
+    picked = frame[(frame.task == "digits") & (frame.model == "realnvp") & (frame.metric == "nll")].sort_values("seed")
+    values = picked.value.to_numpy()
+    (row,) = summary[(summary.task == "digits") & (summary.model == "realnvp") & (summary.metric == "nll")].itertuples()
+    half = 4.302652729911275 * values.std(ddof=1) / math.sqrt(3)  # t quantile 0.975 at 2 degrees of freedom
+    assert row.mean == pytest.approx(values.sum() / 3)
+    assert (row.ci_low, row.ci_high) == pytest.approx((row.mean - half, row.mean + half))
+    assert (row.ci_low, row.ci_high) == pytest.approx(
+        stats.t.interval(0.95, 2, loc=values.mean(), scale=stats.sem(values))
+    )
+    assert (row.kind, row.unit, row.n_seeds, row.family) == ("upper_bound", "nats", 3, "flow")
+    assert row.run_ids.split(";") == list(picked.run_id)
+
+
+def test_below_three_seeds_there_is_no_interval_anywhere(tmp_path: Path) -> None:
+    folder = write_runs(tmp_path / "runs", ("digits",), seeds=2, models={"pixelcnn": "autoregressive", "iwae": "vae"})
+    frame = tables.measurements(load_runs(folder))
+    summary = tables.summary(frame)
+    assert summary.ci_low.isna().all()
+    assert summary.ci_high.isna().all()
+    table = tables.task_table(tables.Results(frame), "digits")
+    assert all("[" not in cell.text() for r in table.rows for cell in r.cells)
+
+
+def test_numbers_that_are_learnt_from_or_missing_do_not_enter_the_summary(frame: pd.DataFrame) -> None:
+    extra = frame[(frame.model == "realnvp") & (frame.metric == "nll") & (frame.task == "digits")].copy()
+    extra["split"], extra["value"] = "train", 0.0
+    assert tables.summary(pd.concat([frame, extra])).equals(tables.summary(frame))
+    assert "causal-conv" not in set(tables.summary(frame).query("task == 'digits' and metric == 'nll'").model)
+
+
+def test_failures_are_counted_in_summary_and_cells(frame: pd.DataFrame) -> None:
+    (row,) = tables.summary(frame).query("metric == 'failed_runs'").itertuples()
+    assert (row.task, row.model, row.mean, row.n_seeds) == ("two-gaussians", EVIL, 2.0, 3)
+    assert len(row.run_ids.split(";")) == 2
+    cell = tables.Results(frame).cell("two-gaussians", EVIL, "kl")
+    assert cell.text().endswith("failed (2 of 3)")
+    assert cell.text().startswith("= ")
+
+
+def test_a_record_beside_an_older_failure_wins(tmp_path: Path) -> None:
+    run_id = write_run(tmp_path, "iwae", "vae", "digits", 0)
+    (tmp_path / run_id / "failure.json").write_text("{}")
+    assert [r.failed for r in load_runs(tmp_path).runs] == [False]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"run_id": "a"}', '{"run_id": "a", "spec": {}}'])
+def test_a_broken_record_is_named_with_what_to_do(tmp_path: Path, text: str) -> None:
+    (tmp_path / "abc").mkdir()
+    (tmp_path / "abc" / "record.json").write_text(text)
+    with pytest.raises(ReportError, match=r"abc/record.json is not a whole record .* delete its folder"):
+        load_runs(tmp_path)
+
+
+def test_two_runs_of_one_seed_are_refused(tmp_path: Path) -> None:
+    run_id = write_run(tmp_path, "iwae", "vae", "digits", 0)
+    record = json.loads((tmp_path / run_id / "record.json").read_text())
+    record["spec"]["params"]["width"] = 32
+    record["run_id"] = run_id_of(record["spec"])
+    (tmp_path / record["run_id"]).mkdir()
+    (tmp_path / record["run_id"] / "record.json").write_text(json.dumps(record))
+    with pytest.raises(ReportError, match="two runs of iwae on digits with seed 0"):
+        load_runs(tmp_path)
+    assert [r.run_id for r in load_runs(tmp_path, keep=[run_id]).runs] == [run_id]
+
+
+def test_pickles_in_arrays_are_refused(tmp_path: Path) -> None:
+    run_id = write_run(tmp_path, "iwae", "vae", "digits", 0)
+    np.savez(tmp_path / run_id / "arrays.npz", samples=np.asarray([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(ReportError, match="cannot be read"):
+        load_runs(tmp_path).runs[0].arrays()
+
+
+# -- cells
+
+
+def number(kind: str, mean: float, half: float = 0.4) -> tables.Number:
+    """A number with a symmetric interval."""
+    return tables.Number(kind, "nats", mean, mean - half, mean + half, ((0, mean, "a" * 64),))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("exact", "= 92.31 [91.91, 92.71]"),
+        ("upper_bound", "<= 92.31 [91.91, 92.71]"),
+        ("lower_bound", ">= 92.31 [91.91, 92.71]"),
+        ("estimate", "~ 92.31 [91.91, 92.71]"),
+    ],
+)
+def test_every_cell_shows_its_kind_and_interval(kind: str, text: str) -> None:
+    cell = tables.Cell("nll", (number(kind, 92.31),))
+    assert cell.text() == text
+    assert "seed 0: 92.31 (run aaaaaaaa)" in cell.tip()
+
+
+def test_cells_without_numbers_say_why() -> None:
+    assert tables.Cell("kl", reason="no density").text() == "n/a"
+    assert tables.Cell("kl", lost=2, tried=5).text() == "failed (2 of 5)"
+    assert tables.Cell("kl").text() == "-"
+
+
+def test_a_number_that_may_flatter_is_never_marked_best() -> None:
+    def line(model: str, family: str, *numbers: tables.Number) -> tables.Row:
+        return tables.Row(family, (model,), family, (tables.Cell("nll", numbers),))
+
+    rows = [
+        line("exact", "flow", number("exact", 90)),
+        line("bound", "vae", number("upper_bound", 89)),
+        line("low", "ebm", number("lower_bound", 50)),
+        line("rough", "score", number("estimate", 60)),
+        line("floor", "reference", number("exact", 10)),
+    ]
+    assert [r.cells[0].best for r in tables.mark_best(rows, 1)] == [False, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("value", "decimals", "text"),
+    [
+        (-0.00001, 3, "0.000"),
+        (-0.0123, 3, "-0.012"),
+        (123456.7, 0, "123,457"),
+        (math.inf, 2, "inf"),
+        (12345, 0, "12345"),
+    ],
+)
+def test_numbers_have_one_fixed_form(value: float, decimals: int, text: str) -> None:
+    assert fixed(value, decimals) == text
+
+
+def test_only_suffixed_metrics_make_the_sampler_table(frame: pd.DataFrame) -> None:
+    table = tables.samplers_table(tables.Results(frame))
+    assert table is not None
+    assert {r.labels[1] for r in table.rows} == {"own", "ULA", "MALA"}
+    assert all(r.labels[0] != "kde" for r in table.rows)
+    main = tables.task_table(tables.Results(frame), "two-gaussians")
+    assert all(":" not in c.key for c in main.columns)
+
+
+# -- escapes
+
+
+class Reader(HTMLParser):
+    """Collects tags, what a browser would fetch, and ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.fetched: list[str] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        found = {k: v or "" for k, v in attrs}
+        self.fetched += [found[k] for k in ("src", "srcset", "data") if k in found]
+        self.links += [found["href"]] if "href" in found else []
+        self.ids += [found["id"]] if "id" in found else []
+
+
+def test_the_page_is_whole_escaped_and_fetches_nothing(built: Path) -> None:
+    text = (built / "report.html").read_text()
+    assert len(text) < 6_000_000
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    reader = Reader()
+    reader.feed(text)
+    assert "script" not in reader.tags
+    assert "link" not in reader.tags
+    assert reader.fetched
+    assert all(s.startswith("data:image/png;base64,") for s in reader.fetched)
+    assert "url(" not in text
+    assert "@import" not in text
+    anchors = {link[1:] for link in reader.links if link.startswith("#")}
+    assert anchors <= set(reader.ids)
+    assert len(reader.ids) == len(set(reader.ids))
+    assert all((built / link).is_file() for link in reader.links if not link.startswith("#"))
+
+
+def test_the_page_shows_failures_reasons_runs_and_provenance(built: Path, small_runs: Path) -> None:
+    text = (built / "report.html").read_text()
+    failed = load_runs(small_runs).failed
+    assert len(failed) == 2
+    assert all(r.run_id[:8] in text for r in failed)
+    assert "TrainingError: the loss became nan &lt;b&gt;" in text
+    assert "the model has no score | &lt;b&gt;none&lt;/b&gt;" in text
+    for said in ("Test CPU", "c" * 40, "2.13.0", "seeds 0, 1, 2", "failed (2 of 3)"):
+        assert said in text
+    done = next(r for r in load_runs(small_runs).done if r.model == "spline-flow" and r.task == "digits")
+    assert f"(run {done.run_id[:8]})" in text
+
+
+def test_latex_and_markdown_escape_hostile_names(frame: pd.DataFrame) -> None:
+    assert latex("a_b%&{}$#^~\\<") == (
+        r"a\_b\%\&\{\}\$\#\textasciicircum{}\textasciitilde{}\textbackslash{}\textless{}"
+    )
+    assert markdown("a|b<i>_\n`") == r"a\|b&lt;i&gt;\_ \`"
+    table = tables.task_table(tables.Results(frame), "two-gaussians")
+    tex, md = tables.to_latex(table), tables.to_markdown(table)
+    assert latex(EVIL) in tex
+    assert "<" not in tex.replace(r"\textless{}", "")
+    assert r"\toprule" in tex
+    assert r"\bottomrule" in tex
+    assert "<script" not in md
+    lines = [line for line in md.splitlines() if line.startswith("|")]
+    assert len({line.replace(r"\|", "").count("|") for line in lines}) == 1
+    ampersands = {
+        line.replace(r"\&", "").count("&") for line in tex.splitlines() if line.endswith(r"\\") and "&" in line
+    }
+    assert ampersands == {len(table.columns)}
+
+
+def test_file_names_are_plain_and_never_shared() -> None:
+    names = ["digits", "Digits", "digits!", "../../etc", EVIL, "two-gaussians"]
+    slugs = [slug(n) for n in names]
+    assert len(set(slugs)) == len(names)
+    assert all(set(s) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") for s in slugs)
+    assert slugs[0] == "digits"
+
+
+# -- bytes
+
+
+def test_two_builds_of_the_same_records_are_the_same_bytes(built: Path, small_runs: Path, tmp_path: Path) -> None:
+    other = tmp_path / "again"
+    build(small_runs, other, "smoke")
+    names = builder.results_files(built)
+    assert names == builder.results_files(other)
+    assert [n for n in names if (built / n).read_bytes() != (other / n).read_bytes()] == []
+    assert (built / "MANIFEST.json").read_bytes() == (other / "MANIFEST.json").read_bytes()
+
+
+def test_every_figure_has_three_files_and_they_are_small(built: Path) -> None:
+    figures = built / "figures"
+    stems = {p.stem for p in figures.iterdir()}
+    wanted = ("nll", "kl", "cost-data", "cost-densities", "dimension", "samples-digits", "density-two-gaussians")
+    assert {*wanted, "score-two-gaussians", "paths-two-gaussians", "training-digits"} <= stems
+    for stem in stems:
+        assert (figures / f"{stem}.png").stat().st_size < 400_000
+        assert (figures / f"{stem}.csv").stat().st_size < 600_000
+        assert "<dc:date>" not in (figures / f"{stem}.svg").read_text()
+
+
+def test_the_density_figures_csv_holds_the_normalised_maps(built: Path) -> None:
+    with open(built / "figures" / "density-two-gaussians.csv") as handle:
+        lines = [line.rstrip("\n").split(",") for line in handle]
+    truth = [line for line in lines if line[0] == "truth"]
+    axis = np.asarray(truth[0][3:], dtype=float)
+    values = np.asarray([line[3:] for line in truth[1:]], dtype=float)
+    assert values.shape == (16, 16)
+    assert values.sum() * (axis[1] - axis[0]) ** 2 == pytest.approx(1, abs=1e-3)
+    i, j = np.unravel_index(values.argmax(), values.shape)
+    assert axis[j] == pytest.approx(2, abs=0.8)
+    assert float(truth[1 + i][2]) == pytest.approx(2, abs=0.8)
+
+
+def test_drawing_leaves_no_global_state(small_runs: Path, tmp_path: Path) -> None:
+    before, figures = dict(mpl.rcParams), plt.get_fignums()
+    backend = mpl.get_backend()
+    runs = load_runs(small_runs)
+    from replicate.report.drawing import style
+    from replicate.report.figures import comparison_figure
+
+    with style():
+        results = tables.Results(tables.measurements(runs))
+        assert comparison_figure(results, ["digits"], "nll", "nll", "NLL") is not None
+    assert dict(mpl.rcParams) == before
+    assert plt.get_fignums() == figures
+    assert mpl.get_backend() == backend
+
+
+def test_measurements_survive_the_csv_bit_for_bit(built: Path, small_runs: Path) -> None:
+    written = read_measurements(built / "measurements.csv")
+    pd.testing.assert_frame_equal(written, tables.measurements(load_runs(small_runs)), check_dtype=False)
+    assert (
+        written.value.dropna().to_numpy() == tables.measurements(load_runs(small_runs)).value.dropna().to_numpy()
+    ).all()
+
+
+def test_a_second_build_removes_what_is_no_longer_made_and_keeps_what_is_not_ours(copy: Path, small_runs: Path) -> None:
+    (copy / "figures" / "old.png").write_text("stale")
+    (copy / "claims.csv").write_text("claim_id\n")
+    build(small_runs, copy, "smoke")
+    assert not (copy / "figures" / "old.png").exists()
+    assert "claims.csv" in json.loads((copy / "MANIFEST.json").read_text())
+    assert verify(copy) == []
+
+
+def test_a_build_that_fails_leaves_the_earlier_results_whole(
+    copy: Path, small_runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> str:
+        raise RuntimeError("half-way")
+
+    monkeypatch.setattr(builder, "render", broken)
+    monkeypatch.setattr(builder, "all_figures", lambda *_: iter(()))
+    with pytest.raises(RuntimeError, match="half-way"):
+        build(small_runs, copy, "smoke")
+    assert verify(copy) == []
+    assert [p.name for p in copy.parent.iterdir()] == ["smoke"]
+
+
+# -- verify
+
+
+def test_verify_finds_nothing_wrong_with_a_fresh_build(built: Path) -> None:
+    assert verify(built) == []
+
+
+def test_verify_finds_an_edited_missing_and_added_file(copy: Path) -> None:
+    (copy / "tables" / "kl.md").write_text("better numbers")
+    (copy / "figures" / "kl.png").unlink()
+    (copy / "notes.txt").write_text("hello")
+    problems = "\n".join(verify(copy))
+    assert "tables/kl.md is not the file" in problems
+    assert "figures/kl.png is in the manifest and not in the folder" in problems
+    assert "notes.txt is in the folder and not in the manifest" in problems
+
+
+def test_verify_finds_an_edited_measurement_behind_a_fresh_manifest(copy: Path) -> None:
+    path = copy / "measurements.csv"
+    frame = read_measurements(path)
+    at = frame.index[(frame.metric == "nll") & (frame.model == "spline-flow") & (frame.task == "digits")][0]
+    frame.loc[at, "value"] -= 1.0
+    frame.to_csv(path, index=False)
+    write_manifest(copy)
+    problems = verify(copy)
+    assert any("digits / spline-flow / nll: mean is" in p for p in problems)
+
+
+def test_verify_finds_an_edited_summary_behind_a_fresh_manifest(copy: Path) -> None:
+    path = copy / "summary.csv"
+    frame = read_summary(path)
+    frame.loc[0, "ci_low"] += 0.001
+    frame.iloc[:-1].to_csv(path, index=False)
+    write_manifest(copy)
+    problems = verify(copy)
+    assert any("ci_low is" in p for p in problems)
+    assert any("is missing from summary.csv" in p for p in problems)
+
+
+def test_verify_finds_an_edited_spec_behind_a_fresh_manifest(copy: Path) -> None:
+    path = copy / "records.jsonl"
+    lines = path.read_text().splitlines()
+    record = json.loads(lines[0])
+    record["spec"]["training"]["steps"] += 1
+    path.write_text("\n".join([json.dumps(record), *lines[1:]]) + "\n")
+    write_manifest(copy)
+    assert verify(copy) == [f"records.jsonl: run {record['run_id'][:8]} is not the sha256 of its spec"]
+
+
+def test_verify_finds_a_run_that_was_dropped_from_the_records(copy: Path) -> None:
+    path = copy / "records.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[1:]) + "\n")
+    write_manifest(copy)
+    assert verify(copy) == [f"measurements.csv: run {json.loads(lines[0])['run_id'][:8]} has no record"]
+
+
+# -- README
+
+
+def test_the_headline_names_the_best_model_of_each_family(frame: pd.DataFrame) -> None:
+    text = headline_markdown(tables.summary(frame))
+    (kl,) = [line for line in text.splitlines() if line.startswith("| two-gaussians<br>KL")]
+    cells = [c.strip() for c in kl.strip("|").split("|")]
+    assert cells[2].endswith("<br>spline-flow")
+    assert cells[6].endswith("<br>kde")  # the truth is no competitor
+    assert [c.startswith("**") for c in cells[1:]] == [False, True, False, False, False, False]
+    assert cells[5].startswith("~ ") is (cells[5].endswith("vp-sde"))
+    (nll,) = [line for line in text.splitlines() if line.startswith("| digits<br>NLL, nats")]
+    assert "<= " in nll
+    assert "**= 80." in nll
+    assert "Failed runs" in text
+    assert "<script" not in text
+    assert len({line.replace(r"\|", "").count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+
+
+def test_the_readme_block_is_replaced_and_nothing_else(tmp_path: Path, built: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\ntail\n")
+    assert update_readme(path, "new\n")
+    assert path.read_text() == f"# Title\n\n{BEGIN}\nnew\n{END}\n\ntail\n"
+    assert not update_readme(path, "new\n")
+    assert stale(path, built)
+    assert refresh(path, built)
+    assert not stale(path, built)
+    assert not refresh(path, built)
+
+
+@pytest.mark.parametrize("text", ["none", f"{END}\n{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}", BEGIN])
+def test_a_readme_without_its_markers_is_left_alone(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "README.md"
+    path.write_text(text)
+    with pytest.raises(ReportError, match="headline:begin"):
+        update_readme(path, "new")
+    assert path.read_text() == text
+
+
+# -- comparisons
+
+
+def measured(model: str, values: list[float], kind: str = "exact", first: int = 0) -> pd.DataFrame:
+    """Measurements of one model's NLL on one task."""
+    same = {
+        "task": "digits",
+        "model": model,
+        "family": "flow",
+        "split": "test",
+        "metric": "nll",
+        "unit": "nats",
+        "n": 10,
+    }
+    same |= {"stderr": 0.01, "kind": kind, "status": "ok", "device": "", "commit": ""}
+    rows = [{**same, "run_id": f"{model}{first + i}", "seed": first + i, "value": v} for i, v in enumerate(values)]
+    return pd.DataFrame(rows)
+
+
+def test_models_are_compared_seed_by_seed() -> None:
+    frame = pd.concat([measured("a", [10, 20, 30.0, 99]), measured("b", [11, 21.5, 32.5])])
+    (row,) = compare_models(frame, ["a", "b"], "nll").itertuples()
+    d = np.array([-1, -1.5, -2.5])
+    half = 4.302652729911275 * d.std(ddof=1) / math.sqrt(3)
+    assert row.n_seeds == 3
+    assert row.difference == pytest.approx(d.mean())
+    assert (row.ci_low, row.ci_high) == pytest.approx((d.mean() - half, d.mean() + half))
+    assert row.verdict == "no difference seen" if row.ci_high >= 0 else "a is better"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "kind"),
+    [
+        ("exact", "exact", "exact"),
+        ("upper_bound", "exact", "upper_bound"),
+        ("exact", "upper_bound", "lower_bound"),
+        ("upper_bound", "upper_bound", "estimate"),
+        ("upper_bound", "lower_bound", "upper_bound"),
+        ("estimate", "exact", "estimate"),
+    ],
+)
+def test_the_kind_of_a_difference_follows_from_both(a: str, b: str, kind: str) -> None:
+    assert kind_of_difference(a, b) == kind
+
+
+def test_a_bound_decides_a_comparison_on_one_side_only() -> None:
+    low, high = measured("low", [80, 80.1, 80.2], "upper_bound"), measured("high", [90, 90.1, 90.3])
+    verdict = compare_models(pd.concat([low, high]), ["low", "high"]).verdict[0]
+    assert verdict == "low is better"
+    low["kind"], high["kind"] = "exact", "upper_bound"
+    verdict = compare_models(pd.concat([low, high]), ["low", "high"]).verdict[0]
+    assert verdict == "low looks better, but the kinds do not decide"
+
+
+def test_below_three_shared_seeds_no_verdict_is_given() -> None:
+    frame = pd.concat([measured("a", [1.0, 2, 3]), measured("b", [5.0, 6, 7], first=1)])
+    assert compare_models(frame, ["a", "b"]).verdict[0] == "too few seeds"
+
+
+def test_the_reference_comparison_is_bitwise_and_leaves_times_out(frame: pd.DataFrame) -> None:
+    new = frame.copy()
+    new.loc[new.metric.isin(TIMING_METRICS), "value"] *= 2
+    assert differences(new, frame) == []
+    (line,) = compare_with_reference(new, frame)
+    compared = (~frame.metric.isin(TIMING_METRICS)).sum()
+    assert line.startswith(f"{compared} of {compared} numbers are bit for bit")
+
+
+def test_differences_from_the_reference_are_classed() -> None:
+    reference = measured("a", [10.0, 10.1, 10.2, 10.3, 10.4])
+    new = reference.copy()
+    new["value"] = [np.nextafter(10.0, 11), 10.2, 20.0, math.nan, 10.4]
+    new = pd.concat([new.iloc[:4], measured("b", [1.0])])
+    found = {d.run_id: d.label for d in differences(new, reference)}
+    assert found == {
+        "a0": "rounding",
+        "a1": "within error",
+        "a2": "differs",
+        "a3": "status",
+        "a4": "missing",
+        "b0": "new",
+    }
+    lines = compare_with_reference(new, reference)
+    assert lines[0].startswith("0 of 4 numbers")
+    assert "1 differ by more than that" in lines
+    assert any("a on digits, seed 2, nll" in line for line in lines)
