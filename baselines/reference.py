@@ -25,6 +25,8 @@ from replicate.model import DataInfo, Family, Model, ModelEntry, Training
 LOG_2PI = math.log(2 * math.pi)
 #: most kernels of the kernel density
 SUPPORT = 5000
+#: most held-out rows that choose its bandwidth
+HELD = 500
 #: rows that the kernel density compares with all its kernels at a time
 ROWS = 1000
 
@@ -124,7 +126,7 @@ class CategoricalMixture(Reference):
     log_p: Tensor
     objective: Tensor
 
-    def __init__(self, info: DataInfo, components: int = 40, strength: float = 2.0, iterations: int = 100) -> None:
+    def __init__(self, info: DataInfo, components: int = 20, strength: float = 20.0, iterations: int = 60) -> None:
         super().__init__(info)
         self.strength, self.iterations = strength, iterations
         self.register_buffer("log_w", torch.full((components,), -math.log(components)))
@@ -140,7 +142,7 @@ class CategoricalMixture(Reference):
         onehot = F.one_hot(train.long(), self.levels).double().flatten(1)
         centre = smoothed_frequencies(train, self.levels, 0.5)
         rows = torch.randperm(len(train), generator=generator, device=train.device)[torch.arange(k) % len(train)]
-        start = 0.1 * onehot[rows].view(k, *centre.shape) + 0.9 * centre
+        start = 0.5 * onehot[rows].view(k, *centre.shape) + 0.5 * centre
         log_w, log_p = self.log_w.double(), start.log()
         for i in range(self.iterations):
             joint = onehot @ log_p.flatten(1).T + log_w
@@ -230,11 +232,11 @@ class FullGaussianMixture(Reference):
 class KernelDensity(Reference):
     """p(x) = (1/n) sum_i N(x; c_i, h^2 I) over at most `SUPPORT` training rows c_i.
 
-    h is the best of `BANDWIDTHS` by the likelihood of held-out training rows (a fifth, at most `ROWS`). All
+    h is the best of `BANDWIDTHS` by the likelihood of held-out training rows (a fifth, at most `HELD`). All
     distances are taken in double precision: narrow kernels lose nats in single precision.
     """
 
-    BANDWIDTHS: ClassVar[list[float]] = [10 ** (-2.5 + 0.05 * i) for i in range(60)]
+    BANDWIDTHS: ClassVar[list[float]] = [10 ** (-2.0 + 0.1 * i) for i in range(27)]
     centres: Tensor
     bandwidth: Tensor
 
@@ -245,7 +247,7 @@ class KernelDensity(Reference):
 
     def initialise(self, train: Tensor, generator: torch.Generator) -> None:
         rows = train[torch.randperm(len(train), generator=generator, device=train.device)]
-        held = min(ROWS, len(rows) // 5)
+        held = min(HELD, len(rows) // 5)
         square = self._squares(rows[:held], rows[held:][:SUPPORT])
         scores = torch.stack([self._log_mean(square, h).mean() for h in self.BANDWIDTHS])
         self.bandwidth.fill_(self.BANDWIDTHS[int(scores.argmax())])
@@ -302,7 +304,9 @@ BERNOULLI_MIXTURE = ModelEntry(
     paper="Dempster, Laird and Rubin 1977, J. R. Stat. Soc. B 39(1)",
     build=CategoricalMixture,
     domains=frozenset({"levels", "bits"}),
+    params={"components": 20, "strength": 20.0, "iterations": 60},
     training=Training(steps=0),
+    overrides={"bits": {"components": 80, "strength": 2.0}},
 )
 GAUSSIAN_MIXTURE = ModelEntry(
     family="reference",
@@ -310,7 +314,14 @@ GAUSSIAN_MIXTURE = ModelEntry(
     paper="Dempster, Laird and Rubin 1977, J. R. Stat. Soc. B 39(1)",
     build=FullGaussianMixture,
     domains=frozenset({"continuous"}),
+    params={"components": 40, "covariance": "full", "ridge": 1e-5},
     training=Training(steps=0),
+    overrides={
+        # a thousand images determine one covariance of 64 dimensions, not forty
+        "levels": {"covariance": "tied", "ridge": 0.02},
+        "bits": {"covariance": "tied", "ridge": 0.02},
+        **{f"mixture-{d}": {"components": 10, "covariance": "tied"} for d in (8, 32, 64)},
+    },
 )
 KDE = ModelEntry(
     family="reference",

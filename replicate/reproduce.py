@@ -16,6 +16,7 @@ import pandas as pd
 
 from replicate.report.build import build
 from replicate.report.compare import compare_with_reference
+from replicate.report.records import ReportError, read_measurements
 from replicate.runs.execute import source_version
 from replicate.runs.pool import Outcome, run_all
 from replicate.runs.progress import Progress
@@ -88,10 +89,10 @@ def expected_seconds(specs: list[RunSpec], reference: pd.DataFrame | None) -> di
 
 
 def read_reference(out: Path) -> pd.DataFrame | None:
-    """The committed measurements, or None."""
+    """The measurements of a results folder, bit for bit; None where there are none that can be read."""
     try:
-        return pd.read_csv(out / "measurements.csv", dtype={"commit": str}, keep_default_na=False, na_values=[""])
-    except (OSError, ValueError):
+        return read_measurements(out / "measurements.csv")
+    except ReportError:
         return None
 
 

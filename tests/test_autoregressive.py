@@ -88,9 +88,8 @@ def test_parameters_of_dimension_i_have_exactly_zero_gradient_in_dimensions_i_an
         reaches[i] = grad.flatten(2).abs().sum((0, 1))
     past = torch.ones(info.dim, info.dim).tril(-1).bool()
     assert (reaches[~past] == 0).all()
-    # and the past is used: with these kernels every dimension reaches its direct predecessor's successors
-    assert (reaches.diagonal(-1) > 0).sum() >= info.dim - 1 - (info.image or (1, 0))[0] + 1
-    assert (reaches[-1, :-1] > 0).all()
+    # and there is no blind spot: on spaces this small every earlier dimension is seen
+    assert (reaches[past] > 0).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -114,7 +113,7 @@ def test_probabilities_of_all_states_sum_to_one(name: str) -> None:
 
 def test_continuous_density_integrates_to_one() -> None:
     model = scrambled(CausalConvNet(DataInfo(2, "continuous"), **TINY, components=3, octaves=2), scale=0.2)
-    axis = torch.linspace(-14, 14, 701, dtype=torch.float64)
+    axis = torch.linspace(-14, 14, 561, dtype=torch.float64)
     grid = torch.cartesian_prod(axis, axis)
     with torch.no_grad():
         mass = torch.cat([model.log_prob(part).exp() for part in grid.split(50_000)]).sum()
@@ -142,34 +141,29 @@ def test_sample_frequencies_agree_with_enumerated_probabilities(name: str) -> No
     place = torch.tensor([float(info.levels or 2) ** i for i in reversed(range(info.dim))], dtype=torch.float64)
     x = model.sample(n, torch.Generator().manual_seed(0))
     counts = torch.bincount((x @ place).long(), minlength=len(expected)).double()
-    common = expected >= 5
-    rest = ~common
-    observed = torch.cat([counts[common], counts[rest].sum()[None]]) if rest.any() else counts
-    wanted = torch.cat([expected[common], expected[rest].sum()[None]]) if rest.any() else expected
-    assert len(wanted) > 10
-    assert chisquare(observed, wanted * n / wanted.sum()).pvalue > 1e-3
+    common = expected >= 5  # the rare states share one cell
+    wanted = torch.cat([expected[common], expected[~common].sum().view(1)])
+    observed = torch.cat([counts[common], counts[~common].sum().view(1)])
+    filled = wanted > 0
+    assert filled.sum() > 10
+    assert chisquare(observed[filled], wanted[filled]).pvalue > 1e-3
 
 
 def test_continuous_samples_have_the_distribution_of_the_density() -> None:
     model = scrambled(CausalConvNet(DataInfo(2, "continuous"), **TINY, components=3, octaves=2), scale=0.2)
-    axis = torch.linspace(-14, 14, 701, dtype=torch.float64)
-    grid = torch.cartesian_prod(axis, axis)
+    axis = torch.linspace(-14, 14, 561, dtype=torch.float64)
+    cuts = torch.tensor([-1.475, -0.475, 0.475, 1.475], dtype=torch.float64)  # half way between grid points
+    side = torch.bucketize(axis, cuts)
     with torch.no_grad():
-        p = model.log_prob(grid).exp().view(701, 701)
+        p = model.log_prob(torch.cartesian_prod(axis, axis)).exp()
+    wanted = torch.zeros(25, dtype=torch.float64).index_add_(0, (5 * side[:, None] + side).flatten(), p / p.sum())
     n = 20_000
-    x = model.sample(n, torch.Generator().manual_seed(0))
-    edges = torch.tensor([-14.0, -1.5, -0.5, 0.5, 1.5, 14.0], dtype=torch.float64)
-    cell = torch.bucketize(axis, edges[1:-1])
-    expected = torch.zeros(25, dtype=torch.float64)
-    expected.index_add_(0, (5 * cell[:, None] + cell).flatten(), p.flatten())
-    where = torch.bucketize(x.contiguous(), edges[1:-1])
+    where = torch.bucketize(model.sample(n, torch.Generator().manual_seed(0)).contiguous(), cuts)
     observed = torch.bincount(5 * where[:, 0] + where[:, 1], minlength=25).double()
-    kept = expected / expected.sum() * n >= 5
-    error = (observed[kept] / n - (expected / expected.sum())[kept]).abs()
-    # six standard errors, and the grid's error at the cell edges
-    assert (
-        error < 6 * (expected[kept] / expected.sum() / n).sqrt() + 0.01 * expected[kept] / expected.sum() + 0.002
-    ).all()
+    filled = n * wanted >= 5
+    assert filled.sum() > 10
+    wanted = wanted[filled] / wanted[filled].sum()
+    assert chisquare(observed[filled], wanted * observed[filled].sum()).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -49,7 +49,9 @@ def model(name: str = "vp", dim: int = 2) -> MixtureDiffusion:
 
 
 def data(n: int = 12, dim: int = 2) -> Tensor:
-    return torch.randn(n, dim, generator=generator(), dtype=torch.float64)
+    means = model(dim=dim).means
+    noise = torch.randn(n, dim, generator=generator(), dtype=torch.float64)
+    return means[torch.arange(n) % len(means)] + 0.6 * noise
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -66,7 +68,7 @@ def truth(exact: MixtureDiffusion, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", SDES)
 def test_exact_scores_give_the_exact_log_p(name: str) -> None:
     exact, x = model(name), data()
-    answer = ode_log_prob(exact, x, generator(), steps=160)
+    answer = ode_log_prob(exact, x, generator(), steps=100)
     assert answer.kind == "estimate"
     assert answer.draws == 1
     torch.testing.assert_close(answer.values, truth(exact, x), rtol=0, atol=2e-5)
@@ -107,21 +109,20 @@ def test_the_divergence_of_the_flow_is_the_trace_of_its_jacobian() -> None:
 
 
 def test_the_density_integrates_to_one() -> None:
-    edge = torch.linspace(-5, 5, 61, dtype=torch.float64)
-    answer = ode_log_prob(model(), torch.cartesian_prod(edge, edge), generator(), steps=60)
+    edge = torch.linspace(-4, 4, 49, dtype=torch.float64)
+    answer = ode_log_prob(model(), torch.cartesian_prod(edge, edge), generator(), steps=24)
     assert float(answer.values.exp().sum() * (edge[1] - edge[0]) ** 2) == pytest.approx(1.0, abs=1e-3)
 
 
-@pytest.mark.parametrize("steps", [8, 16, 32])
+@pytest.mark.parametrize("steps", [12, 24, 48])
 def test_the_stated_solver_error_covers_the_truth(steps: int) -> None:
     exact, x = model(), data(40)
     answer = ode_log_prob(exact, x, generator(), steps=steps)
     actual = float((answer.values - truth(exact, x)).abs().mean())
     stated = answer.details["solver_error"]
     assert stated.unit == "nats"
-    # what is left at the horizon is the prior's error, far below these
-    assert actual < stated.value + 1e-5
-    assert stated.value < 1.0 if steps == 16 else True
+    assert actual < stated.value + 1e-6
+    assert stated.value < 0.5
 
 
 def test_steps_are_counted_and_odd_ones_refused() -> None:
@@ -178,7 +179,7 @@ def test_a_gaussian_fit_answers_exactly_through_the_whole_suite_s_stack() -> Non
     for entry in (entries.SDE_VP, entries.SDE_VE, entries.SDE_SUBVP):
         wrapped = Preprocessed(entry.build(info, **entry.params), info).eval()
         wrapped.initialise(x, generator())
-        values = ode_log_prob(wrapped, x, generator(), steps=40).values
+        values = ode_log_prob(wrapped, x, generator(), steps=12).values
         torch.testing.assert_close(values, expected, rtol=0, atol=0.03)
         assert all(p.requires_grad for p in wrapped.parameters())
         assert all(p.grad is None for p in wrapped.parameters())

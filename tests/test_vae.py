@@ -194,6 +194,20 @@ def test_the_score_approaches_that_of_a_linear_model() -> None:
     torch.testing.assert_close(model.score(x), -torch.linalg.solve(covariance, x.T).T, atol=0.02, rtol=0.02)
 
 
+@pytest.mark.parametrize("latent", [2, 3])
+def test_on_continuous_data_training_starts_from_a_mixture_of_gaussians(latent: int) -> None:
+    """Before any step, two slanted clusters are described better than by one full-covariance Gaussian."""
+    side = (torch.rand(2000, 1, generator=generator(1)) < 0.3).float()
+    x = torch.randn(2000, 2, generator=generator(2)) * torch.tensor([0.3, 0.1])
+    x = (x + 2 * side - 0.6) @ torch.tensor([[0.8, -0.6], [0.6, 0.8]])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = VariationalAutoencoder(PLANE, latent=latent, width=8, components=8).eval()
+    model.initialise(x, generator())
+    gaussian = torch.distributions.MultivariateNormal(x.mean(0), x.T.cov()).log_prob(x).mean()
+    assert float(iw_bound(model, x, 50, generator()).mean().value - gaussian) > 0.3
+
+
 @pytest.mark.parametrize(
     ("info", "expected"),
     [

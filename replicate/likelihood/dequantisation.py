@@ -194,4 +194,6 @@ class Preprocessed(Model):
         return self.inner.score(z) / self.transform.std
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        return self.transform.inverse(self.inner.sample(n, generator))
+        """Samples in data space; where the inner sampler diverged they are nan, never a made-up level."""
+        z = self.inner.sample(n, generator)
+        return torch.where(z.isfinite(), self.transform.inverse(z), math.nan)

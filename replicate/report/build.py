@@ -163,22 +163,23 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _summary_problems(computed: pd.DataFrame, written: pd.DataFrame) -> list[str]:
-    keys = ["task", "model", "family", "metric", "kind", "unit"]
-    computed, written = computed.set_index(keys), written.set_index(keys)
-    problems = []
-    for key in dict.fromkeys([*computed.index, *written.index]):
-        name = "summary.csv: " + " / ".join(str(k) for k in key[:2]) + f" / {key[3]}"
-        if key not in written.index or key not in computed.index:
-            where = "summary.csv" if key not in written.index else "measurements.csv"
+    right, found = _by_key(computed), _by_key(written)
+    problems = [] if len(found) == len(written) else ["summary.csv has the same row twice"]
+    for key in dict.fromkeys([*right, *found]):
+        name = f"summary.csv: {key[0]} / {key[1]} / {key[3]}"
+        if key not in found or key not in right:
+            where = "summary.csv" if key not in found else "measurements.csv"
             problems.append(f"{name} ({key[4]}) is missing from {where}")
             continue
-        a, b = computed.loc[[key]].iloc[0], written.loc[[key]].iloc[0]
-        for column in SUMMARY_COLUMNS[len(keys) :]:
-            if not _agree(a[column], b[column]):
-                problems.append(f"{name}: {column} is {b[column]}, measurements.csv gives {a[column]}")
-    if written.index.has_duplicates:
-        problems.append("summary.csv has the same row twice")
+        for column, a, b in zip(SUMMARY_COLUMNS[len(key) :], right[key], found[key], strict=True):
+            if not _agree(a, b):
+                problems.append(f"{name}: {column} is {b}, measurements.csv gives {a}")
     return problems
+
+
+def _by_key(frame: pd.DataFrame) -> dict[tuple[Any, ...], tuple[Any, ...]]:
+    """The numbers of each row of a summary by its six names."""
+    return {row[:6]: row[6:] for row in frame[list(SUMMARY_COLUMNS)].itertuples(index=False, name=None)}
 
 
 def _agree(a: Any, b: Any) -> bool:

@@ -6,9 +6,10 @@ the SVG; ids in it come from a fixed salt and no date is written.
 
 from __future__ import annotations
 
+import csv
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,10 +176,10 @@ def family_legend(figure: Figure, families: Sequence[str], y: float = 0.0) -> No
 
 def palette() -> NDArray[np.int64]:
     """256 colours (256, 3) of the maps and families, to which a large picture is reduced without a change of hue."""
-    white, faint = np.ones(3), [(0.55, 64), (1.0, 96)]
+    white, faint = np.ones(3), [(0.55, 52), (1.0, 150)]
     maps = [white + (np.array(DENSITY(t)[:3]) - white) * alpha for alpha, n in faint for t in np.linspace(0, 1, n)]
     inks = [to_rgb(c) for f in FAMILY_COLOURS for c in (colour(f), darker(f))]
-    blends = [white + (np.array(c) - white) * t for c in inks for t in (0.25, 0.5, 0.75, 1.0)]
+    blends = [white + (np.array(c) - white) * t for c in inks for t in (0.5, 1.0)]
     greys = [white * t for t in np.linspace(0, 1, 256 - len(maps) - len(blends))]
     return np.rint(255 * np.clip([*maps, *blends, *greys], 0, 1)).astype(np.int64)
 
@@ -205,6 +206,25 @@ def png_bytes(figure: Figure, dpi: int = DPI) -> bytes:
     if small.tell() > MAX_PNG and dpi > 40:
         return png_bytes(figure, dpi * 3 // 4)
     return small.getvalue()
+
+
+def csv_text(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """CSV with Unix line ends."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def fitting(make: Callable[[int], str], sizes: Iterable[int]) -> tuple[int, str]:
+    """The first of the sizes whose CSV is small enough to ship, or the last; with its CSV."""
+    size, text = 0, ""
+    for size in sizes:
+        text = make(size)
+        if len(text.encode()) <= MAX_CSV:
+            break
+    return size, text
 
 
 def save(drawing: Drawing, folder: Path) -> bytes:

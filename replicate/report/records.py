@@ -119,7 +119,8 @@ class Run:
     def commit(self) -> str:
         """The commit that the run was computed at, with "-dirty" where the tree had changes."""
         commit = str(self.provenance.get("commit") or "")
-        return f"{commit}-dirty" if commit and self.provenance.get("dirty") else commit
+        known = commit not in ("", "unknown")
+        return f"{commit}-dirty" if known and self.provenance.get("dirty") else commit
 
     def sort_key(self) -> tuple[Any, ...]:
         """Task, family, model, seed."""

@@ -280,7 +280,7 @@ def column(metric: str, results: Results, tasks: Iterable[str], head: str = "") 
     measured = {n.unit for t in tasks for m in results.models(t) for n in results.cell(t, m, metric).numbers}
     unit = info.unit or (measured.pop() if len(measured) == 1 else "")
     head = head or info.label
-    return Column(metric, head, unit if unit not in (head, "parameters", "network evaluations") else "")
+    return Column(metric, head, "" if unit in head else unit)
 
 
 def mark_best(rows: Sequence[Row], columns: int) -> tuple[Row, ...]:

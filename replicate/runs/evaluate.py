@@ -231,6 +231,9 @@ class Evaluator:
         n, test = self.settings.data_samples, self.task.test.to(self.device)
         generator = self.streams.fresh("sample")
         x, seconds = timed(self.device, lambda: self.model.sample(n, generator).detach())
+        if not bool(torch.isfinite(x).all()):
+            yield from (na(metric, "the sampler diverged") for metric in (*names, "sample_ms", "nfe"))
+            return
         m = min(n, len(test))
         yield Measurement("c2st", c2st(x[:m].cpu(), test[:m].cpu(), self.streams.fresh("c2st-cpu")))
         features = digit_features(self.task)

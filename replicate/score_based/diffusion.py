@@ -92,7 +92,7 @@ class DiffusionModel(Model):
         level = self.proposal.sample(len(batch), generator).to(batch)
         z = torch.randn(batch.shape, generator=generator, device=batch.device, dtype=batch.dtype)
         step = level.exp()[:, None] * z
-        eps = self.net(torch.cat([batch + step, batch - step]), torch.cat([level, level]))
+        eps = self.net(torch.cat([batch + step, batch - step]), torch.cat([level, level]), generator)
         error = (eps - torch.cat([z, -z])).square().sum(-1).view(2, -1).mean(0)
         if weighting == "likelihood":
             error = error / self.proposal.density(level)

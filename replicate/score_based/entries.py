@@ -22,9 +22,9 @@ from replicate.score_based.single import (
 
 CONTINUOUS = frozenset({"continuous"})
 
-_NETWORK = {"hidden": 64, "depth": 3, "activation": "softplus"}
+_NETWORK = {"hidden": 64, "depth": 3, "activation": "silu"}
 _LANGEVIN = {"langevin_steps": 1000, "step_size": 0.005}
-_SINGLE = Training(steps=1000, batch_size=256, lr=3e-3, betas=(0.9, 0.99), ema=0.99)
+_SINGLE = Training(steps=1000, batch_size=256, lr=1e-2, betas=(0.9, 0.99), ema=0.99)
 
 SM_IMPLICIT = ModelEntry(
     family="score",
@@ -54,13 +54,21 @@ DSM = ModelEntry(
     paper="Vincent 2011, Neural Computation 23",
     build=partial(build_free, DenoisingModel),
     domains=CONTINUOUS,
-    params={**_NETWORK, **_LANGEVIN, "sigma": 0.1},
+    params={**_NETWORK, **_LANGEVIN, "sigma": 0.05},
     training=_SINGLE,
 )
 
 DSM_ENERGY = replace(DSM, about="denoising score matching, s = -grad f", build=build_energy)
 
-_NOISE_NET = {"hidden": 128, "depth": 3, "features": 64, "max_frequency": 12.0, "width": 0.1, "shrinkage": 0.0}
+_NOISE_NET = {
+    "hidden": 128,
+    "depth": 3,
+    "features": 64,
+    "max_frequency": 12.0,
+    "width": 0.1,
+    "shrinkage": 0.0,
+    "dropout": 0.0,
+}
 
 NCSN = ModelEntry(
     family="score",
@@ -80,6 +88,20 @@ NCSN = ModelEntry(
     training=Training(steps=500, batch_size=256, lr=6e-3, betas=(0.9, 0.99), ema=0.99),
 )
 
+#: many dimensions: no input frequencies, and noise levels where correlated data of unit scale change most
+_WIDE = {"features": 0, "location": -0.7, "scale": 1.0, "width": 0.3}
+_DIGITS = {
+    **_WIDE,
+    "width": 0.1,
+    "hidden": 256,
+    "depth": 2,
+    "dropout": 0.2,
+    "shrinkage": 0.1,
+    "steps": 2000,
+    "lr": 3e-3,
+    "validate_every": 100,
+}
+
 _DIFFUSION = {
     "weighting": "likelihood",
     "location": -2.2,
@@ -97,6 +119,13 @@ SDE_VP = ModelEntry(
     domains=CONTINUOUS,
     params={"beta_min": 0.1, "beta_max": 20.0, "t_min": 1e-3, **_DIFFUSION},
     training=Training(steps=1500, batch_size=256, lr=6e-3, betas=(0.9, 0.99), ema=0.995),
+    overrides={
+        "levels": _DIGITS,
+        "bits": _DIGITS,
+        "mixture-8": _WIDE,
+        "mixture-32": _WIDE,
+        "mixture-64": _WIDE,
+    },
 )
 
 SDE_VE = replace(

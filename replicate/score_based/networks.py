@@ -156,6 +156,7 @@ class NoiseNet(nn.Module):
         max_frequency: the largest of them, in radians per unit of y.
         width: the finest structure expected, in units of y.
         shrinkage: of the Gaussian fit's covariance.
+        dropout: probability with which a hidden unit is dropped in training.
     """
 
     def __init__(
@@ -167,9 +168,10 @@ class NoiseNet(nn.Module):
         max_frequency: float = 12.0,
         width: float = 0.1,
         shrinkage: float = 0.0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.dropout = width, dropout
         self.gaussian = GaussianFit(dim, shrinkage)
         self.features = InputFeatures(dim, features, max_frequency) if features else None
         self.level = LevelFeatures()
@@ -180,19 +182,27 @@ class NoiseNet(nn.Module):
         nn.init.zeros_(self.last.weight)  # training starts at the Gaussian fit
         nn.init.zeros_(self.last.bias)
 
-    def forward(self, y: Tensor, log_rho: Tensor) -> Tensor:
-        """y (n, D), log_rho (n,) -> eps (n, D)."""
+    def forward(self, y: Tensor, log_rho: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """y (n, D), log_rho (n,) -> eps (n, D); the generator draws dropout masks, without it nothing is dropped."""
         rho = log_rho.exp()[:, None]
         w = self.gaussian.to_basis(y)
         variance = self.gaussian.variance
         total = variance + rho.square()
         gain = (variance / total).sqrt() * rho / torch.hypot(rho, rho.new_tensor(self.width))
-        return self.gaussian.from_basis(rho / total * w + gain * self._mlp(w / total.sqrt(), y, rho, log_rho))
+        inputs = w / total.sqrt()
+        if self.features is not None:
+            inputs = torch.cat([inputs, self.features(y, rho)], dim=-1)
+        residual = self._mlp(inputs, self.level(log_rho), generator)
+        return self.gaussian.from_basis(rho / total * w + gain * residual)
 
-    def _mlp(self, u: Tensor, y: Tensor, rho: Tensor, log_rho: Tensor) -> Tensor:
-        level = self.level(log_rho)
-        inputs = u if self.features is None else torch.cat([u, self.features(y, rho)], dim=-1)
+    def _mlp(self, inputs: Tensor, level: Tensor, generator: torch.Generator | None) -> Tensor:
         h = nn.functional.silu(self.first(inputs) + self.shifts[0](level))
         for layer, shift in zip(self.hidden, self.shifts[1:], strict=True):
-            h = nn.functional.silu(layer(h) + shift(level))
-        return self.last(h)
+            h = nn.functional.silu(layer(self._drop(h, generator)) + shift(level))
+        return self.last(self._drop(h, generator))
+
+    def _drop(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
+        if generator is None or not self.dropout or not self.training:
+            return h
+        keep = 1 - self.dropout
+        return h * torch.empty_like(h).bernoulli_(keep, generator=generator) / keep

@@ -73,8 +73,10 @@ class DenoisingModel(ScoreModel):
         self.sigma = sigma
 
     def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        """Each example is noised by z and by -z: most of the target's noise cancels within the pair."""
         z = torch.randn(batch.shape, generator=generator, device=batch.device, dtype=batch.dtype)
-        return matching.denoising_score_matching(self.net, batch, self.sigma, z).mean()
+        pairs, noise = torch.cat([batch, batch]), torch.cat([z, -z])
+        return matching.denoising_score_matching(self.net, pairs, self.sigma, noise).mean()
 
 
 class DenoisingEnergyModel(DenoisingModel):
