@@ -438,7 +438,7 @@ REALNVP = ModelEntry(
     params={"couplings": 8, "hidden": 64, "blocks": 1},
     training=Training(steps=600, batch_size=512, lr=3e-3, ema=0.99),
     overrides={
-        **{f"mixture-{dim}": {"principal": True} for dim in (8, 32, 64)},
+        **{f"mixture-{dim}": {"principal": True} for dim in (32, 64)},
         "levels": {**_DISCRETE, "steps": 400},
         "bits": {**_DISCRETE, "steps": 300},
     },

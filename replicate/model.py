@@ -30,6 +30,9 @@ Capability = Literal[
     "sample",  # sample(n, generator)
 ]
 
+#: n and a generator in; samples (n, D) and the sequential network evaluations behind them out
+Sampler = Callable[[int, torch.Generator], tuple[Tensor, int]]
+
 KINDS: tuple[str, ...] = get_args(Kind)
 FAMILIES: tuple[str, ...] = get_args(Family)
 CAPABILITIES: tuple[str, ...] = get_args(Capability)
@@ -191,6 +194,10 @@ class Model(nn.Module):
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """n samples by the model's own sampler, shape (n, D)."""
         raise NotImplementedError
+
+    def samplers(self) -> Mapping[str, Sampler]:
+        """Further samplers by name, measured beside `sample`; each gives (samples (n, D), network evaluations)."""
+        return {}
 
     # annealed importance sampling between a tractable base (beta = 0) and the model (beta = 1)
     def base_log_z(self) -> float:

@@ -26,19 +26,22 @@ TINY = {"width": 8, "layers": 2}
 
 
 def scrambled(model: Autoregressive, scale: float = 0.4) -> Autoregressive:
-    """The model in double precision with every weight moved, so that no path through it is silent."""
+    """The model in double precision with every weight redrawn, so that no path through it is silent."""
     g = torch.Generator().manual_seed(1)
     model = model.double().eval()
     with torch.no_grad():
         for p in model.parameters():
-            p += scale * torch.randn(p.shape, generator=g, dtype=p.dtype)
+            p.copy_(scale * torch.randn(p.shape, generator=g, dtype=p.dtype))
     return model
 
 
 def models(dropout: float = 0.0) -> dict[str, tuple[Autoregressive, DataInfo]]:
     """A tiny instance of every model on every domain that it handles."""
     made = {
-        "conv-continuous": (CausalConvNet(CONTINUOUS, **TINY, kernel=3, components=3, dropout=dropout), CONTINUOUS),
+        "conv-continuous": (
+            CausalConvNet(CONTINUOUS, **TINY, kernel=3, components=3, octaves=2, dropout=dropout),
+            CONTINUOUS,
+        ),
         "conv-levels": (CausalConvNet(LEVELS, **TINY, kernel=3, dropout=dropout), LEVELS),
         "conv-bits": (CausalConvNet(BITS, **TINY, kernel=7, dropout=dropout), BITS),
         "pixelcnn-levels": (GatedPixelCNN(LEVELS, **TINY, dropout=dropout), LEVELS),

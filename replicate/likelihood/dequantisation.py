@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from replicate.model import DataInfo, Model
+from replicate.model import DataInfo, Model, Sampler
 
 
 class Affine(nn.Module):
@@ -194,6 +194,18 @@ class Preprocessed(Model):
         return self.inner.score(z) / self.transform.std
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """Samples in data space; where the inner sampler diverged they are nan, never a made-up level."""
-        z = self.inner.sample(n, generator)
+        return self._to_data(self.inner.sample(n, generator))
+
+    def samplers(self) -> dict[str, Sampler]:
+        def of(inner: Sampler) -> Sampler:
+            def sample(n: int, generator: torch.Generator) -> tuple[Tensor, int]:
+                z, nfe = inner(n, generator)
+                return self._to_data(z), nfe
+
+            return sample
+
+        return {name: of(sampler) for name, sampler in self.inner.samplers().items()}
+
+    def _to_data(self, z: Tensor) -> Tensor:
+        """z in data space; where a sampler diverged the result is nan, never a made-up level."""
         return torch.where(z.isfinite(), self.transform.inverse(z), math.nan)

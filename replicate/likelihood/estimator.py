@@ -52,8 +52,8 @@ class Effort:
 
     importance_samples: int = 1_000
     dequantisation_draws: int = 64
-    ode_draws: int = 4
-    ode_steps: int = 40
+    ode_draws: int = 8
+    ode_steps: int = 12
     ais_chains: int = 256
     ais_steps: int = 1_000
     quadrature_points: int = 400

@@ -12,6 +12,7 @@ class Evaluation(Effort):
     """The likelihood estimators' effort, and sizes of everything else that is measured.
 
     Attributes:
+        density_importance_samples: k of the importance-weighted bound on densities; `importance_samples` on data.
         test_points: test examples scored on densities (all on data).
         samples: samples drawn for sample metrics on densities.
         data_samples: samples drawn for sample metrics on data.
@@ -21,6 +22,7 @@ class Evaluation(Effort):
         map_points, field_points: grid points per axis of density and score-field maps (seed 0).
     """
 
+    density_importance_samples: int = 100
     test_points: int = 10_000
     samples: int = 4_000
     data_samples: int = 1_000
@@ -37,6 +39,7 @@ EVALUATION = {
         STANDARD,
         test_points=500,
         importance_samples=20,
+        density_importance_samples=20,
         dequantisation_draws=2,
         ode_draws=1,
         ode_steps=6,
@@ -52,5 +55,13 @@ EVALUATION = {
         field_points=10,
     ),
     "standard": STANDARD,
-    "full": replace(STANDARD, importance_samples=5_000, ais_chains=1_000, ais_steps=10_000, ode_draws=16),
+    "full": replace(
+        STANDARD,
+        importance_samples=5_000,
+        density_importance_samples=1_000,
+        ais_chains=1_000,
+        ais_steps=10_000,
+        ode_draws=32,
+        ode_steps=24,
+    ),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from replicate.likelihood.dequantisation import Preprocessed
 from replicate.likelihood.estimator import CHUNK, log_likelihood
 from replicate.metrics.classifier import DigitFeatures, c2st
 from replicate.metrics.divergences import fisher_divergence, kl
@@ -103,9 +102,12 @@ class Evaluator:
     # -- densities whose truth is known
 
     def _log_likelihood(self, x: Tensor) -> LogLikelihood:
-        half_width = self.task.density.half_width if self.task.density and self.task.info.dim == 2 else None
-        generator = self.streams.fresh("evaluation")
-        return log_likelihood(self.model, x, self.settings, generator, half_width)
+        generator, density = self.streams.fresh("evaluation"), self.task.density
+        if density is None:
+            return log_likelihood(self.model, x, self.settings, generator)
+        effort = replace(self.settings, importance_samples=self.settings.density_importance_samples)
+        half_width = density.half_width if self.task.info.dim == 2 else None
+        return log_likelihood(self.model, x, effort, generator, half_width)
 
     def _density_likelihood(self, truth: Density) -> Measurements:
         x = self.task.test[: self.settings.test_points].to(self.device)
@@ -194,17 +196,12 @@ class Evaluator:
         yield from self._alternative_samplers(truth)
 
     def _alternative_samplers(self, truth: Density) -> Measurements:
-        """The samplers that a model offers beside its own: annealed, predictor-corrector, probability flow."""
-        inner = self.model.inner if isinstance(self.model, Preprocessed) else self.model
-        offered: dict[str, Callable[[int, torch.Generator], Chain]] = getattr(inner, "samplers", lambda: {})()
-        for name, run in offered.items():
+        """The samplers that a model offers beside its own: predictor-corrector, another last step."""
+        for name, sample in self.model.samplers().items():
             generator = self.streams.fresh(f"sample-{name}")
-            chain, seconds = timed(self.device, partial(run, self.settings.langevin_chains, generator))
-            x = chain.samples
-            if isinstance(self.model, Preprocessed):
-                x = self.model.transform.inverse(x)
+            (x, nfe), seconds = timed(self.device, partial(sample, self.settings.langevin_chains, generator))
             yield from self._sample_quality(truth, x.detach(), f":{name}")
-            yield count(f"nfe:{name}", chain.nfe, "network evaluations")
+            yield count(f"nfe:{name}", nfe, "network evaluations")
             yield count(f"sample_ms:{name}", 1000 * seconds / len(x), "milliseconds")
 
     # -- data

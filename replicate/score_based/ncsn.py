@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from replicate.model import DataInfo, Model
+from replicate.model import DataInfo, Model, Sampler
 from replicate.sampling.annealed import annealed_langevin
 from replicate.score_based.networks import NoiseNet
 
@@ -77,11 +77,20 @@ class NCSN(Model):
         return self.score_at_level(x, self.sigmas[-1].to(x).expand(len(x)))
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        return self._annealed(n, generator, self.denoise)[0]
+
+    def samplers(self) -> dict[str, Sampler]:
+        """The same chain with the other last step: denoised or not, which alone can decide a comparison."""
+        other = "annealed-no-denoise" if self.denoise else "annealed-denoise"
+        return {other: lambda n, generator: self._annealed(n, generator, not self.denoise)}
+
+    def _annealed(self, n: int, generator: torch.Generator, denoise: bool) -> tuple[Tensor, int]:
         start = self.sigmas[0] * torch.randn(n, self.dim, generator=generator, device=generator.device)
         eps = self.step_size * float(self.sigmas[-1]) ** 2
-        return annealed_langevin(
-            self.score_at_level, self.sigmas, start, self.steps_per_level, eps, generator, self.denoise
-        ).samples
+        chain = annealed_langevin(
+            self.score_at_level, self.sigmas, start, self.steps_per_level, eps, generator, denoise
+        )
+        return chain.samples, chain.nfe
 
 
 def build_ncsn(
