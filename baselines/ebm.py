@@ -476,11 +476,11 @@ RBM_PCD = ModelEntry(
     build=_build(RBM),
     domains=frozenset({"levels", "bits"}),
     params={"hidden": 200, "features": 3, "gibbs": 1, "chains": 200},
-    training=Training(steps=4000, batch_size=100, lr=2e-3, weight_decay=0.1, ema=0.998, validate_every=1000),
+    training=Training(steps=3000, batch_size=100, lr=2e-3, weight_decay=0.1, ema=0.998, validate_every=1000),
 )
 
 #: many dimensions: a fresh sample of p0 is never accepted
-WIDE: dict[str, Any] = {"frequency": 0.0, "jump": 0.0, "hidden": 128, "layers": 2, "steps": 2000, "lr": 2e-3}
+WIDE: dict[str, Any] = {"frequency": 0.0, "jump": 0.0, "hidden": 128, "layers": 2, "steps": 1300, "lr": 2e-3}
 
 NEURAL_EBM = ModelEntry(
     family="ebm",
@@ -499,7 +499,7 @@ NEURAL_EBM = ModelEntry(
         "jump": 0.5,
     },
     # less momentum than usual: the chains lag behind the weights, and momentum turns that lag into oscillation
-    training=Training(steps=2500, batch_size=256, lr=3e-3, betas=(0.5, 0.99), ema=0.995),
+    training=Training(steps=1300, batch_size=256, lr=3e-3, betas=(0.5, 0.99), ema=0.99),
     overrides={
         # what is narrow in two dimensions is not in many: sines would only add noise
         "mixture-8": {"frequency": 0.0, "jump": 0.3},

@@ -237,6 +237,7 @@ class KernelDensity(Reference):
     """
 
     BANDWIDTHS: ClassVar[list[float]] = [10 ** (-2.0 + 0.1 * i) for i in range(27)]
+    costly_score = True
     centres: Tensor
     bandwidth: Tensor
 

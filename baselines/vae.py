@@ -282,7 +282,7 @@ class VariationalAutoencoder(Model):
         input_dropout: float = 0.0,
         beta_warmup: int = 0,
         rank: int = 4,
-        score_draws: int = 16,
+        score_draws: int = 8,
         valid_draws: int = 16,
     ) -> None:
         super().__init__()

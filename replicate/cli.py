@@ -174,9 +174,9 @@ def report(
     readme: Annotated[Path | None, typer.Option(help="Also rewrite the headline table of this README.")] = None,
 ) -> None:
     """Write tables, figures and report again from the runs of the last finished sweep."""
-    from replicate.reproduce import Sweep
     from replicate.report.build import build
     from replicate.report.readme import refresh
+    from replicate.reproduce import Sweep
     from replicate.runs.store import default_runs_folder, writable
 
     sweep = Sweep(default_runs_folder() / profile)

@@ -148,6 +148,8 @@ class Model(nn.Module):
     capabilities: frozenset[str] = frozenset()
     #: sequential network evaluations for one batch of `sample`
     nfe: int = 1
+    #: a score costs too much for hundreds of Langevin steps: the sampler comparison leaves the model out
+    costly_score: bool = False
 
     def initialise(self, train: Tensor, generator: torch.Generator) -> None:
         """Data-dependent initialisation, called once before training with the training split (n, D).

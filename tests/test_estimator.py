@@ -63,18 +63,18 @@ X = torch.tensor([[0.0, 0.0], [1.0, -2.0], [3.0, 0.5]])
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "kind", "tolerance"),
+    ("capabilities", "half_width", "kind", "tolerance"),
     [
-        (("log_prob", "energy", "score"), "exact", 1e-6),
-        (("importance_weights",), "lower_bound", 0.2),
-        (("energy", "annealing", "sample"), "estimate", 0.1),
-        (("energy", "score"), "estimate", 1e-4),
+        (("log_prob", "energy", "score"), 16.0, "exact", 1e-6),
+        (("importance_weights",), 16.0, "lower_bound", 0.2),
+        (("energy", "annealing", "sample"), None, "estimate", 0.1),
+        (("energy", "score"), 16.0, "estimate", 1e-4),
     ],
 )
 def test_each_capability_gives_the_closed_form_with_its_own_kind(
-    capabilities: tuple[str, ...], kind: str, tolerance: float
+    capabilities: tuple[str, ...], half_width: float | None, kind: str, tolerance: float
 ) -> None:
-    out = log_likelihood(Bell(*capabilities), X, EFFORT, gen(), half_width=16.0)
+    out = log_likelihood(Bell(*capabilities), X, EFFORT, gen(), half_width)
     assert out.kind == kind
     torch.testing.assert_close(out.values.float(), Bell().log_prob(X), atol=tolerance, rtol=0)
 
@@ -88,6 +88,17 @@ def test_the_same_behind_an_affine_preprocessing() -> None:
         exact = Bell().log_prob(z) - data.std(0).log().sum()
         out = log_likelihood(model, X, EFFORT, gen())
         torch.testing.assert_close(out.values.float(), exact, atol=0.2, rtol=0)
+
+
+def test_in_the_plane_quadrature_decides_and_annealing_stands_beside_it() -> None:
+    """log Z of exp(-|x|^2 / 8 - 3) is log 8 pi - 3; the bracket agrees within its own errors."""
+    out = log_likelihood(Bell("energy", "annealing", "sample"), X, EFFORT, gen(), half_width=16.0)
+    log_z = math.log(8 * math.pi) - 3
+    assert out.details["log_z"].value == pytest.approx(log_z, abs=1e-4)
+    torch.testing.assert_close(out.values.float(), Bell().log_prob(X), atol=1e-4, rtol=0)
+    for side in ("forward", "reverse"):
+        e = out.details[f"ais_log_z_{side}"]
+        assert abs(e.value - log_z) < 4 * e.stderr
 
 
 def test_a_score_alone_has_no_log_p() -> None:

@@ -157,6 +157,10 @@ class Preprocessed(Model):
     def nfe(self) -> int:  # type: ignore[override]
         return self.inner.nfe
 
+    @property
+    def costly_score(self) -> bool:  # type: ignore[override]
+        return self.inner.costly_score
+
     def initialise(self, train: Tensor, generator: torch.Generator) -> None:
         self.transform.fit(train, generator)
         self.inner.initialise(self.transform(train, generator)[0], generator)

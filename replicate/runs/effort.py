@@ -13,6 +13,7 @@ class Evaluation(Effort):
 
     Attributes:
         density_importance_samples: k of the importance-weighted bound on densities; `importance_samples` on data.
+        density_ais_steps: temperatures of annealed importance sampling on densities; `ais_steps` on data.
         test_points: test examples scored on densities (all on data).
         samples: samples drawn for sample metrics on densities.
         data_samples: samples drawn for sample metrics on data.
@@ -22,14 +23,15 @@ class Evaluation(Effort):
         map_points, field_points: grid points per axis of density and score-field maps (seed 0).
     """
 
-    density_importance_samples: int = 100
-    test_points: int = 10_000
-    samples: int = 4_000
+    density_importance_samples: int = 50
+    density_ais_steps: int = 300
+    test_points: int = 5_000
+    samples: int = 2_000
     data_samples: int = 1_000
-    transport_points: int = 1_000
-    langevin_steps: int = 300
-    langevin_chains: int = 1_000
-    map_points: int = 60
+    transport_points: int = 500
+    langevin_steps: int = 100
+    langevin_chains: int = 500
+    map_points: int = 50
     field_points: int = 18
 
 
@@ -40,6 +42,7 @@ EVALUATION = {
         test_points=500,
         importance_samples=20,
         density_importance_samples=20,
+        density_ais_steps=20,
         dequantisation_draws=2,
         ode_draws=1,
         ode_steps=6,
@@ -59,6 +62,13 @@ EVALUATION = {
         STANDARD,
         importance_samples=5_000,
         density_importance_samples=1_000,
+        density_ais_steps=1_000,
+        test_points=10_000,
+        transport_points=1_000,
+        samples=4_000,
+        langevin_steps=1_000,
+        langevin_chains=1_000,
+        map_points=80,
         ais_chains=1_000,
         ais_steps=10_000,
         ode_draws=32,

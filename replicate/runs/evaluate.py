@@ -28,6 +28,9 @@ from replicate.runs.seeds import Streams, stream_seed
 from replicate.sampling.langevin import Chain, mala, ula
 from replicate.tasks.base import Density, Task
 
+#: Langevin paths that the report draws
+PATHS = 12
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -105,8 +108,14 @@ class Evaluator:
         generator, density = self.streams.fresh("evaluation"), self.task.density
         if density is None:
             return log_likelihood(self.model, x, self.settings, generator)
-        effort = replace(self.settings, importance_samples=self.settings.density_importance_samples)
-        half_width = density.half_width if self.task.info.dim == 2 else None
+        settings = self.settings
+        effort = replace(
+            settings,
+            importance_samples=settings.density_importance_samples,
+            ais_steps=settings.density_ais_steps,
+        )
+        # twice the box that holds the truth: a model may put mass where the truth has none
+        half_width = 2 * density.half_width if self.task.info.dim == 2 else None
         return log_likelihood(self.model, x, effort, generator, half_width)
 
     def _density_likelihood(self, truth: Density) -> Measurements:
@@ -157,36 +166,32 @@ class Evaluator:
 
     # -- any model with a score, under any Langevin sampler
 
-    def _start(self) -> Tensor:
+    def _start(self, chains: int) -> Tensor:
         """Langevin's start: a centred Gaussian as wide as the data, which knows nothing of the modes' weights."""
-        n, generator = self.settings.langevin_chains, self.streams.fresh("langevin-start")
-        z = torch.randn((n, self.task.info.dim), generator=generator, device=self.device)
+        generator = self.streams.fresh("langevin-start")
+        z = torch.randn((chains, self.task.info.dim), generator=generator, device=self.device)
         return z * float(self.task.train.square().mean().sqrt())
 
-    def _chains(self, truth: Density, record_every: int = 0) -> Iterator[tuple[str, Callable[[], Chain]]]:
-        has, steps = self.model.capabilities, self.settings.langevin_steps
-        eps = langevin_step(truth)
+    def _ula(self, truth: Density, chains: int, record_every: int = 0) -> Chain:
+        steps, generator = self.settings.langevin_steps, self.streams.fresh("langevin")
+        start = self._start(chains)
+        return ula(self.model.score, start, steps, langevin_step(truth), generator, record_every=record_every)
+
+    def _mala(self, truth: Density, chains: int) -> Chain:
+        exact = "log_prob" in self.model.capabilities
+        log_f = self.model.log_prob if exact else (lambda x: -self.model.energy(x))
+        steps, generator = self.settings.langevin_steps, self.streams.fresh("langevin")
+        return mala(log_f, self.model.score, self._start(chains), steps, langevin_step(truth), generator)
+
+    def _chains(self, truth: Density) -> Iterator[tuple[str, Callable[[], Chain]]]:
+        has, chains = self.model.capabilities, self.settings.langevin_chains
         if "score" in has:
-            yield (
-                "ula",
-                lambda: ula(
-                    self.model.score,
-                    self._start(),
-                    steps,
-                    eps,
-                    self.streams.fresh("langevin"),
-                    record_every=record_every,
-                ),
-            )
-        if "log_prob" in has or "energy" in has:
-            log_f = self.model.log_prob if "log_prob" in has else (lambda x: -self.model.energy(x))
-            yield (
-                "mala",
-                lambda: mala(log_f, self.model.score, self._start(), steps, eps, self.streams.fresh("langevin")),
-            )
+            yield "ula", lambda: self._ula(truth, chains)
+        if "score" in has and has & {"log_prob", "energy"}:
+            yield "mala", lambda: self._mala(truth, chains)
 
     def _samplers(self, truth: Density) -> Measurements:
-        if self.task.info.dim != 2 or not truth.smooth:
+        if self.task.info.dim != 2 or not truth.smooth or self.model.costly_score:
             return
         for name, run in self._chains(truth):
             chain, seconds = timed(self.device, run)
@@ -267,15 +272,13 @@ class Evaluator:
         else:
             out["grid_log_density"] = values.reshape(len(axis), -1).cpu().numpy()
             out["grid_axis"] = axis.numpy()
-        if "score" in self.model.capabilities and truth.smooth:
+        if "score" in self.model.capabilities and truth.smooth and not self.model.costly_score:
             x, axis = plane(span, self.settings.field_points, self.device)
             out["grid_score"] = self.model.score(x).detach().reshape(len(axis), len(axis), 2).cpu().numpy()
             out["score_axis"] = axis.numpy()
-            for name, run in self._chains(truth, record_every=max(1, self.settings.langevin_steps // 50)):
-                if name == "ula":
-                    path = run().path
-                    assert path is not None
-                    out["path"] = path[:, :12].detach().cpu().numpy()
+            path = self._ula(truth, PATHS, record_every=max(1, self.settings.langevin_steps // 50)).path
+            assert path is not None
+            out["path"] = path.detach().cpu().numpy()
         return out
 
 

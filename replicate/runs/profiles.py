@@ -12,7 +12,23 @@ PLANE = ("two-gaussians", "eight-gaussians", "two-moons", "rings")
 PLANE_FULL = (*PLANE, "pinwheel", "spirals", "checkerboard")
 
 #: one model a family for how error and cost grow with the dimension
-ACROSS_DIMENSIONS = ("causal-conv", "spline-flow", "vae", "neural-ebm", "sde-vp", "gaussian-mixture", "truth")
+ACROSS_DIMENSIONS = ("causal-conv", "spline-flow", "vae", "neural-ebm", "sde-vp", "truth")
+
+#: siblings of sde-vp, with its network and objective but another prior and noise range: in the full profile
+SIBLINGS = ("sde-ve", "sde-subvp")
+
+#: what models bits as bits
+OF_BITS = (
+    "causal-conv",
+    "gated-pixelcnn",
+    "vae",
+    "iwae",
+    "rbm-cd",
+    "rbm-pcd",
+    "marginals",
+    "mixture-em",
+    "truth",
+)
 
 #: scores of one noise level give no log p on data, and the exact trace costs one pass a dimension
 ONE_LEVEL = ("sm-explicit", "sm-implicit", "dsm", "dsm-energy", "ssm", "ssm-vr")
@@ -38,12 +54,14 @@ class Part:
 COMPARISON: dict[str, tuple[Part, ...]] = {
     "smoke": (
         Part(("two-gaussians",), 1),
-        Part(("digits", "digits-binary"), 1, without=ONE_LEVEL),
+        Part(("digits",), 1, without=ONE_LEVEL),
+        Part(("digits-binary",), 1, OF_BITS),
     ),
     "standard": (
-        Part(PLANE, 5),
-        Part(("mixture-8", "mixture-32"), 3, ACROSS_DIMENSIONS),
-        Part(("digits", "digits-binary"), 3, without=ONE_LEVEL),
+        Part(PLANE, 5, without=SIBLINGS),
+        Part(("mixture-8", "mixture-32"), 5, ACROSS_DIMENSIONS),
+        Part(("digits",), 3, without=(*ONE_LEVEL, *SIBLINGS)),
+        Part(("digits-binary",), 3, OF_BITS),
     ),
     "full": (
         Part(PLANE_FULL, 5),

@@ -118,7 +118,7 @@ SDE_VP = ModelEntry(
     build=build_vp,
     domains=CONTINUOUS,
     params={"beta_min": 0.1, "beta_max": 20.0, "t_min": 1e-3, **_DIFFUSION},
-    training=Training(steps=1500, batch_size=256, lr=6e-3, betas=(0.9, 0.99), ema=0.995),
+    training=Training(steps=1000, batch_size=256, lr=6e-3, betas=(0.9, 0.99), ema=0.995),
     overrides={
         "levels": _DIGITS,
         "bits": _DIGITS,
