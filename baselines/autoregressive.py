@@ -22,18 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from baselines.layers import dropout
 from replicate.model import DataInfo, Model, ModelEntry, Training
 
 #: the last inputs of every convolution, while a sample is drawn
 Memory = dict[nn.Module, Tensor]
-
-
-def dropout(x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
-    """Inverted dropout with the given generator; the identity without one or at p = 0."""
-    if generator is None or p == 0:
-        return x
-    keep = torch.rand(x.shape, generator=generator, device=x.device) >= p
-    return x * keep / (1 - p)
 
 
 class Head(Protocol):

@@ -28,15 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from baselines.layers import dropout
 from replicate.model import DataInfo, Model, ModelEntry, Training
-
-
-def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
-    """Inverted dropout of x with masks drawn from `generator`; the identity where there is none or rate is 0."""
-    if generator is None or rate == 0.0:
-        return x
-    kept = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) >= rate
-    return x * kept / (1.0 - rate)
 
 
 @dataclass(frozen=True)

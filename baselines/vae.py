@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from baselines.layers import dropout
 from replicate.model import DataInfo, Family, Model, ModelEntry, Training
 
 LOG_2PI = math.log(2 * math.pi)
@@ -44,14 +45,6 @@ def normal_log_prob(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 def randn(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
     """Standard normal noise with the dtype and device of `like`."""
     return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
-
-
-def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
-    """Inverted dropout whose mask comes from `generator`; the identity without a generator."""
-    if generator is None or rate == 0.0:
-        return x
-    keep = torch.rand(x.shape, generator=generator, device=x.device) >= rate
-    return x * keep / (1 - rate)
 
 
 class Net(nn.Module):

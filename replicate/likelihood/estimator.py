@@ -8,8 +8,8 @@
 | annealing | -energy minus log Z by annealed importance sampling, both ways | estimate |
 | diffusion | probability-flow ODE | estimate (solver and trace error stated) |
 
-In two dimensions quadrature gives log Z to far more digits than annealing; there the annealed bracket is recorded beside
-it, as a check of the estimator that has to serve everywhere else.
+In two dimensions quadrature gives log Z to far more digits than annealing; there the annealed bracket is recorded
+beside it, as a check of the estimator that has to serve everywhere else.
 
 A continuous model of discrete data turns each of these into a lower bound on log P(x) (see `dequantisation`),
 except where log Z itself is an estimate.

@@ -237,7 +237,7 @@ class Evaluator:
             yield from (na(metric, "the sampler diverged") for metric in (*names, "sample_ms", "nfe"))
             return
         m = min(n, len(test))
-        yield Measurement("c2st", c2st(x[:m].cpu(), test[:m].cpu(), self.streams.fresh("c2st-cpu")))
+        yield Measurement("c2st", c2st(x[:m], test[:m], self.streams.fresh("c2st")))
         features = digit_features(self.task)
         fake, real = features.features(x.cpu()), features.features(test.cpu())
         yield Measurement("frechet", frechet(fake, real))

@@ -70,7 +70,9 @@ def run(
     dtype = PRECISIONS[spec.precision]
     task = in_precision(load_task(spec.task), dtype)
     streams = Streams(spec.task, spec.model, spec.seed, device.type)
-    model = build_model(spec, task, streams).to(device=device, dtype=dtype)
+    model = build_model(spec, task, streams).to(device)
+    if dtype != torch.float32:  # never narrowed: some models keep tables in double precision
+        model = model.to(dtype)
     history = train(model, task.train.to(device), task.valid.to(device), spec.training, streams, on_step)
     return model, task, history, Evaluator(model, task, spec.evaluation, streams, device)
 

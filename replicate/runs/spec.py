@@ -141,7 +141,8 @@ def make_spec(
         params.update({k: v for k, v in layer.items() if k not in TRAINING_FIELDS})
         training = replace(training, **{k: v for k, v in layer.items() if k in TRAINING_FIELDS})
     if profile == "smoke":
-        training = replace(training, steps=min(training.steps, SMOKE_STEPS), validate_every=min(20, training.steps))
+        steps = min(training.steps, SMOKE_STEPS)
+        training = replace(training, steps=steps, validate_every=steps if training.validate_every else 0)
     for key, value in (settings or {}).items():
         if key in TRAINING_FIELDS:
             training = replace(training, **{key: _number(key, value, getattr(training, key))})

@@ -1,0 +1,93 @@
+"""The pool: failures are kept and retried, a killed child is noticed, and nothing finished is lost."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from replicate.reproduce import Sweep
+from replicate.runs.pool import Outcome, run_all
+from replicate.runs.spec import RunSpec, make_spec
+from replicate.runs.store import read_record, write_json
+
+GOOD = make_spec("marginals", "two-moons", profile="smoke")
+DIVERGES = make_spec("realnvp", "two-moons", profile="smoke", settings={"lr": 1e30})
+
+
+def collect(events: list[tuple[Outcome, str, str]]):  # type: ignore[no-untyped-def]
+    return lambda outcome, spec, error: events.append((outcome, spec.model, error))
+
+
+def test_a_failed_run_is_told_kept_and_tried_again_and_the_others_go_on(tmp_path: Path) -> None:
+    events: list[tuple[Outcome, str, str]] = []
+    assert run_all([DIVERGES, GOOD], tmp_path, 2, collect(events))
+    failed = [e for e in events if e[0] == "failed"]
+    assert len(failed) == 1
+    assert "training loss is" in failed[0][2]
+    assert read_record(tmp_path / GOOD.run_id()) is not None
+    left = json.loads((tmp_path / DIVERGES.run_id() / "failure.json").read_text())
+    assert left["spec"] == DIVERGES.as_dict()
+    again: list[tuple[Outcome, str, str]] = []
+    run_all([DIVERGES, GOOD], tmp_path, 2, collect(again))
+    assert [e[:2] for e in again] == [("started", "realnvp"), ("failed", "realnvp")]
+
+
+def test_a_killed_child_leaves_a_failure_and_the_next_call_completes_it(tmp_path: Path) -> None:
+    def kill(outcome: Outcome, spec: RunSpec, error: str) -> None:
+        if outcome == "started":
+            for child in multiprocessing.active_children():
+                child.kill()
+        else:
+            outcomes.append((outcome, error))
+
+    outcomes: list[tuple[Outcome, str]] = []
+    run_all([GOOD], tmp_path, 1, kill)
+    assert outcomes == [("failed", "the run's process ended with code -9 and left no record")]
+    run_all([GOOD], tmp_path, 1, collect([]))
+    assert read_record(tmp_path / GOOD.run_id()) is not None
+
+
+@pytest.mark.parametrize("damage", ["truncated", "another spec", "not json", "missing"])
+def test_a_damaged_record_does_not_count(tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / GOOD.run_id()
+    run_all([GOOD], tmp_path, 1, collect([]))
+    path = folder / "record.json"
+    text = path.read_text()
+    if damage == "truncated":
+        path.write_text(text[: len(text) // 2])
+    elif damage == "another spec":
+        record = json.loads(text)
+        record["spec"]["seed"] = 7
+        write_json(path, record)
+    elif damage == "not json":
+        path.write_bytes(b"\xff\x00")
+    else:
+        path.unlink()
+    assert read_record(folder) is None
+    events: list[tuple[Outcome, str, str]] = []
+    run_all([GOOD], tmp_path, 1, collect(events))
+    assert [e[0] for e in events] == ["started", "done"]
+
+
+def test_a_sweep_of_another_version_of_the_code_is_not_continued(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path)
+    assert sweep.open() == "starting afresh"
+    (sweep.current / "some-run").mkdir()
+    assert sweep.open() == "going on with the unfinished sweep"
+    write_json(sweep.current / "version.json", {"commit": "another", "dirty": ""})
+    assert "another version of the code" in sweep.open()
+    assert not (sweep.current / "some-run").exists()
+
+
+def test_the_same_run_gives_the_same_weights_twice(tmp_path: Path) -> None:
+    spec = make_spec("realnvp", "two-moons", profile="smoke")
+    records = []
+    for name in ("a", "b"):
+        run_all([spec], tmp_path / name, 1, collect([]))
+        record = read_record(tmp_path / name / spec.run_id())
+        assert record is not None
+        records.append(record)
+    assert records[0]["weights_sha256"] == records[1]["weights_sha256"]
