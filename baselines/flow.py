@@ -454,7 +454,7 @@ SPLINE_FLOW = ModelEntry(
     overrides={
         "continuous": _PLANE,
         **{f"mixture-{dim}": _SPREAD for dim in (8, 32, 64)},
-        "levels": {**_DISCRETE, "steps": 700},
+        "levels": {**_DISCRETE, "steps": 550},
         "bits": {**_DISCRETE, "steps": 400},
     },
 )

@@ -62,7 +62,7 @@ def test_run_prints_its_record_and_keeps_it(call, tmp_path: Path) -> None:  # ty
         (("run", "realnvp", "two-moons", "--set", "lr=fast"), "type float"),
         (("run", "realnvp", "two-moons", "--device", "tpu"), "auto, cpu or cuda"),
         (("run", "realnvp", "two-moons", "--seed", "-1"), "from 0 to"),
-        (("run", "realnvp", "two-moons", "--seed", "one"), "one"),
+        (("run", "realnvp", "two-moons", "--seed", "one"), "--seed"),
         (("reproduce", "--profile", "quick"), "smoke, standard, full"),
         (("compare", "vae", "realnvp", "--results", "nowhere"), "make reproduce"),
         (("verify", "--results", "nowhere"), "make reproduce"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from replicate.report.tables import TIMING_METRICS
+from replicate.report.build import TIMING_METRICS
 from replicate.runs.profiles import plan
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -57,9 +57,9 @@ class Effort:
     dequantisation_draws: int = 64
     ode_draws: int = 8
     ode_steps: int = 12
-    ais_chains: int = 256
+    ais_chains: int = 128
     ais_steps: int = 500
-    quadrature_points: int = 500
+    quadrature_points: int = 400
 
 
 def log_likelihood(

@@ -58,10 +58,11 @@ COMPARISON: dict[str, tuple[Part, ...]] = {
         Part(("digits-binary",), 1, OF_BITS),
     ),
     "standard": (
-        Part(PLANE, 5, without=SIBLINGS),
+        Part(PLANE, 5, without=(*ONE_LEVEL, *SIBLINGS)),
+        Part(("two-gaussians", "rings"), 5, ONE_LEVEL),
         Part(("mixture-8", "mixture-32"), 5, ACROSS_DIMENSIONS),
         Part(("digits",), 3, without=(*ONE_LEVEL, *SIBLINGS)),
-        Part(("digits-binary",), 3, OF_BITS),
+        Part(("digits-binary",), 3, tuple(m for m in OF_BITS if m != "gated-pixelcnn")),
     ),
     "full": (
         Part(PLANE_FULL, 5),
