@@ -332,7 +332,7 @@ class NeuralEBM(Model):
         chains: int = 512,
         moves: int = 2,
         jump: float = 0.3,
-        sweeps: tuple[int, int] = (200, 100),
+        sweeps: tuple[int, int] = (100, 50),
         check: tuple[int, int] = (500, 50),
     ) -> None:
         super().__init__()

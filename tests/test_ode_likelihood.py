@@ -159,7 +159,7 @@ def test_hutchinson_s_likelihood_is_unbiased() -> None:
 
 
 def test_high_dimension_uses_probes_by_default() -> None:
-    answer = ode_log_prob(model(dim=33), data(2, 33), generator(), steps=4, probes=3)
+    answer = ode_log_prob(model(dim=17), data(2, 17), generator(), steps=4, probes=3)
     assert answer.draws == 3
 
 

@@ -84,7 +84,7 @@ def test_every_planned_run_is_measured_and_none_failed(undisturbed: Path) -> Non
     frame = pd.read_csv(undisturbed / "results" / "smoke" / "measurements.csv", keep_default_na=False)
     assert set(frame.run_id) == {s.run_id() for s in plan("smoke")}
     assert set(frame.status.str.split(":").str[0]) == {"ok", "n/a"}
-    for metric in ("nll", "kl", "w2", "c2st", "frechet", "train_seconds", "nfe"):
+    for metric in ("nll", "kl", "w2", "c2st", "frechet", "train_seconds", "nfe", "ais_ess"):
         assert (frame[(frame.metric == metric)].status == "ok").any(), metric
 
 

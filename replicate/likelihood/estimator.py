@@ -49,6 +49,7 @@ class Effort:
         dequantisation_draws: noise draws of the log-mean-exp bound on discrete data.
         ode_draws: (noise, probe) draws averaged for the probability flow on discrete data.
         ode_steps: steps of the probability-flow ODE solver.
+        ode_probes: trace probes an example, where the trace is not exact and there are no draws to average.
         ais_chains, ais_steps: chains and temperatures of annealed importance sampling, each way.
         quadrature_points: grid points per axis of numerical normalisation in 2-D.
     """
@@ -57,6 +58,7 @@ class Effort:
     dequantisation_draws: int = 64
     ode_draws: int = 8
     ode_steps: int = 12
+    ode_probes: int = 8
     ais_chains: int = 128
     ais_steps: int = 500
     quadrature_points: int = 400
@@ -93,7 +95,7 @@ def _estimator(model: Model, effort: Effort, generator: torch.Generator) -> Esti
     if "annealing" in has:
         return _annealed(model, effort, generator)
     if "diffusion" in has:
-        return lambda x: ode_log_prob(model, x, generator, steps=effort.ode_steps)
+        return lambda x: ode_log_prob(model, x, generator, steps=effort.ode_steps, probes=effort.ode_probes)
     raise NotImplementedError(
         "no normalised density: the model gives neither log p nor an energy that can be normalised"
     )
@@ -140,7 +142,7 @@ def _dequantised(model: Preprocessed, x: Tensor, effort: Effort, generator: torc
     inner = model.inner
     noisy = "diffusion" in inner.capabilities and "log_prob" not in inner.capabilities
     draws = effort.ode_draws if noisy else effort.dequantisation_draws
-    estimate = _estimator(inner, effort, generator)
+    estimate = _estimator(inner, replace(effort, ode_probes=1), generator)
     total = torch.full((len(x),), -math.inf if not noisy else 0.0, dtype=torch.float64, device=x.device)
     for _ in range(draws):
         z, logdet = model.transform(x, generator)

@@ -31,7 +31,7 @@ from replicate.model import Estimate, LogLikelihood, Model
 from replicate.score_based.sde import SDE
 
 #: dimensions up to which the trace is exact unless asked otherwise
-EXACT_TRACE_DIM = 32
+EXACT_TRACE_DIM = 16
 #: rows that are solved again with half the steps
 ERROR_ROWS = 1000
 #: rows solved at once, to keep the activations in the cache

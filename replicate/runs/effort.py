@@ -24,7 +24,7 @@ class Evaluation(Effort):
     """
 
     density_importance_samples: int = 50
-    density_ais_steps: int = 300
+    density_ais_steps: int = 200
     test_points: int = 5_000
     samples: int = 2_000
     data_samples: int = 1_000

@@ -41,7 +41,7 @@ def _context() -> mp.context.ForkServerContext:
         os.environ[name] = "1"
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["replicate.runs.execute", "replicate.runs.warm"])
+    context.set_forkserver_preload(["__main__", "replicate.runs.execute", "replicate.runs.warm"])
     return context
 
 
