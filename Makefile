@@ -41,7 +41,7 @@ report: $(STAMP) ## write report, tables and README headline again from the last
 	$(BIN)/replicate report --profile $(PROFILE) $(if $(filter standard,$(PROFILE)),--readme README.md)
 
 notebooks: $(STAMP) ## execute every notebook into results/notebooks
-	$(BIN)/jupyter-nbconvert --to html --execute --output-dir results/notebooks notebooks/*.ipynb
+	$(BIN)/python -m nbconvert --to html --execute --output-dir results/notebooks notebooks/*.ipynb
 
 verify: $(STAMP) ## check committed results against their records and manifest
 	$(BIN)/replicate verify --profile $(PROFILE)

@@ -136,7 +136,7 @@ def test_independent_data_under_gaussianisation_have_their_marginal_entropy() ->
     assert nll == pytest.approx(entropy, abs=2e-3)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 6), st.integers(0, 2**31 - 1))
 def test_affine_round_trip_and_log_determinant(dim: int, seed: int) -> None:
     transform = Affine(dim).double()

@@ -106,6 +106,15 @@ def test_verify_accepts_what_reproduce_wrote_and_refuses_an_edit(undisturbed: Pa
     assert "summary.csv" in refused.stderr
 
 
+@pytest.mark.parametrize("notebook", sorted(p.name for p in (ROOT / "notebooks").glob("*.ipynb")))
+def test_notebooks_run_on_the_smoke_results(undisturbed: Path, tmp_path: Path, notebook: str) -> None:
+    convert = [sys.executable, "-m", "nbconvert", "--to", "html", "--execute", "--output-dir", str(tmp_path)]
+    where = {**environment(undisturbed), "PROFILE": "smoke", "RESULTS": str(undisturbed / "results")}
+    done = subprocess.run([*convert, str(ROOT / "notebooks" / notebook)], env=where, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / notebook).with_suffix(".html").stat().st_size > 100_000
+
+
 def test_the_time_budget_stops_with_exit_code_3_and_says_how_to_go_on(tmp_path: Path) -> None:
     stopped = subprocess.run(
         [*command(tmp_path, 1), "--time-budget", "6"],
