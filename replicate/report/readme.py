@@ -77,7 +77,7 @@ def headline_markdown(summary: pd.DataFrame) -> str:
         cells = []
         for family in FAMILIES:
             b = best.get(family)
-            text = f"**{b.cell.text()}**" if b and family == first else b.cell.text() if b else "n/a"
+            text = f"**{b.cell.text()}**" if b and family == first else b.cell.text() if b else "-"
             cells.append(f"{text}<br>{markdown(b.model)}" if b else text)
         info = metric_info(metric)
         label = "KL" if metric == "kl" else info.label
