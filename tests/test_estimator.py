@@ -88,6 +88,8 @@ def test_the_same_behind_an_affine_preprocessing() -> None:
         exact = Bell().log_prob(z) - data.std(0).log().sum()
         out = log_likelihood(model, X, EFFORT, gen())
         torch.testing.assert_close(out.values.float(), exact, atol=0.2, rtol=0)
+        if "elbo" in out.details:  # in the same coordinates as the bound that it must not exceed
+            assert exact.mean() - 3 < out.details["elbo"].value < float(out.values.mean())
 
 
 def test_in_the_plane_quadrature_decides_and_annealing_stands_beside_it() -> None:

@@ -82,7 +82,7 @@ def log_likelihood(
     if isinstance(model, Preprocessed) and model.inner.capabilities & NORMALISED:
         z, logdet = model.transform(x, generator)
         inner = _estimator(model.inner, effort, generator)(z)
-        return replace(inner, values=inner.values + logdet)
+        return replace(inner, values=inner.values + logdet, details=_shifted_elbo(inner.details, float(logdet.mean())))
     return _estimator(model, effort, generator)(x)
 
 
@@ -99,6 +99,11 @@ def _estimator(model: Model, effort: Effort, generator: torch.Generator) -> Esti
     raise NotImplementedError(
         "no normalised density: the model gives neither log p nor an energy that can be normalised"
     )
+
+
+def _shifted_elbo(details: Mapping[str, Estimate], logdet: float) -> dict[str, Estimate]:
+    """The details with the ELBO in the coordinates of the data, as the log-likelihood beside it."""
+    return {k: replace(e, value=e.value + logdet) if k == "elbo" else e for k, e in details.items()}
 
 
 @torch.no_grad()
