@@ -10,13 +10,17 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from replicate.papers.claims import ClaimError
 from replicate.registry import UsageError
+
+if TYPE_CHECKING:
+    from replicate.report.build import Claims
 
 app = typer.Typer(
     help="Generative models of every family under one protocol, and the papers' claims checked.",
@@ -55,6 +59,15 @@ def resolve_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("no CUDA device was found; use --device cpu, or install the CUDA build of torch.")
     return device
+
+
+def ledger_claims() -> Claims:
+    """The claims of every paper and the tables that set print beside our numbers."""
+    from replicate.papers.plan import all_claims
+    from replicate.papers.tables import measure_tables
+    from replicate.report.build import Claims
+
+    return Claims(all_claims(), measure_tables())
 
 
 def parse_settings(pairs: list[str]) -> dict[str, Any]:
@@ -149,12 +162,19 @@ def reproduce(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and stop.")] = False,
 ) -> None:
     """Compute a profile afresh and write its tables, figures and report."""
+    from replicate.papers.plan import ledger_plan
     from replicate.reproduce import expected_seconds, read_reference, reproduce
     from replicate.runs.profiles import plan
     from replicate.runs.progress import Progress, clock
     from replicate.runs.store import default_runs_folder
 
-    specs = plan(profile, resolve_device(device), seeds or None)
+    kind = resolve_device(device)
+    compared = plan(profile, kind, seeds or None)
+    asked, skipped = ledger_plan(profile, kind, seeds or None)
+    specs = list({spec.run_id(): spec for spec in [*compared, *asked]}.values())  # runs that both ask for run once
+    for what in skipped:
+        console.print(f"{what.experiment} is not run: {what.reason}", markup=False, highlight=False, soft_wrap=True)
+    claims = ledger_claims()
     workers = jobs or len(os.sched_getaffinity(0))
     if dry_run:
         expected = expected_seconds(specs, read_reference(results / profile))
@@ -162,7 +182,8 @@ def reproduce(
             print(f"{spec.run_id()[:12]} {spec.model} {spec.task} seed {spec.seed}")
         print(f"{len(specs)} runs, {workers} at a time, about {clock(sum(expected.values()) / workers)}")
         return
-    code = reproduce(specs, profile, default_runs_folder(), results, workers, time_budget, Progress(console))
+    runs = default_runs_folder()
+    code = reproduce(specs, profile, runs, results, workers, time_budget, Progress(console), claims)
     if code == 3:
         console.print(f"go on with: {' '.join(['replicate', *sys.argv[1:]])}", markup=False, soft_wrap=True)
     raise typer.Exit(code)
@@ -172,7 +193,9 @@ def reproduce(
 def report(
     profile: Profile = "standard",
     results: Results = Path("results"),
-    readme: Annotated[Path | None, typer.Option(help="Also rewrite the headline table of this README.")] = None,
+    readme: Annotated[
+        Path | None, typer.Option(help="Also rewrite the ledger's line and the headline table of this README.")
+    ] = None,
 ) -> None:
     """Write tables, figures and report again from the runs of the last finished sweep."""
     from replicate.report.build import build
@@ -183,14 +206,16 @@ def report(
     sweep = Sweep(default_runs_folder() / profile)
     runs = sweep.finished if sweep.finished.exists() else sweep.current
     if runs.exists():
-        console.print(f"report: {build(runs, writable(results / profile), profile)}", soft_wrap=True)
+        console.print(
+            f"report: {build(runs, writable(results / profile), profile, claims=ledger_claims())}", soft_wrap=True
+        )
     elif readme is None:
         raise UsageError(
             f"there are no runs of profile {profile} in {sweep.root}; `make reproduce PROFILE={profile}` first."
         )
     if readme is not None:
         refresh(readme, results / profile)
-        console.print(f"headline table: {readme}", soft_wrap=True)
+        console.print(f"ledger line and headline table: {readme}", soft_wrap=True)
 
 
 @app.command()
@@ -231,6 +256,55 @@ def compare(
 
 
 @app.command()
+def claims(
+    paper: Annotated[str | None, typer.Option(help="Only the claims of this paper, by its key.")] = None,
+    verdict: Annotated[str | None, typer.Option(help="Only claims with this verdict.")] = None,
+    profile: Profile = "standard",
+    results: Results = Path("results"),
+    as_json: AsJson = False,
+) -> None:
+    """Show every claim with what is printed, what we found, and the verdict."""
+    from replicate.registry import unknown
+    from replicate.report.ledger import read_claims_csv
+    from replicate.report.verdicts import VERDICTS
+
+    path = results / profile / "claims.csv"
+    if not path.exists():
+        raise UsageError(f"there is no {path}; `make reproduce PROFILE={profile}` writes it.")
+    rows = read_claims_csv(path)
+    keys = sorted({row["paper"] for row in rows})
+    if paper is not None and paper not in keys:
+        raise unknown("paper", paper, keys, f"The ledger has {', '.join(keys)}.")
+    if verdict is not None and verdict not in VERDICTS:
+        raise unknown("verdict", verdict, VERDICTS, f"It is one of {', '.join(VERDICTS)}.")
+    shown = [r for r in rows if paper in (None, r["paper"]) and verdict in (None, r["verdict"])]
+    if as_json:
+        print(json.dumps(shown, indent=1))
+        return
+    _print_claims(shown)
+
+
+def _print_claims(rows: list[dict[str, str]]) -> None:
+    from replicate.report.ledger import asked_from, ours_text, summary_line, wanted
+
+    table = Table("claim", "paper", "quantity", "as printed", "band", "ours, 90 % interval", "verdict")
+    for row in rows:
+        why = f": {row['reason']}" if row["verdict"] in ("not run", "not comparable") else ""
+        mark = f" ({row['source_quality']})"
+        cells = (row["published"] + mark, wanted(asked_from(row)), ours_text(row), row["verdict"] + why)
+        table.add_row(row["claim_id"], row["paper"], f"{row['quantity']} [{row['unit']}]", *map(_escaped, cells))
+    console.print(table)
+    if rows:
+        console.print(summary_line(rows).replace("*", ""), markup=False, highlight=False, soft_wrap=True)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@app.command()
 def verify(profile: Profile = "standard", results: Results = Path("results"), readme: Path = Path("README.md")) -> None:
     """Check committed results: files against the manifest, specs against their hashes, tables against records."""
     from replicate.report.build import verify as check
@@ -239,10 +313,10 @@ def verify(profile: Profile = "standard", results: Results = Path("results"), re
     folder = results / profile
     if not (folder / "MANIFEST.json").exists():
         raise UsageError(f"there is no {folder / 'MANIFEST.json'}; `make reproduce PROFILE={profile}` first.")
-    problems = check(folder)
+    problems = check(folder, ledger_claims().papers)
     if profile == "standard" and readme.exists() and stale(readme, folder):
         problems.append(
-            f"the headline table in {readme} is not the one that {folder} gives; `replicate report --readme {readme}`"
+            f"what {readme} says between its markers is not what {folder} gives; `replicate report --readme {readme}`"
         )
     for problem in problems:
         errors.print(f"replicate: {problem}", markup=False, highlight=False, soft_wrap=True)
@@ -285,7 +359,7 @@ def main() -> None:
 
     try:
         app()
-    except (UsageError, ReportError) as error:
+    except (UsageError, ReportError, ClaimError) as error:
         errors.print(f"replicate: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 

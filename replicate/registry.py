@@ -1,4 +1,4 @@
-"""Models and tasks by name, found through entry points; a plug-in's are found the same way as our own."""
+"""Models, tasks and papers by name, found through entry points; a plug-in's are found the same way as our own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from replicate.model import FAMILIES, ModelEntry, Training
+from replicate.papers.base import Paper
+from replicate.runs.experiment import Experiment
 from replicate.tasks.base import Task, TaskEntry
 
 
@@ -55,6 +57,11 @@ def _tasks() -> tuple[dict[str, TaskEntry], dict[str, str]]:
     return _load("replicate.tasks", TaskEntry)
 
 
+@cache
+def _papers() -> tuple[dict[str, Paper], dict[str, str]]:
+    return _load("replicate.papers", Paper)
+
+
 def models() -> dict[str, ModelEntry]:
     """Every model that could be imported, by name."""
     return _models()[0]
@@ -65,9 +72,30 @@ def tasks() -> dict[str, TaskEntry]:
     return _tasks()[0]
 
 
+def papers() -> dict[str, Paper]:
+    """Every paper that could be imported, by its key."""
+    return _papers()[0]
+
+
 def broken() -> dict[str, str]:
     """Entry points that could not be used: name -> reason."""
-    return {**_models()[1], **_tasks()[1]}
+    return {**_models()[1], **_tasks()[1], **_papers()[1]}
+
+
+def experiment(paper: str, name: str) -> Experiment:
+    """An experiment of a paper.
+
+    Raises:
+        UsageError: no such paper or experiment, or the paper cannot be imported.
+    """
+    if paper in _papers()[1]:
+        raise UsageError(f"paper {paper!r} cannot be used: {_papers()[1][paper]}. Fix or uninstall its package.")
+    if paper not in papers():
+        raise unknown("paper", paper, papers(), "`replicate claims` shows all.")
+    found = {e.name: e for e in papers()[paper].experiments}
+    if name not in found:
+        raise unknown("experiment", name, found, f"{paper} has {', '.join(sorted(found)) or 'none'}.")
+    return found[name]
 
 
 def model_entry(name: str) -> ModelEntry:

@@ -14,13 +14,15 @@ from types import FrameType
 
 import pandas as pd
 
-from replicate.report.build import build
+from replicate.report.build import Claims, build
 from replicate.report.compare import compare_with_reference
+from replicate.report.ledger import read_claims_csv
 from replicate.report.records import ReportError, read_measurements
+from replicate.report.verdicts import VERDICTS
 from replicate.runs.execute import source_version
 from replicate.runs.pool import Outcome, run_all
 from replicate.runs.progress import Progress
-from replicate.runs.spec import RunSpec
+from replicate.runs.spec import AnySpec
 from replicate.runs.store import held, read_record, writable, write_json
 
 DONE, FAILED, STOPPED = 0, 1, 3
@@ -76,7 +78,7 @@ class Sweep:
         self.current.rename(self.finished)
 
 
-def expected_seconds(specs: list[RunSpec], reference: pd.DataFrame | None) -> dict[str, float]:
+def expected_seconds(specs: list[AnySpec], reference: pd.DataFrame | None) -> dict[str, float]:
     """Seconds that each run may take, by run id: from the committed reference where it has the model and task."""
     known: dict[tuple[str, str], float] = {}
     if reference is not None:
@@ -97,13 +99,14 @@ def read_reference(out: Path) -> pd.DataFrame | None:
 
 
 def reproduce(
-    specs: list[RunSpec],
+    specs: list[AnySpec],
     profile: str,
     runs_root: Path,
     results: Path,
     jobs: int,
     time_budget: float | None,
     show: Progress,
+    claims: Claims,
 ) -> int:
     """Run every spec afresh, write results/PROFILE, and say how it compares with what was there before.
 
@@ -123,7 +126,7 @@ def reproduce(
             if read_record(sweep.current / spec.run_id()) is not None:
                 show.skip(spec.run_id())
 
-        def listen(outcome: Outcome, spec: RunSpec, error: str) -> None:
+        def listen(outcome: Outcome, spec: AnySpec, error: str) -> None:
             show.event(outcome, spec.run_id(), f"{spec.model} on {spec.task}, seed {spec.seed}", error)
 
         complete = _until_signal(lambda: run_all(todo, sweep.current, jobs, listen, deadline), show)
@@ -133,7 +136,9 @@ def reproduce(
             show.say(f"stopped with {len(missing)} of {len(specs)} runs left; the same command goes on from here")
             return STOPPED
         show.say(f"writing tables, figures and report to {out}")
-        build(sweep.current, out, profile, [s.run_id() for s in specs])
+        build(sweep.current, out, profile, [s.run_id() for s in specs], claims)
+        for verdict, count in standing(out).items():
+            show.say(f"claims {verdict}: {count}")
         _compare(out, reference, show)
         if missing:
             counts = Counter(f"{s.model} on {s.task}" for s in missing)
@@ -143,6 +148,14 @@ def reproduce(
         sweep.close()
         show.say(f"report: {out / 'report.html'}")
         return DONE
+
+
+def standing(out: Path) -> dict[str, int]:
+    """Claims by verdict in a results folder; empty where there is no ledger."""
+    if not (out / "claims.csv").exists():
+        return {}
+    counts = Counter(row["verdict"] for row in read_claims_csv(out / "claims.csv"))
+    return {v: counts[v] for v in VERDICTS}
 
 
 def _until_signal(work: Callable[[], bool], show: Progress) -> bool:

@@ -22,7 +22,7 @@ from replicate.report import tables
 from replicate.report.build import TIMING_METRICS, build, verify, write_manifest
 from replicate.report.compare import compare_models, compare_with_reference, differences, kind_of_difference
 from replicate.report.labels import fixed, latex, markdown, slug
-from replicate.report.readme import BEGIN, END, headline_markdown, refresh, stale, update_readme
+from replicate.report.readme import headline_markdown, refresh, stale, update_readme
 from replicate.report.records import (
     MEASUREMENT_COLUMNS,
     SUMMARY_COLUMNS,
@@ -31,6 +31,8 @@ from replicate.report.records import (
     read_measurements,
     read_summary,
 )
+
+BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 
 # -- synthetic runs: plausible numbers, no training
 
@@ -587,10 +589,10 @@ def test_a_second_build_removes_what_is_no_longer_made_and_keeps_what_is_not_our
     copy: Path, small_runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(builder, "all_figures", lambda *_: iter(()))
-    (copy / "claims.csv").write_text("claim_id\n")
+    (copy / "notes.txt").write_text("a reader's own\n")
     build(small_runs, copy, "smoke")
     assert not list(copy.glob("figures/*"))
-    assert "claims.csv" in json.loads((copy / "MANIFEST.json").read_text())
+    assert "notes.txt" in json.loads((copy / "MANIFEST.json").read_text())
     assert verify(copy) == []
 
 

@@ -12,18 +12,24 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from replicate.papers.claims import PaperClaims
+from replicate.papers.tables import MeasureTable
+from replicate.report import ledger as claims_ledger
 from replicate.report.drawing import save, style
 from replicate.report.figures import all_figures
 from replicate.report.labels import TIMING_METRICS, short
 from replicate.report.page import Shown, render
+from replicate.report.plots import experiment_drawings
 from replicate.report.records import (
     FAILED,
+    MEASUREMENT_COLUMNS,
     SUMMARY_COLUMNS,
     ReportError,
     Runs,
@@ -32,6 +38,7 @@ from replicate.report.records import (
     measurements,
     read_measurements,
     read_summary,
+    rows_digest,
     summary,
     write_measurements,
     write_summary,
@@ -71,24 +78,50 @@ def _write_records(runs: Runs, path: Path) -> None:
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8", newline="\n")
 
 
-def _write_all(runs: Runs, profile: str, folder: Path) -> None:
+@dataclass(frozen=True)
+class Claims:
+    """What the ledger is written from, beside the measurements."""
+
+    papers: tuple[PaperClaims, ...] = ()
+    tables: tuple[MeasureTable, ...] = ()
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _write_all(runs: Runs, profile: str, folder: Path, claims: Claims) -> None:
     frame = measurements(runs)
-    results, totals = Results(frame), summary(frame)
+    compared = measurements(runs.comparison)
+    results, totals = Results(compared), summary(compared)
     write_measurements(frame, folder / "measurements.csv")
-    write_summary(totals, folder / "summary.csv")
+    write_summary(summary(frame), folder / "summary.csv")
     _write_records(runs, folder / "records.jsonl")
+    judged = claims_ledger.entries(claims.papers, frame, profile)
+    if judged:
+        _write(folder / "claims.csv", claims_ledger.to_csv(judged, profile))
     tables = all_tables(results)
     (folder / "tables").mkdir()
     for table in tables:
         for ending, write in (("csv", to_csv), ("md", to_markdown), ("tex", to_latex)):
-            (folder / "tables" / f"{table.name}.{ending}").write_text(write(table), encoding="utf-8", newline="\n")
+            _write(folder / "tables" / f"{table.name}.{ending}", write(table))
+    plain = [claims_ledger.measure_table(t, frame) for t in claims.tables]
+    for text in [claims_ledger.ledger_table(judged), *plain] if judged else plain:
+        for ending, content in (("csv", text.csv()), ("md", text.markdown()), ("tex", text.latex())):
+            _write(folder / "tables" / f"{text.name}.{ending}", content)
     with style():
-        shown = [Shown.of(d, save(d, folder / "figures")) for d in all_figures(results, runs)]
-    page = render(runs, results, totals, tables, shown, profile)
-    (folder / "report.html").write_text(page, encoding="utf-8", newline="\n")
+        drawn = [*all_figures(results, runs.comparison), *experiment_drawings(runs.runs)]
+        shown = [Shown.of(d, save(d, folder / "figures")) for d in drawn]
+    _write(folder / "report.html", render(runs, results, totals, tables, shown, profile, judged, plain))
 
 
-def build(runs_folder: Path, out_folder: Path, profile: str, run_ids: Iterable[str] | None = None) -> Path:
+def build(
+    runs_folder: Path,
+    out_folder: Path,
+    profile: str,
+    run_ids: Iterable[str] | None = None,
+    claims: Claims = Claims(),
+) -> Path:
     """Write measurements, summary, records, tables, figures, report and manifest of a folder of runs.
 
     Other files in the results folder stay and enter the manifest; earlier tables and figures that are no longer made
@@ -99,6 +132,7 @@ def build(runs_folder: Path, out_folder: Path, profile: str, run_ids: Iterable[s
         out_folder: results/PROFILE; made if missing.
         profile: named in the report.
         run_ids: the runs to report on; all in the folder by default.
+        claims: judged on these runs; without any there is no ledger.
 
     Returns:
         The path of report.html.
@@ -112,7 +146,9 @@ def build(runs_folder: Path, out_folder: Path, profile: str, run_ids: Iterable[s
     out_folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out_folder.name}.", dir=out_folder.resolve().parent) as temporary:
         fresh = Path(temporary)
-        _write_all(runs, profile, fresh)
+        _write_all(runs, profile, fresh, claims)
+        if not claims.papers:
+            (out_folder / "claims.csv").unlink(missing_ok=True)
         for name in OWNED:
             shutil.rmtree(out_folder / name, ignore_errors=True)
         for name in results_files(fresh):
@@ -126,17 +162,25 @@ def build(runs_folder: Path, out_folder: Path, profile: str, run_ids: Iterable[s
 # -- the check
 
 
-def verify(out_folder: Path) -> list[str]:
+def verify(out_folder: Path, papers: tuple[PaperClaims, ...] = ()) -> list[str]:
     """What is wrong with a results folder, one line a problem; an empty list where everything agrees.
 
     Checks that every file is the one that the manifest names, that summary.csv follows from measurements.csv, that
-    every run id is the sha256 of its spec, and that measurements and records speak of the same runs.
+    every run id is the sha256 of its spec, that measurements and records speak of the same runs and numbers, and that
+    every verdict follows from claims.csv and measurements.csv alone.
+
+    Args:
+        papers: where given, claims.csv must also judge the claims that they state.
     """
     problems = _manifest_problems(out_folder)
     try:
         frame = read_measurements(out_folder / "measurements.csv")
         records = _read_records(out_folder / "records.jsonl")
         problems += _summary_problems(summary(frame), read_summary(out_folder / "summary.csv"))
+        if papers or (out_folder / "claims.csv").exists():
+            rows = claims_ledger.read_claims_csv(out_folder / "claims.csv")
+            problems += claims_ledger.problems(rows, frame)
+            problems += claims_ledger.definition_problems(rows, papers) if papers else []
     except ReportError as error:
         return [*problems, str(error)]
     return [*problems, *_record_problems(records, frame)]
@@ -199,11 +243,15 @@ def _record_problems(records: list[dict[str, Any]], frame: pd.DataFrame) -> list
         failed = bool((frame.loc[frame["run_id"] == run_id, "metric"] == FAILED).any())
         if failed != ("error" in record):
             problems.append(f"records.jsonl and measurements.csv disagree on whether run {short(run_id)} failed")
+    told = {str(r.get("run_id")): r.get("measurements_sha256") for r in records}
+    for run_id, rows in frame[list(MEASUREMENT_COLUMNS)].groupby("run_id", sort=False):
+        if run_id in told and rows_digest(rows.itertuples(index=False, name=None)) != told[str(run_id)]:
+            problems.append(f"measurements.csv: the numbers of run {short(str(run_id))} are not those of its record")
     seen = frame[["run_id", "task", "model", "family", "seed"]].drop_duplicates()
-    for run_id, *told in seen.itertuples(index=False, name=None):
+    for run_id, *names in seen.itertuples(index=False, name=None):
         if run_id not in known:
             problems.append(f"measurements.csv: run {short(run_id)} has no record")
-        elif tuple(told) != known[run_id]:
-            problems.append(f"measurements.csv: run {short(run_id)} is {told}, its record says {list(known[run_id])}")
+        elif tuple(names) != known[run_id]:
+            problems.append(f"measurements.csv: run {short(run_id)} is {names}, its record says {list(known[run_id])}")
     lost = sorted(set(known) - set(frame["run_id"]))
     return problems + [f"records.jsonl: run {short(run_id)} has no measurements" for run_id in lost]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from replicate.report.labels import TIMING_METRICS, base_metric, metric_info, short, symbol, task_key
+from replicate.report.labels import is_timing, metric_info, short, symbol, task_key
 from replicate.report.records import good_rows, interval
 
 COMPARISON_COLUMNS = (
@@ -140,7 +140,7 @@ _KEY = ["run_id", "metric", "split"]
 
 
 def _comparable(frame: pd.DataFrame) -> pd.DataFrame:
-    rows = frame[~frame["metric"].map(base_metric).isin(TIMING_METRICS)].copy()
+    rows = frame[~frame["metric"].map(is_timing)].copy()
     rows[["split", "kind"]] = rows[["split", "kind"]].fillna("").astype(object)
     # the same metric may stand twice under one key (two kinds): number them
     rows["nth"] = rows.groupby([*_KEY, "kind"]).cumcount()

@@ -88,6 +88,12 @@ SAMPLERS: dict[str, str] = {
 }
 
 
+def is_timing(metric: str) -> bool:
+    """Whether a metric measures time or memory of the machine; by its name: experiments write `time_...`."""
+    base = base_metric(metric)
+    return base in TIMING_METRICS or base.startswith("time_")
+
+
 def base_metric(metric: str) -> str:
     """ "w2:ula" -> "w2"."""
     return metric.partition(":")[0]

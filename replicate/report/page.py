@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -19,6 +20,7 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from replicate.model import FAMILIES
+from replicate.papers.claims import SOURCES
 from replicate.report.drawing import Drawing
 from replicate.report.labels import (
     FAMILY_COLOURS,
@@ -31,6 +33,8 @@ from replicate.report.labels import (
     slug,
     task_key,
 )
+from replicate.report.ledger import Entry, Plain, by_verdict, number, ours, wanted
+from replicate.report.plots import figure_name
 from replicate.report.readme import Best, headline_best, headline_rows, seeds_line, winner
 from replicate.report.records import Runs
 from replicate.report.tables import Results, Table, data_tasks, density_tasks, planar_tasks, task_dimension
@@ -276,7 +280,7 @@ def provenance(runs: Runs) -> list[tuple[str, str]]:
             rows.append((label, values))
     rows.append(("precision", _counted(r.spec.get("precision") for r in done)))
     rows.append(("results version", _counted(r.spec.get("results_version") for r in done)))
-    for task in runs.tasks():
+    for task in runs.comparison.tasks():
         here = [r for r in runs.runs if r.task == task]
         digests = sorted({str(r.spec.get("data_sha256") or "")[:16] for r in here})
         seeds = sorted({r.seed for r in here})
@@ -329,8 +333,51 @@ def environment() -> Environment:
     return Environment(loader=found, autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
 
 
+@dataclass(frozen=True)
+class LedgerRow:
+    """One claim as the page shows it: a line, and what it opens to."""
+
+    entry: Entry
+    band: str
+    ours: str
+    figures: tuple[Shown, ...]
+    specs: tuple[tuple[str, str], ...]
+
+    @property
+    def printed(self) -> str:
+        """The published value as the ledger's table has it."""
+        p = self.entry.claim.published
+        return p if isinstance(p, str) else number(p)
+
+
+def ledger_rows(ledger: Sequence[Entry], shown: Sequence[Shown], runs: Runs) -> list[LedgerRow]:
+    """Every claim with its figures and the settings of the runs behind it."""
+    figure = {s.name: s for s in shown}
+    by_id = {r.run_id: r for r in runs.runs}
+    out = []
+    for e in ledger:
+        names = (figure_name(e.paper.key, e.claim.experiment, p) for p in e.claim.plots)
+        behind = (by_id[i] for i in e.judged.run_ids.split(";") if i in by_id)
+        specs = {f"{r.model} on {r.task}": _settings(r.spec) for r in behind}
+        pictures = tuple(figure[n] for n in names if n in figure)
+        out.append(LedgerRow(e, wanted(e.asked), ours(e.judged), pictures, tuple(specs.items())))
+    return out
+
+
+def _settings(spec: Mapping[str, Any]) -> str:
+    kept = {k: v for k, v in spec.items() if k not in ("seed", "model", "task", "family", "kind")}
+    return json.dumps(kept, indent=1, sort_keys=True)
+
+
 def render(
-    runs: Runs, results: Results, summary: pd.DataFrame, tables: Sequence[Table], shown: Sequence[Shown], profile: str
+    runs: Runs,
+    results: Results,
+    summary: pd.DataFrame,
+    tables: Sequence[Table],
+    shown: Sequence[Shown],
+    profile: str,
+    ledger: Sequence[Entry] = (),
+    plain: Sequence[Plain] = (),
 ) -> str:
     """The whole page as HTML text.
 
@@ -340,12 +387,20 @@ def render(
         summary: for the headline.
         tables, shown: as written beside the page.
         profile: named in the title.
+        ledger: every claim with its verdict.
+        plain: tables of print beside our numbers.
     """
+    pictures = shrunk(shown)
     template = environment().get_template("template.html")
     order: Callable[[str], Any] = task_key
     return template.render(
         profile=profile,
-        sections=sections(results, tables, shrunk(shown)),
+        sections=sections(results, tables, pictures),
+        ledger=ledger_rows(ledger, pictures, runs),
+        verdicts=by_verdict(ledger),
+        ledger_papers=list({e.paper.key: e.paper for e in ledger}.values()),
+        sources=SOURCES,
+        plain=plain,
         headline=headline(results, summary),
         seeds=seeds_line(summary),
         families=[(FAMILY_LABELS[f], f) for f in FAMILIES],
@@ -355,12 +410,13 @@ def render(
         kinds=KIND_LEGEND,
         metrics=_metric_rows(results),
         failures=failures(runs),
-        models=models(runs),
+        models=models(runs.comparison),
         provenance=provenance(runs),
         counts={
             "models": len(results.models()),
             "tasks": len(sorted(results.tasks, key=order)),
             "runs": len(runs.done),
+            "claims": len(ledger),
             "failed": len(runs.failed),
         },
         dimensions=[d for t in results.tasks if (d := task_dimension(t))],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -10,10 +11,10 @@ import pandas as pd
 
 from replicate.model import FAMILIES
 from replicate.report.labels import FAMILY_LABELS, markdown, metric_info, task_key
+from replicate.report.ledger import read_claims_csv, summary_line
 from replicate.report.records import FAILED, ReportError, read_summary
 from replicate.report.tables import Cell, Number, flatters, task_dimension
 
-BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 LEGEND = (
     "Best model of each family, mean over seeds with a 95 % t-interval. `=` exact, `<=` upper bound, `>=` lower bound, "
     "`~` estimate; bold: best of the five families among numbers that cannot flatter."
@@ -107,8 +108,8 @@ def seeds_line(summary: pd.DataFrame) -> str:
     return "Seeds: " + "; ".join(parts) + "." if counts else ""
 
 
-def update_readme(path: Path, text: str) -> bool:
-    """Put text between the headline markers of a file, leaving the rest as it is.
+def update_readme(path: Path, text: str, mark: str = "headline") -> bool:
+    """Put text between a file's two lines `<!-- MARK:begin -->` and `<!-- MARK:end -->`, leaving the rest as it is.
 
     Returns:
         Whether the file changed.
@@ -117,27 +118,48 @@ def update_readme(path: Path, text: str) -> bool:
         ReportError: the markers are not there once each, in order.
     """
     old = path.read_text(encoding="utf-8")
-    new = _replaced(old, text, path)
+    new = _replaced(old, text, mark, path)
     if new != old:
         path.write_text(new, encoding="utf-8", newline="\n")
     return new != old
 
 
-def _replaced(old: str, text: str, path: Path) -> str:
-    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
+def _replaced(old: str, text: str, mark: str, path: Path) -> str:
+    begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
+    if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
         raise ReportError(
-            f"{path} needs one line {BEGIN} and after it one line {END}; the table is written between them"
+            f"{path} needs one line {begin} and after it one line {end}; the text is written between them"
         )
-    head, rest = old.split(BEGIN)
-    return f"{head}{BEGIN}\n{text.strip()}\n{END}{rest.split(END)[1]}"
+    head, rest = old.split(begin)
+    return f"{head}{begin}\n{text.strip()}\n{end}{rest.split(end)[1]}"
+
+
+def read_compared(results: Path) -> pd.DataFrame:
+    """summary.csv of a results folder without the rows of the papers' experiments."""
+    summary = read_summary(results / "summary.csv")
+    try:
+        specs = [json.loads(line)["spec"] for line in (results / "records.jsonl").read_text("utf-8").splitlines()]
+    except (OSError, ValueError, KeyError) as error:
+        raise ReportError(f"{results / 'records.jsonl'} cannot be read: {error}") from None
+    experiments = {spec["task"] for spec in specs if spec.get("kind") == "experiment"}
+    return summary[~summary["task"].isin(experiments)]
+
+
+def blocks(results: Path) -> dict[str, str]:
+    """What a results folder writes into README, by mark: the headline, and the ledger's line where there is one."""
+    out = {"headline": headline_markdown(read_compared(results))}
+    if (results / "claims.csv").exists():
+        out["ledger"] = summary_line(read_claims_csv(results / "claims.csv"))
+    return out
 
 
 def refresh(readme: Path, results: Path) -> bool:
-    """Write the headline table of a results folder into a README; returns whether it changed."""
-    return update_readme(readme, headline_markdown(read_summary(results / "summary.csv")))
+    """Write the ledger's line and the headline table of a results folder into a README; returns whether it changed."""
+    changed = [update_readme(readme, text, mark) for mark, text in blocks(results).items()]
+    return any(changed)
 
 
 def stale(readme: Path, results: Path) -> bool:
-    """Whether a README's headline table is not the one that a results folder gives."""
+    """Whether what README says between its markers is not what a results folder gives."""
     old = readme.read_text(encoding="utf-8")
-    return _replaced(old, headline_markdown(read_summary(results / "summary.csv")), readme) != old
+    return any(_replaced(old, text, mark, readme) != old for mark, text in blocks(results).items())

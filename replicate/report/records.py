@@ -77,6 +77,7 @@ class Run:
         provenance: commit, device, versions, times.
         about, paper: the model in one line, and its source.
         error, traceback_tail: why a failed run failed; "" for a whole one.
+        plots: what an experiment draws.
     """
 
     run_id: str
@@ -89,6 +90,12 @@ class Run:
     paper: str = ""
     error: str = ""
     traceback_tail: str = ""
+    plots: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def is_experiment(self) -> bool:
+        """Whether this run is a paper's experiment and no model of the comparison."""
+        return self.spec.get("kind") == "experiment"
 
     @property
     def failed(self) -> bool:
@@ -143,11 +150,11 @@ class Run:
 
     def as_record(self) -> dict[str, Any]:
         """The run without its measurements and arrays: one line of records.jsonl."""
-        head = {"run_id": self.run_id, "spec": dict(self.spec)}
+        head = {"run_id": self.run_id, "spec": dict(self.spec), "measurements_sha256": rows_digest(_rows(self))}
         if self.failed:
             return {**head, "error": self.error, "traceback_tail": self.traceback_tail}
-        rest = {"provenance": dict(self.provenance), "history": dict(self.history)}
-        return {**head, **rest, "about": self.about, "paper": self.paper}
+        rest = {"provenance": dict(self.provenance), "about": self.about, "paper": self.paper}
+        return {**head, **rest} if self.is_experiment else {**head, **rest, "history": dict(self.history)}
 
 
 @dataclass(frozen=True)
@@ -165,6 +172,11 @@ class Runs:
     def failed(self) -> tuple[Run, ...]:
         """Runs with a failure instead of a record."""
         return tuple(r for r in self.runs if r.failed)
+
+    @property
+    def comparison(self) -> Runs:
+        """The runs of models, without the papers' experiments."""
+        return Runs(tuple(r for r in self.runs if not r.is_experiment))
 
     def tasks(self) -> list[str]:
         """Every task, in the report's order."""
@@ -196,6 +208,7 @@ def _read_run(path: Path) -> Run:
             data.get("provenance") or {},
             str(data.get("about") or ""),
             str(data.get("paper") or ""),
+            plots=tuple(data.get("plots") or ()),
         )
     except (OSError, ValueError, TypeError, KeyError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
@@ -243,6 +256,18 @@ def _rows(run: Run) -> Iterable[tuple[Any, ...]]:
     for m in run.measurements:
         numbers = tuple(m.get(k) for k in ("value", "stderr", "kind", "unit", "n"))
         yield (*head, m.get("split") or "", m["metric"], *numbers, m.get("status") or "ok", *tail)
+
+
+def rows_digest(rows: Iterable[tuple[Any, ...]]) -> str:
+    """sha256 of a run's rows of measurements.csv, in any order: what ties records.jsonl to the numbers."""
+    numbers = {MEASUREMENT_COLUMNS.index(c) for c in ("value", "stderr", "n")}
+
+    def text(i: int, value: Any) -> str:
+        empty = value is None or value is pd.NA or value == "" or value != value
+        return "" if empty else repr(float(value)) if i in numbers else str(value)
+
+    lines = sorted("\x1f".join(text(i, v) for i, v in enumerate(row)) for row in rows)
+    return hashlib.sha256("\x1e".join(lines).encode()).hexdigest()
 
 
 def _row_key(row: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -12,21 +12,23 @@ import resource
 import subprocess
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.model import Estimate, Model
-from replicate.registry import load_task, model_entry
-from replicate.runs.evaluate import Evaluator, Measurement
+from replicate.registry import experiment, load_task, model_entry
+from replicate.runs.evaluate import Evaluator, Measurement, na
+from replicate.runs.experiment import Context
 from replicate.runs.seeds import Streams
-from replicate.runs.spec import PRECISIONS, RunSpec
+from replicate.runs.spec import PRECISIONS, AnySpec, ExperimentSpec, RunSpec, spec_from_dict
 from replicate.runs.store import write_arrays, write_atomic, write_json
 from replicate.runs.training import History, train
 from replicate.tasks.base import Task
@@ -96,48 +98,80 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def execute(spec: RunSpec, folder: Path | None, device: torch.device) -> dict[str, Any]:
-    """Run a spec and return its record; with a folder, write arrays and then the record there."""
+def execute(spec: AnySpec, folder: Path | None, device: torch.device) -> dict[str, Any]:
+    """Run a spec and return its record; with a folder, write what it leaves and then the record there."""
     started = time.time()
-    model, _, history, evaluator = run(spec, device)
-    begin = time.perf_counter()
-    measurements = [check_finite(m) for m in evaluator.measurements()]
-    arrays = evaluator.arrays() if spec.seed == 0 else {}
-    costs = {
-        "train_seconds": Estimate(history.seconds, 0.0, "exact", "seconds", 1),
-        "evaluate_seconds": Estimate(time.perf_counter() - begin, 0.0, "exact", "seconds", 1),
-        "peak_memory_mb": Estimate(peak_memory_mb(device), 0.0, "exact", "megabytes", 1),
-    }
-    measurements += [Measurement(name, e) for name, e in costs.items()]
-    entry = model_entry(spec.model)
-    weights = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    packed = safetensors.torch.save(weights)
+    found = _experiment(spec, device) if isinstance(spec, ExperimentSpec) else _model(spec, device)
+    memory = Measurement("peak_memory_mb", Estimate(peak_memory_mb(device), 0.0, "exact", "megabytes", 1))
     record = {
         "run_id": spec.run_id(),
         "spec": spec.as_dict(),
+        **found.record,
+        "measurements": [check_finite(m).as_dict() for m in [*found.measurements, memory]],
+        "provenance": provenance(device, started),
+    }
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if found.weights:
+            write_atomic(folder / "model.safetensors", found.weights)
+        if found.arrays:
+            write_arrays(folder / "arrays.npz", found.arrays)
+        write_json(folder / "record.json", record)
+        (folder / "failure.json").unlink(missing_ok=True)
+    return record
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a run leaves behind: measurements, its own part of the record, and files beside it."""
+
+    measurements: Sequence[Measurement]
+    record: Mapping[str, Any]
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    weights: bytes = b""
+
+
+def _seconds(metric: str, seconds: float) -> Measurement:
+    return Measurement(metric, Estimate(seconds, 0.0, "exact", "seconds", 1))
+
+
+def _model(spec: RunSpec, device: torch.device) -> _Found:
+    model, _, history, evaluator = run(spec, device)
+    begin = time.perf_counter()
+    measurements = list(evaluator.measurements())
+    arrays = evaluator.arrays() if spec.seed == 0 else {}
+    measurements.append(_seconds("train_seconds", history.seconds))
+    measurements.append(_seconds("evaluate_seconds", time.perf_counter() - begin))
+    weights = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    packed = safetensors.torch.save(weights)
+    entry = model_entry(spec.model)
+    record = {
         "weights_sha256": hashlib.sha256(packed).hexdigest(),
         "about": entry.about,
         "paper": entry.paper,
-        "measurements": [m.as_dict() for m in measurements],
         "history": {
             "train": history.train,
             "valid": history.valid,
             "best_step": history.best_step,
             "seconds": history.seconds,
         },
-        "provenance": provenance(device, started),
     }
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "model.safetensors", packed)
-        if arrays:
-            write_arrays(folder / "arrays.npz", arrays)
-        write_json(folder / "record.json", record)
-        (folder / "failure.json").unlink(missing_ok=True)
-    return record
+    return _Found(measurements, record, arrays, packed)
 
 
-def failure(spec: RunSpec, error: BaseException | str) -> dict[str, Any]:
+def _experiment(spec: ExperimentSpec, device: torch.device) -> _Found:
+    what = experiment(spec.model, spec.task)
+    streams = Streams(spec.task, spec.model, spec.seed, device.type)
+    begin = time.perf_counter()
+    outcome = what.run(Context(spec.params, streams, device))
+    seconds = time.perf_counter() - begin
+    measurements = [Measurement(name, e) for name, e in outcome.estimates.items()]
+    measurements += [na(name, reason) for name, reason in outcome.missing.items()]
+    record = {"about": what.about, "paper": spec.model, "plots": [plot.as_dict() for plot in outcome.plots]}
+    return _Found([*measurements, _seconds("evaluate_seconds", seconds)], record)
+
+
+def failure(spec: AnySpec, error: BaseException | str) -> dict[str, Any]:
     """The record of a run that did not end."""
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}".splitlines()[0]
     tail = [] if isinstance(error, str) else traceback.format_exception(error)[-6:]
@@ -210,7 +244,7 @@ def worker(spec_json: str, folder: str, device: str) -> None:
             os._exit(1)
 
         Thread(target=die_with_parent, daemon=True).start()
-    spec = RunSpec.from_dict(json.loads(spec_json))
+    spec = spec_from_dict(json.loads(spec_json))
     try:
         execute(spec, Path(folder), prepare_process(device))
     except Exception as error:

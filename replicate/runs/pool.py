@@ -19,20 +19,20 @@ from pathlib import Path
 from typing import Literal, cast
 
 from replicate.runs.execute import failure, worker
-from replicate.runs.spec import RunSpec
+from replicate.runs.spec import AnySpec
 from replicate.runs.store import read_record, write_json
 
 #: threads of every numerical library in a child; more would make results depend on the machine's cores
 ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 Outcome = Literal["started", "done", "failed"]
-Listener = Callable[[Outcome, RunSpec, str], None]
+Listener = Callable[[Outcome, AnySpec, str], None]
 
 
 @dataclass
 class _Child:
     process: BaseProcess
-    spec: RunSpec
+    spec: AnySpec
     folder: Path
 
 
@@ -46,7 +46,7 @@ def _context() -> mp.context.ForkServerContext:
 
 
 def run_all(
-    specs: Sequence[RunSpec],
+    specs: Sequence[AnySpec],
     runs: Path,
     jobs: int,
     listen: Listener,
@@ -86,7 +86,7 @@ def run_all(
             child.process.join()
 
 
-def _start(context: mp.context.ForkServerContext, spec: RunSpec, runs: Path) -> _Child:
+def _start(context: mp.context.ForkServerContext, spec: AnySpec, runs: Path) -> _Child:
     folder = runs / spec.run_id()
     if folder.exists():
         shutil.rmtree(folder)  # a half-written or failed attempt

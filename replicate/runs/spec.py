@@ -14,6 +14,7 @@ import torch
 from replicate.model import ModelEntry, Training
 from replicate.registry import TRAINING_FIELDS, UsageError, load_task, model_entry, unknown, unsupported
 from replicate.runs.effort import EVALUATION, Evaluation
+from replicate.runs.experiment import Experiment
 from replicate.tasks.base import Task
 
 #: raised by hand when a change of code changes results without changing any spec
@@ -63,6 +64,40 @@ class RunSpec:
         """The inverse of `as_dict`."""
         training = Training(**{**data["training"], "betas": tuple(data["training"]["betas"])})
         return RunSpec(**{**data, "training": training, "evaluation": Evaluation(**data["evaluation"])})
+
+
+@dataclass(frozen=True)
+class ExperimentSpec:
+    """What may change an experiment's numbers, in the words of a run: a paper's key is its model, its name its task."""
+
+    model: str
+    family: str
+    task: str
+    seed: int
+    profile: str
+    precision: str
+    device: str
+    params: Mapping[str, Any]
+    data_sha256: str
+    results_version: int = RESULTS_VERSION
+    kind: str = "experiment"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready form, the one that is hashed."""
+        data: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return data
+
+    def run_id(self) -> str:
+        """sha256 of the canonical JSON."""
+        return spec_hash(self.as_dict())
+
+
+AnySpec = RunSpec | ExperimentSpec
+
+
+def spec_from_dict(data: Mapping[str, Any]) -> AnySpec:
+    """The inverse of `as_dict`, of either kind."""
+    return ExperimentSpec(**data) if data.get("kind") == "experiment" else RunSpec.from_dict(data)
 
 
 def spec_hash(spec: Mapping[str, Any]) -> str:
@@ -169,4 +204,22 @@ def make_spec(
         training=training,
         evaluation=EVALUATION[profile],
         data_sha256=task.sha256(),
+    )
+
+
+def experiment_spec(
+    paper: str, experiment: Experiment, seed: int, profile: str = "standard", device: str = "cpu"
+) -> ExperimentSpec:
+    """The spec of one seed of a paper's experiment."""
+    digests = "".join(load_task(name).sha256() for name in experiment.tasks)
+    return ExperimentSpec(
+        model=paper,
+        family=experiment.family,
+        task=experiment.name,
+        seed=seed,
+        profile=profile,
+        precision=experiment.precision,
+        device=device,
+        params=experiment.settings(profile),
+        data_sha256=hashlib.sha256(digests.encode()).hexdigest() if digests else "",
     )

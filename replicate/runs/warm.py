@@ -5,4 +5,5 @@ from replicate.runs.execute import prepare_process
 
 registry.models()
 registry.tasks()
+registry.papers()
 prepare_process("cpu")  # switching deterministic kernels on imports a second's worth of torch

@@ -1,0 +1,59 @@
+"""A paper as the suite knows it: claims as data, experiments as functions, and the runs that both need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from replicate.papers.claims import ClaimError, PaperClaims, read_claims
+from replicate.runs.experiment import Experiment
+
+
+@dataclass(frozen=True)
+class ModelRuns:
+    """Registered models that a claim measures on a task of the comparison.
+
+    Attributes:
+        models, tasks: names; every model runs on every task.
+        seeds: how many.
+    """
+
+    models: tuple[str, ...]
+    tasks: tuple[str, ...]
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Paper:
+    """One paper.
+
+    Attributes:
+        key: short name, that of its module.
+        claims_file: the TOML beside the module.
+        experiments: what its claims measure.
+        model_runs: by profile, runs of registered models that its claims measure.
+    """
+
+    key: str
+    claims_file: Path
+    experiments: tuple[Experiment, ...] = ()
+    model_runs: Mapping[str, tuple[ModelRuns, ...]] = field(default_factory=dict)
+
+    def claims(self) -> PaperClaims:
+        """The claims, read and checked.
+
+        Raises:
+            ClaimError: the file is not as `replicate.papers.claims` asks, or names an experiment that is not here.
+        """
+        read = read_claims(self.claims_file)
+        if read.key != self.key:
+            raise ClaimError(f"{self.claims_file}: key is {read.key!r}; its module says {self.key!r}")
+        known = {e.name for e in self.experiments}
+        for claim in read.claims:
+            if claim.experiment and claim.experiment not in known:
+                names = ", ".join(sorted(known)) or "none"
+                raise ClaimError(
+                    f"{self.claims_file}: claim {claim.id} names experiment {claim.experiment!r}; there are {names}"
+                )
+        return read

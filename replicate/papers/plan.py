@@ -1,0 +1,68 @@
+"""What the ledger asks of a profile: the papers' experiments, and runs of registered models that claims measure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from replicate.papers.claims import ClaimError, PaperClaims
+from replicate.registry import papers
+from replicate.runs.experiment import Experiment
+from replicate.runs.spec import AnySpec, experiment_spec, make_spec
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An experiment that a profile has and this machine cannot run."""
+
+    experiment: str
+    reason: str
+
+
+def all_claims() -> tuple[PaperClaims, ...]:
+    """The claims of every paper, in the order of their keys.
+
+    Raises:
+        ClaimError: a file is wrong, or two claims share an id.
+    """
+    read = tuple(papers()[key].claims() for key in sorted(papers()))
+    owner: dict[str, str] = {}
+    for paper in read:
+        for claim in paper.claims:
+            if claim.id in owner:
+                raise ClaimError(f"claim id {claim.id!r} is used by {owner[claim.id]} and by {paper.key}")
+            owner[claim.id] = paper.key
+    return read
+
+
+def ledger_plan(profile: str, device: str = "cpu", seeds: int | None = None) -> tuple[list[AnySpec], list[Skipped]]:
+    """Every spec that the papers' claims need at a profile, in a fixed order, and what cannot run for lack of data.
+
+    Args:
+        seeds: overrides the number of seeds wherever there is more than one.
+    """
+    specs: list[AnySpec] = []
+    skipped: list[Skipped] = []
+    for key in sorted(papers()):
+        for experiment in papers()[key].experiments:
+            if profile not in experiment.profiles:
+                continue
+            absent = experiment.absent()
+            if absent:
+                skipped.append(Skipped(experiment.name, absent))
+                continue
+            specs += (experiment_spec(key, experiment, s, profile, device) for s in _seeds(experiment, seeds))
+        specs += _model_specs(key, profile, device, seeds)
+    return specs, skipped
+
+
+def _seeds(experiment: Experiment, override: int | None) -> range:
+    return range(experiment.seeds if experiment.seeds == 1 or not override else override)
+
+
+def _model_specs(key: str, profile: str, device: str, seeds: int | None) -> Iterator[AnySpec]:
+    for part in papers()[key].model_runs.get(profile, ()):
+        for task in part.tasks:
+            for model in part.models:
+                for seed in range(seeds or part.seeds):
+                    yield make_spec(model, task, seed, profile, device)

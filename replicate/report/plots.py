@@ -1,0 +1,119 @@
+"""The experiments' plots: each record keeps its lines, and one figure shows all seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+
+from replicate.report.drawing import QUIET, Drawing, csv_text, fitting, new_figure, panels, plain
+from replicate.report.labels import significant
+from replicate.report.records import Run
+
+Array = NDArray[np.float64]
+
+
+def figure_name(paper: str, experiment: str, plot: str) -> str:
+    """The file name of an experiment's plot."""
+    return f"{paper}-{experiment}-{plot}" if not experiment.startswith(paper) else f"{experiment}-{plot}"
+
+
+def experiment_drawings(runs: Iterable[Run]) -> Iterator[Drawing]:
+    """One drawing a plot of every experiment."""
+    by_experiment: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        if run.is_experiment and not run.failed:
+            by_experiment.setdefault((run.model, run.task), []).append(run)
+    for (paper, experiment), group in sorted(by_experiment.items()):
+        ordered = sorted(group, key=lambda r: r.seed)
+        for plot in ordered[0].plots:
+            same = [p for r in ordered for p in r.plots if p["name"] == plot["name"]]
+            name = figure_name(paper, experiment, str(plot["name"]))
+            yield (_clouds if plot["style"] == "points" else _curves)(name, ordered[0].about, same)
+
+
+def _array(values: Sequence[float | None]) -> Array:
+    return np.array([math.nan if v is None else float(v) for v in values])
+
+
+def _csv(seeds: Sequence[Mapping[str, Any]], head: tuple[str, str]) -> str:
+    def make(most: int) -> str:
+        rows = []
+        for seed, plot in enumerate(seeds):
+            for line in plot["lines"]:
+                x, y = _array(line["x"]), _array(line["y"])
+                keep = np.unique(np.linspace(0, len(x) - 1, min(most, len(x))).astype(int))
+                rows += [(line["label"], seed, significant(x[i], 6), significant(y[i], 6)) for i in keep]
+        return csv_text(("line", "seed", *head), rows)
+
+    return fitting(make, (500, 200, 60))[1]
+
+
+def _curves(name: str, about: str, seeds: Sequence[Mapping[str, Any]]) -> Drawing:
+    """Lines of all seeds in one panel: thin for each seed, thick for their mean where all share their x."""
+    plot = seeds[0]
+    labels = [line["label"] for line in plot["lines"]]
+    figure = new_figure(6.4, 3.5)
+    ax = figure.add_axes((0.12, 0.15, 0.52, 0.74))
+    for label, colour in zip(labels, sns.color_palette("colorblind", max(3, len(labels))), strict=False):
+        lines = [line for p in seeds for line in p["lines"] if line["label"] == label]
+        _line(ax, [(_array(line["x"]), _array(line["y"])) for line in lines], colour, label)
+    for (label, level), style in zip(plot["levels"].items(), ("--", ":", "-.", (0, (1, 3))) * 8, strict=False):
+        ax.axhline(level, color=QUIET, linestyle=style, linewidth=1.0, label=plain(label))
+    _dress(ax, plot)
+    ax.set_title(plain(plot["title"]), fontsize=8.5, loc="left")
+    handles, names = ax.get_legend_handles_labels()
+    figure.legend(handles, names, loc="center left", bbox_to_anchor=(0.655, 0.52), fontsize=7)
+    n = len(seeds)
+    how = f" Thin lines are {n} seeds, thick ones their mean." if n > 1 else ""
+    return Drawing(
+        name,
+        plot["title"],
+        f"{about[:1].upper()}{about[1:]}.{how}",
+        figure,
+        _csv(seeds, (plot["x_label"], plot["y_label"])),
+    )
+
+
+def _line(ax: Axes, lines: list[tuple[Array, Array]], colour: Any, label: str) -> None:
+    marker = "o" if len(lines[0][0]) <= 12 else None
+    shared = all(len(x) == len(lines[0][0]) and np.array_equal(x, lines[0][0]) for x, _ in lines)
+    if len(lines) == 1 or not shared:
+        for i, (x, y) in enumerate(lines):
+            ax.plot(
+                x, y, color=colour, linewidth=1.2, marker=marker, markersize=3, label=plain(label) if not i else None
+            )
+        return
+    for x, y in lines:
+        ax.plot(x, y, color=colour, linewidth=0.6, alpha=0.4)
+    middle = np.mean([y for _, y in lines], axis=0)
+    ax.plot(lines[0][0], middle, color=colour, linewidth=1.6, marker=marker, markersize=3, label=plain(label))
+
+
+def _dress(ax: Axes, plot: Mapping[str, Any]) -> None:
+    if plot["log_x"]:
+        ax.set_xscale("log")
+    if plot["log_y"]:
+        ax.set_yscale("log")
+    ax.set_xlabel(plain(plot["x_label"]))
+    ax.set_ylabel(plain(plot["y_label"]))
+
+
+def _clouds(name: str, about: str, seeds: Sequence[Mapping[str, Any]]) -> Drawing:
+    """Clouds of points of the first seed, side by side on the same axes."""
+    plot = seeds[0]
+    clouds = [(line["label"], _array(line["x"]), _array(line["y"])) for line in plot["lines"]]
+    figure, axes = panels(len(clouds), 4, 1.85, foot=0.5)
+    every = np.concatenate([np.concatenate([x, y]) for _, x, y in clouds])
+    span = float(np.nanquantile(np.abs(every), 0.995)) * 1.08 or 1.0
+    for ax, (label, x, y) in zip(axes, clouds, strict=True):
+        ax.scatter(x, y, s=3, color="#0072B2", alpha=0.5, linewidths=0, rasterized=True)
+        ax.set(xlim=(-span, span), ylim=(-span, span), aspect="equal")
+        ax.text(0, 1.03, plain(label), transform=ax.transAxes, fontsize=7.2, va="bottom", wrap=True)
+    caption = f"{about[:1].upper()}{about[1:]}. {plot['title']}; first seed."
+    return Drawing(name, plot["title"], caption, figure, _csv(seeds[:1], (plot["x_label"], plot["y_label"])))

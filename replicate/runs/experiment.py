@@ -1,0 +1,160 @@
+"""An experiment: a run that is no model of the comparison, asked for by a paper's claims.
+
+It goes the same way as every other run: one spec, one process, one record, rows in measurements.csv. There a
+measurement stands under the paper's key as its model and the experiment's name as its task; variants within one
+experiment (another sampler, another loss) are told apart by a suffix, as in "minority_weight:annealed".
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from replicate.model import Estimate, Family
+from replicate.runs.seeds import Streams
+
+Style = Literal["line", "points"]
+#: points of one line of a plot that a record keeps
+MAX_POINTS = 500
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a plot, or one cloud of points.
+
+    Attributes:
+        label: in the legend; for points, over the panel.
+        x, y: coordinates, of one length.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """What the report draws of an experiment. Lines share one panel; clouds of points stand side by side.
+
+    Attributes:
+        name: letters, digits and dashes; unique within the experiment.
+        title, x_label, y_label: in words, with units.
+        style: "line", or "points" for samples in the plane.
+        log_x, log_y: logarithmic axes.
+        levels: horizontal lines by label, such as a printed value.
+    """
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    lines: tuple[Line, ...]
+    style: Style = "line"
+    log_x: bool = False
+    log_y: bool = False
+    levels: Mapping[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready form, at most MAX_POINTS evenly chosen points a line, six significant digits."""
+        lines = [{"label": line.label, "x": _thinned(line.x), "y": _thinned(line.y)} for line in self.lines]
+        return {
+            "name": self.name,
+            "title": self.title,
+            "x_label": self.x_label,
+            "y_label": self.y_label,
+            "lines": lines,
+            "style": self.style,
+            "log_x": self.log_x,
+            "log_y": self.log_y,
+            "levels": dict(self.levels),
+        }
+
+
+def _thinned(values: Sequence[float]) -> list[float | None]:
+    n = len(values)
+    chosen = range(n) if n <= MAX_POINTS else (i * (n - 1) // (MAX_POINTS - 1) for i in range(MAX_POINTS))
+    return [float(f"{float(values[i]):.6g}") if math.isfinite(values[i]) else None for i in chosen]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an experiment found.
+
+    Attributes:
+        estimates: by metric name, variants as "metric:variant".
+        plots: for the report.
+        missing: metrics that could not be had, with the reason.
+    """
+
+    estimates: Mapping[str, Estimate]
+    plots: tuple[Plot, ...] = ()
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an experiment's function is given.
+
+    Attributes:
+        params: its settings, as in the spec.
+        streams: named generators of this seed: streams.fresh("noise"), `with streams.initialisation():` round the
+            construction of networks. Nothing else may be random.
+        device: where to compute.
+    """
+
+    params: Mapping[str, Any]
+    streams: Streams
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment of a paper.
+
+    Attributes:
+        name: letters, digits and dashes; unique in the suite. The `task` of its measurements.
+        about: one line.
+        family: whose subject it is.
+        run: from the context to what was found; a function of the context alone.
+        params: scalar settings of the standard profile, at the paper's values where that is affordable.
+        seeds: how many; 1 for a computation without randomness.
+        tasks: names of the suite's tasks whose data it reads; their sha256 enters the run's hash.
+        overrides: settings by profile, "smoke" and "full".
+        profiles: the profiles that run it.
+        precision: "float32" or "float64", for the record; the function itself must keep to it.
+        timing: metrics (names without variant) that measure time, and so differ from run to run.
+        files: paths below REPLICATE_DATA that it reads; where one is absent it is not run.
+    """
+
+    name: str
+    about: str
+    family: Family
+    run: Callable[[Context], Outcome]
+    params: Mapping[str, Any] = field(default_factory=dict)
+    seeds: int = 5
+    tasks: tuple[str, ...] = ()
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    profiles: tuple[str, ...] = ("standard", "full")
+    precision: str = "float32"
+    timing: frozenset[str] = frozenset()
+    files: tuple[str, ...] = ()
+
+    def absent(self) -> str:
+        """Why this machine cannot run it: the first of its files that is not there; "" where all are."""
+        folder = os.environ.get("REPLICATE_DATA")
+        if not self.files or (folder and all((Path(folder) / f).exists() for f in self.files)):
+            return ""
+        if not folder:
+            return f"it reads {self.files[0]}, and REPLICATE_DATA names no folder"
+        missing = next(f for f in self.files if not (Path(folder) / f).exists())
+        return f"it reads {missing}, which is not in {folder} (REPLICATE_DATA)"
+
+    def settings(self, profile: str) -> dict[str, Any]:
+        """The settings of a profile."""
+        return {**self.params, **self.overrides.get(profile, {})}
