@@ -86,7 +86,7 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
 
 @app.command("list")
 def list_(as_json: AsJson = False) -> None:
-    """Show every model, task and profile."""
+    """Show every model, task, paper and profile."""
     from replicate import registry
 
     found = {
@@ -94,6 +94,7 @@ def list_(as_json: AsJson = False) -> None:
             n: {"family": e.family, "about": e.about, "paper": e.paper} for n, e in sorted(registry.models().items())
         },
         "tasks": {n: {"kind": e.kind, "about": e.about} for n, e in sorted(registry.tasks().items())},
+        "papers": {n: {"experiments": [e.name for e in p.experiments]} for n, p in sorted(registry.papers().items())},
         "profiles": ["smoke", "standard", "full"],
         "broken": registry.broken(),
     }
@@ -105,6 +106,10 @@ def list_(as_json: AsJson = False) -> None:
         for name, row in found[title].items():  # type: ignore[attr-defined]
             table.add_row(name, *(row[c] for c in columns))
         console.print(table)
+    table = Table("paper", "experiments", title="papers", title_justify="left")
+    for key, found_paper in sorted(registry.papers().items()):
+        table.add_row(key, ", ".join(e.name for e in found_paper.experiments))
+    console.print(table)
     for name, reason in registry.broken().items():
         errors.print(f"replicate: {name} cannot be used: {reason}", markup=False, highlight=False)
 
@@ -162,6 +167,7 @@ def reproduce(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and stop.")] = False,
 ) -> None:
     """Compute a profile afresh and write its tables, figures and report."""
+    from replicate import registry
     from replicate.papers.plan import ledger_plan
     from replicate.reproduce import expected_seconds, read_reference, reproduce
     from replicate.runs.profiles import plan
@@ -172,6 +178,8 @@ def reproduce(
     compared = plan(profile, kind, seeds or None)
     asked, skipped = ledger_plan(profile, kind, seeds or None)
     specs = list({spec.run_id(): spec for spec in [*compared, *asked]}.values())  # runs that both ask for run once
+    for name, reason in registry.broken().items():
+        errors.print(f"replicate: {name} is left out: {reason}", markup=False, highlight=False, soft_wrap=True)
     for what in skipped:
         console.print(f"{what.experiment} is not run: {what.reason}", markup=False, highlight=False, soft_wrap=True)
     claims = ledger_claims()

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ import pandas as pd
 from replicate.papers.claims import PaperClaims
 from replicate.papers.tables import MeasureTable
 from replicate.report import ledger as claims_ledger
-from replicate.report.drawing import save, style
+from replicate.report.drawing import Drawing, save, style
 from replicate.report.figures import all_figures
 from replicate.report.labels import TIMING_METRICS, short
 from replicate.report.page import Shown, render
@@ -110,9 +113,30 @@ def _write_all(runs: Runs, profile: str, folder: Path, claims: Claims) -> None:
         for ending, content in (("csv", text.csv()), ("md", text.markdown()), ("tex", text.latex())):
             _write(folder / "tables" / f"{text.name}.{ending}", content)
     with style():
-        drawn = [*all_figures(results, runs.comparison), *experiment_drawings(runs.runs)]
-        shown = [Shown.of(d, save(d, folder / "figures")) for d in drawn]
+        shown = _saved([*all_figures(results, runs.comparison), *experiment_drawings(runs.runs)], folder / "figures")
     _write(folder / "report.html", render(runs, results, totals, tables, shown, profile, judged, plain))
+
+
+#: drawings that forked workers inherit: figures are costly to send
+_DRAWINGS: list[Drawing] = []
+
+
+def _save_one(index: int, folder: Path) -> bytes:
+    return save(_DRAWINGS[index], folder)
+
+
+def _saved(drawings: list[Drawing], folder: Path) -> list[Shown]:
+    """Write every figure, side by side on the cores there are; a figure's bytes depend on it alone."""
+    workers = min(len(os.sched_getaffinity(0)), len(drawings))
+    if workers < 2 or "fork" not in multiprocessing.get_all_start_methods():
+        return [Shown.of(d, save(d, folder)) for d in drawings]
+    _DRAWINGS[:] = drawings
+    try:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+            pngs = list(pool.map(_save_one, range(len(drawings)), repeat(folder)))
+    finally:
+        _DRAWINGS.clear()
+    return [Shown.of(d, png) for d, png in zip(drawings, pngs, strict=True)]
 
 
 def build(

@@ -2,7 +2,8 @@
 
 It goes the same way as every other run: one spec, one process, one record, rows in measurements.csv. There a
 measurement stands under the paper's key as its model and the experiment's name as its task; variants within one
-experiment (another sampler, another loss) are told apart by a suffix, as in "minority_weight:annealed".
+experiment (another sampler, another loss) are told apart by a suffix, as in "minority_weight:annealed". A metric
+whose name begins with "time_" differs from run to run and is left out where runs are compared bit for bit.
 """
 
 from __future__ import annotations
@@ -128,8 +129,7 @@ class Experiment:
         overrides: settings by profile, "smoke" and "full".
         profiles: the profiles that run it.
         precision: "float32" or "float64", for the record; the function itself must keep to it.
-        timing: metrics (names without variant) that measure time, and so differ from run to run.
-        files: paths below REPLICATE_DATA that it reads; where one is absent it is not run.
+        files: paths below REPLICATE_DATA that it reads, each as it is or with .gz; where one is absent it is not run.
     """
 
     name: str
@@ -142,18 +142,18 @@ class Experiment:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     profiles: tuple[str, ...] = ("standard", "full")
     precision: str = "float32"
-    timing: frozenset[str] = frozenset()
     files: tuple[str, ...] = ()
 
     def absent(self) -> str:
         """Why this machine cannot run it: the first of its files that is not there; "" where all are."""
-        folder = os.environ.get("REPLICATE_DATA")
-        if not self.files or (folder and all((Path(folder) / f).exists() for f in self.files)):
+        folder = os.environ.get("REPLICATE_DATA", "")
+        missing = [
+            f for f in self.files if not folder or not any(Path(folder, f + end).exists() for end in ("", ".gz"))
+        ]
+        if not missing:
             return ""
-        if not folder:
-            return f"it reads {self.files[0]}, and REPLICATE_DATA names no folder"
-        missing = next(f for f in self.files if not (Path(folder) / f).exists())
-        return f"it reads {missing}, which is not in {folder} (REPLICATE_DATA)"
+        where = f"which is not in {folder} (REPLICATE_DATA)" if folder else "and REPLICATE_DATA names no folder"
+        return f"it reads {missing[0]}, {where}"
 
     def settings(self, profile: str) -> dict[str, Any]:
         """The settings of a profile."""

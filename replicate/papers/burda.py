@@ -1,0 +1,269 @@
+"""Burda, Grosse, Salakhutdinov 2016: Importance weighted autoencoders, 1509.00519.
+
+Replicated: VAE and IWAE with one and two stochastic layers trained with k = 1, 5, 50 draws, on dynamic and on static
+binarised MNIST, scored by the bound with 5000 importance samples (table 1 and appendix D).
+
+Setup as in the paper and its released code (github.com/yburda/iwae): deterministic layers of tanh, Glorot's uniform
+start with zero biases, output bias = logit of the clipped training mean; batches of 20 in the order of the file; Adam
+with beta1 = 0.99, beta2 = 0.999, eps = 1e-4 outside the bias correction, second moments that start at 1, and gradients
+summed, not averaged, over a batch; stage i = 0..7 has 3^i epochs at 1e-3 * 10^(-i/7), rounded as the code rounds it:
+3280 epochs, the last weights kept.
+
+Deviations: test bits of the dynamic rows are drawn once from a fixed seed (the code draws them afresh at evaluation).
+Randomness comes from this suite's streams. A model with two layers has the shape 784-200-200-100-100-100-50.
+
+k = 1 is one and the same model for VAE and IWAE: the paper prints one number for both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from replicate.likelihood.importance import iw_bound
+from replicate.model import Model
+from replicate.papers.base import Paper
+from replicate.papers.burda_bounds import BOUNDS
+from replicate.papers.static_bits import FILES, contents, data_file, static_mnist
+from replicate.registry import UsageError
+from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+
+LOG_2PI = math.log(2 * math.pi)
+STAGES = 8
+MNIST_ORIGIN = "MNIST, http://yann.lecun.com/exdb/mnist/ and its mirrors"
+MNIST_FILES = ("mnist/train-images-idx3-ubyte", "mnist/t10k-images-idx3-ubyte")
+#: examples that the code holds out of MNIST's 60,000; nothing is selected on them
+HELD_OUT = 400
+#: seed of the dynamic rows' test bits
+TEST_BITS_SEED = 150900519
+#: latent and hidden widths from the data upwards, by number of stochastic layers
+LATENTS: dict[int, tuple[int, ...]] = {1: (50,), 2: (100, 50)}
+HIDDEN: dict[int, tuple[int, ...]] = {1: (200,), 2: (200, 100)}
+
+
+# -- data
+
+
+def read_idx(name: str) -> Tensor:
+    """Images of an IDX file below REPLICATE_DATA as intensities in [0, 1], shape (n, rows * columns).
+
+    Raises:
+        UsageError: the file is missing or no IDX file of images.
+    """
+    path = data_file(name, MNIST_ORIGIN)
+    content = contents(path)
+    magic, n, rows, columns = np.frombuffer(content[:16], dtype=">i4")
+    if magic != 2051 or len(content) != 16 + n * rows * columns:
+        raise UsageError(f"{path} is no IDX file of images; get it again from {MNIST_ORIGIN}")
+    return torch.from_numpy(np.frombuffer(content[16:], dtype=np.uint8).reshape(n, -1).astype(np.float32) / 255)
+
+
+def binarise(intensities: Tensor, generator: torch.Generator) -> Tensor:
+    """Bits that are 1 with probability `intensities`, of the same shape."""
+    u = torch.rand(intensities.shape, generator=generator, device=intensities.device)
+    return (u <= intensities).to(intensities.dtype)
+
+
+def training_and_test(dynamic: bool) -> tuple[Tensor, Tensor]:
+    """Training intensities, or static bits, (n, 784), and test bits (10000, 784)."""
+    if not dynamic:
+        task = static_mnist()
+        return task.train, task.test
+    train, test = (read_idx(name) for name in MNIST_FILES)
+    return train[:-HELD_OUT], binarise(test, torch.Generator().manual_seed(TEST_BITS_SEED))
+
+
+# -- the model
+
+
+def glorot(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer with Glorot and Bengio's uniform start and zero biases."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def tanh_layers(inputs: int, hidden: int) -> nn.Sequential:
+    """Two deterministic layers of tanh."""
+    return nn.Sequential(glorot(inputs, hidden), nn.Tanh(), glorot(hidden, hidden), nn.Tanh())
+
+
+class GaussianLayer(nn.Module):
+    """N(mu(h), diag exp(2 log_sigma(h))) given what is below or above it."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.hidden = tanh_layers(inputs, hidden)
+        self.mean, self.log_sigma = glorot(hidden, outputs), glorot(hidden, outputs)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (..., inputs) -> mean and log standard deviation (..., outputs)."""
+        h = self.hidden(x)
+        return self.mean(h), self.log_sigma(h)
+
+
+def log_normal(x: Tensor, mean: Tensor, log_sigma: Tensor) -> Tensor:
+    """log N(x; mean, diag exp(2 log_sigma)) summed over the last dimension."""
+    return (-0.5 * ((x - mean) * (-log_sigma).exp()).square() - log_sigma - 0.5 * LOG_2PI).sum(-1)
+
+
+class ImportanceWeightedAutoencoder(Model):
+    """The paper's VAE and IWAE with one or more stochastic layers.
+
+    Args:
+        dim: D bits.
+        latents, hidden: widths from the data upwards, one of each for a stochastic layer.
+        draws: k of the training bound.
+        weighted: train the bound L_k of the paper's eq. 8 (IWAE), else the mean of k ELBOs (VAE).
+    """
+
+    family = "vae"
+    capabilities = frozenset({"importance_weights"})
+
+    def __init__(self, dim: int, latents: Sequence[int], hidden: Sequence[int], draws: int, weighted: bool) -> None:
+        super().__init__()
+        self.draws, self.weighted = draws, weighted
+        sizes = [dim, *latents]
+        pairs = list(zip(sizes, sizes[1:], hidden, strict=False))
+        self.q = nn.ModuleList(GaussianLayer(below, h, above) for below, above, h in pairs)
+        self.p = nn.ModuleList(GaussianLayer(above, h, below) for below, above, h in pairs[1:])
+        self.output_hidden = tanh_layers(latents[0], hidden[0])
+        self.output = glorot(hidden[0], dim)
+
+    def initialise(self, train: Tensor, generator: torch.Generator) -> None:
+        """Output bias = logit of the training mean, clipped to [0.001, 0.999] as in the code."""
+        with torch.no_grad():
+            self.output.bias.copy_(torch.logit(train.mean(0).clamp(0.001, 0.999)))
+
+    def log_weights(self, x: Tensor, k: int, generator: torch.Generator) -> Tensor:
+        """log p(x, h) - log q(h | x), shape (n, k), at h drawn layer by layer from q."""
+        below, log_w = x[:, None].expand(-1, k, -1), x.new_zeros(len(x), k)
+        for i, q in enumerate(self.q):
+            mean, log_sigma = q(below if i else x[:, None])
+            shape = (len(x), k, mean.shape[-1])
+            noise = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
+            above = mean + log_sigma.exp() * noise
+            log_w = log_w - (-0.5 * noise.square() - log_sigma - 0.5 * LOG_2PI).sum(-1)
+            log_w = log_w + (log_normal(below, *self.p[i - 1](above)) if i else self._log_bits(below, above))
+            below = above
+        return log_w + (-0.5 * below.square() - 0.5 * LOG_2PI).sum(-1)
+
+    def _log_bits(self, x: Tensor, h: Tensor) -> Tensor:
+        """log p(x | h) of bits x (n, k, D)."""
+        return F.logsigmoid((2 * x - 1) * self.output(self.output_hidden(h))).sum(-1)
+
+    def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        """Minus the objective, summed over the batch as in the code."""
+        log_w = self.log_weights(batch, self.draws, generator)
+        objective = log_w.logsumexp(1) - math.log(self.draws) if self.weighted else log_w.mean(1)
+        return -objective.sum()
+
+
+# -- training
+
+
+class CodeAdam:
+    """Adam as the released code has it: second moments start at 1, and eps = 1e-4 is outside the bias correction."""
+
+    def __init__(self, parameters: Sequence[Tensor], beta1: float = 0.99, beta2: float = 0.999) -> None:
+        self.parameters, self.beta1, self.beta2, self.step_number = list(parameters), beta1, beta2, 1
+        self.first = [torch.zeros_like(p) for p in self.parameters]
+        self.second = [torch.ones_like(p) for p in self.parameters]
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """One step against the gradients that the parameters hold."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        torch._foreach_lerp_(self.first, gradients, 1 - self.beta1)
+        torch._foreach_mul_(self.second, self.beta2)
+        torch._foreach_addcmul_(self.second, gradients, gradients, 1 - self.beta2)
+        rate = lr * math.sqrt(1 - self.beta2**self.step_number) / (1 - self.beta1**self.step_number)
+        scale = torch._foreach_sqrt(self.second)
+        torch._foreach_add_(scale, 1e-4)
+        torch._foreach_addcdiv_(self.parameters, self.first, scale, -rate)
+        self.step_number += 1
+
+
+def schedule(stages: int) -> Iterator[tuple[int, float]]:
+    """(epochs, learning rate) of each stage: 3^i at 1e-3 * 10^(-i/7), the rate to two digits as in the code."""
+    for i in range(stages):
+        yield 3**i, 1e-4 * round(10 ** (1 - i / 7), 1)
+
+
+def fit(model: ImportanceWeightedAutoencoder, train: Tensor, dynamic: bool, context: Context) -> list[float]:
+    """Train in place through all stages; the mean training loss of every stage in nats."""
+    noise, bits = context.streams.fresh("noise"), context.streams.fresh("bits")
+    model.initialise(train, noise)
+    optimizer = CodeAdam(list(model.parameters()))
+    losses = []
+    for epochs, lr in schedule(context.params["stages"]):
+        total = torch.zeros((), device=train.device)
+        for _ in range(epochs):
+            for rows in train.split(context.params["batch_size"]):
+                model.zero_grad(set_to_none=True)
+                loss = model.loss(binarise(rows, bits) if dynamic else rows, noise)
+                loss.backward()
+                optimizer.step(lr)
+                total += loss.detach()
+        losses.append(float(total) / (epochs * len(train)))
+    return losses
+
+
+def train_and_score(context: Context) -> Outcome:
+    """One cell of table 1: train, and bound -log p of the test bits with many importance samples."""
+    p = context.params
+    train, test = training_and_test(p["dynamic"])
+    train, test = train[: p["rows"] or None].to(context.device), test[: p["rows"] or None].to(context.device)
+    with context.streams.initialisation():
+        model = ImportanceWeightedAutoencoder(
+            train.shape[1], LATENTS[p["layers"]], HIDDEN[p["layers"]], p["draws"], p["weighted"]
+        )
+    model = model.to(context.device)
+    losses = fit(model, train, p["dynamic"], context)
+    bound = iw_bound(model, test, p["samples"], context.streams.fresh("evaluation"))
+    stages = [float(sum(3**j for j in range(i + 1))) for i in range(len(losses))]
+    line = Line("training bound", stages, losses)
+    plot = Plot("training", "mean training bound of each stage", "epochs", "nats", (line,), log_x=True)
+    return Outcome(
+        {"nll": -bound.mean(), "negative_elbo": -bound.details["elbo"], "ess": bound.details["ess"]}, (plot,)
+    )
+
+
+def cell(weighted: bool, draws: int, layers: int, dynamic: bool) -> Experiment:
+    """The experiment of one cell of the tables."""
+    kind, data = "iwae" if weighted else "vae", "dynamic" if dynamic else "static"
+    return Experiment(
+        f"burda-{kind}-{layers}-k{draws}-{data}",
+        f"{kind.upper()} with {layers} stochastic layer(s), k = {draws}, {data} bits of MNIST",
+        "vae",
+        train_and_score,
+        {
+            "weighted": weighted,
+            "draws": draws,
+            "layers": layers,
+            "dynamic": dynamic,
+            "stages": STAGES,
+            "batch_size": 20,
+            "samples": 5000,
+            "rows": 0,
+        },
+        seeds=3,
+        profiles=("full",),
+        files=MNIST_FILES if dynamic else FILES,
+    )
+
+
+_CELLS = ((True, 1), (False, 5), (False, 50), (True, 5), (True, 50))
+EXPERIMENTS = (
+    *(cell(weighted, draws, layers, True) for layers in (1, 2) for weighted, draws in _CELLS),
+    *(cell(True, draws, 1, False) for draws in (1, 5, 50)),
+)
+
+PAPER = Paper("burda", Path(__file__).with_suffix(".toml"), experiments=(BOUNDS, *EXPERIMENTS))

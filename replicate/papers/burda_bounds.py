@@ -1,0 +1,83 @@
+"""Theorem 1 of Burda, Grosse, Salakhutdinov 2016 (1509.00519): more importance samples, a tighter bound.
+
+log p(x) >= L_{k+1} >= L_k, measured where log p(x) is known: a linear Gaussian latent variable model with an
+approximate posterior that is off on purpose, in its mean and its width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import MultivariateNormal, Normal
+
+from replicate.likelihood.importance import iw_bound
+from replicate.model import Estimate, Model
+from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+
+
+class LinearGaussian(Model):
+    """z ~ N(0, I), x | z ~ N(W z, s^2 I), with q(z | x) of the right family and the wrong mean and width.
+
+    Args:
+        weights: W, shape (D, K).
+        noise: s.
+        shift: by how many posterior standard deviations q's mean is off in every direction.
+        widening: factor on the posterior's standard deviation.
+    """
+
+    family = "vae"
+    capabilities = frozenset({"importance_weights"})
+
+    def __init__(self, weights: Tensor, noise: float, shift: float, widening: float) -> None:
+        super().__init__()
+        self.w, self.noise, self.shift, self.widening = weights, noise, shift, widening
+        precision = torch.eye(weights.shape[1]).to(weights) + weights.T @ weights / noise**2
+        self.root = torch.linalg.cholesky(torch.linalg.inv(precision))
+
+    def exact_log_prob(self, x: Tensor) -> Tensor:
+        """log p(x) of x (n, D), shape (n,), in closed form."""
+        covariance = self.w @ self.w.T + self.noise**2 * torch.eye(len(self.w)).to(self.w)
+        return MultivariateNormal(torch.zeros_like(x[0]), covariance).log_prob(x)
+
+    def log_weights(self, x: Tensor, k: int, generator: torch.Generator) -> Tensor:
+        """log p(x, z) - log q(z | x) of k draws, shape (n, k)."""
+        mean = x @ self.w @ (self.root @ self.root.T) / self.noise**2
+        eps = torch.randn(len(x), k, self.w.shape[1], generator=generator, device=x.device, dtype=x.dtype)
+        z = mean[:, None] + (self.shift + self.widening * eps) @ self.root.T
+        log_det = self.root.diagonal().log().sum() + self.w.shape[1] * math.log(self.widening)
+        log_q = Normal(0.0, 1.0).log_prob(eps).sum(-1) - log_det
+        log_p = Normal(0.0, 1.0).log_prob(z).sum(-1) + Normal(z @ self.w.T, self.noise).log_prob(x[:, None]).sum(-1)
+        return log_p - log_q
+
+
+def bounds(context: Context) -> Outcome:
+    """log p(x) less the importance-weighted bound, averaged over x from the model, for growing k."""
+    p, streams = context.params, context.streams
+    g = streams.fresh("model")
+    draw: dict[str, Any] = {"generator": g, "device": context.device, "dtype": torch.float64}
+    w = torch.randn(p["dim"], p["latent"], **draw)
+    model = LinearGaussian(w, p["noise"], p["shift"], p["widening"])
+    x = torch.randn(p["points"], p["latent"], **draw) @ w.T + p["noise"] * torch.randn(p["points"], p["dim"], **draw)
+    exact = model.exact_log_prob(x)
+    gaps: dict[int, Estimate] = {}
+    for k in (1, 5, 50, 500):
+        values = iw_bound(model, x, k, streams.fresh(f"draws-{k}")).values
+        gaps[k] = Estimate.mean_of(exact - values, "estimate", "nats")
+    line = Line("log p(x) - bound", list(gaps), [g.value for g in gaps.values()])
+    title = "How far the importance-weighted bound lies below log p(x)"
+    plot = Plot("gap", title, "k", "nats", (line,), log_x=True, log_y=True)
+    return Outcome({f"gap:{k}": gap for k, gap in gaps.items()}, (plot,))
+
+
+BOUNDS = Experiment(
+    name="burda-bounds",
+    about="importance-weighted bounds of a linear Gaussian model whose log p(x) is known",
+    family="vae",
+    run=bounds,
+    params={"dim": 6, "latent": 3, "noise": 0.5, "shift": 0.5, "widening": 1.3, "points": 2000},
+    profiles=("smoke", "standard", "full"),
+    precision="float64",
+)

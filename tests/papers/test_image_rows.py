@@ -1,0 +1,248 @@
+"""Rows on binarised MNIST and their like: readers, models and training on tiny data, and the claims' files."""
+
+import gzip
+import hashlib
+import importlib
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from replicate.likelihood.importance import iw_bound
+from replicate.model import DataInfo
+from replicate.papers import burda, mixture, pixelcnn, static_bits
+from replicate.papers.base import Paper
+from replicate.registry import UsageError
+from replicate.runs.experiment import Context, Experiment
+from replicate.runs.seeds import Streams
+from replicate.tasks.base import Task
+
+KEYS = ("burda", "mixture", "pixelcnn", "realnvp", "maf")
+TINY = {
+    "stages": 2,
+    "samples": 20,
+    "rows": 40,
+    "steps": 2,
+    "validate_every": 1,
+    "batch_size": 20,
+    "iterations": 3,
+    "width": 2,
+    "layers": 1,
+}
+
+
+def paper(key: str) -> Paper:
+    found: Paper = importlib.import_module(f"replicate.papers.{key}").PAPER
+    return found
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def bits(n: int, dim: int = static_bits.DIM, seed: int = 0) -> torch.Tensor:
+    return torch.bernoulli(torch.full((n, dim), 0.2), generator=generator(seed))
+
+
+def amat(x: torch.Tensor) -> bytes:
+    return "".join("".join(f"{int(v)} " for v in row[:-1]) + f"{int(row[-1])}\n" for row in x).encode()
+
+
+def context(experiment: Experiment, seed: int = 0, **changes: object) -> Context:
+    tiny = {k: v for k, v in TINY.items() if k in experiment.params}
+    if "stages" in tiny:
+        tiny.pop("layers", None)
+    return Context({**experiment.params, **tiny, **changes}, Streams(experiment.name, "t", seed), torch.device("cpu"))
+
+
+@pytest.fixture
+def small_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A REPLICATE_DATA with 40 rows a part: static bits with and without .gz, and MNIST's IDX files."""
+    monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
+    for folder in ("mnist", "mnist-static"):
+        (tmp_path / folder).mkdir()
+    digests = {}
+    for i, name in enumerate(static_bits.SHA256):
+        content = amat(bits(40, seed=i))
+        digests[name] = hashlib.sha256(content).hexdigest()
+        if i:
+            (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
+        else:
+            (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(static_bits, "SHA256", digests)
+    for name in burda.MNIST_FILES:
+        head = np.array([2051, 460, 28, 28], dtype=">i4").tobytes()
+        pixels = np.random.default_rng(0).integers(0, 256, 460 * 784, dtype=np.uint8).tobytes()
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(head + pixels))
+    static_bits.static_mnist.cache_clear()
+    yield tmp_path
+    static_bits.static_mnist.cache_clear()
+
+
+def test_static_bits_are_read_as_written(small_data: Path) -> None:
+    task = static_bits.static_mnist()
+    assert isinstance(task, Task)
+    for i, part in enumerate((task.train, task.valid, task.test)):
+        assert torch.equal(part, bits(40, seed=i))
+    assert task.info == DataInfo(784, "bits", 2, (28, 28))
+
+
+def test_a_missing_file_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    static_bits.static_mnist.cache_clear()
+    monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
+    with pytest.raises(UsageError) as told:
+        static_bits.static_mnist()
+    text = str(told.value)
+    assert "\n" not in text
+    for word in ("binarized_mnist_train.amat", "larocheh", "REPLICATE_DATA", str(tmp_path)):
+        assert word in text
+    monkeypatch.delenv("REPLICATE_DATA")
+    with pytest.raises(UsageError, match="REPLICATE_DATA is not set"):
+        static_bits.static_mnist()
+
+
+def test_wrong_content_is_refused(small_data: Path) -> None:
+    name = next(iter(static_bits.SHA256))
+    (small_data / name).write_bytes(amat(bits(40, seed=9)))
+    with pytest.raises(UsageError, match="get it again"):
+        static_bits.static_mnist()
+    with pytest.raises(UsageError, match="digits 0 and 1"):
+        static_bits.parse_amat(b"0 2\n0 1\n"[:8], dim=2)
+    with pytest.raises(UsageError, match="not rows"):
+        static_bits.parse_amat(b"0 1 0", dim=2)
+
+
+def test_idx_intensities_and_dynamic_bits(small_data: Path) -> None:
+    x = burda.read_idx(burda.MNIST_FILES[0])
+    assert x.shape == (460, 784)
+    assert float(x.min()) >= 0
+    assert float(x.max()) <= 1
+    train, test = burda.training_and_test(True)
+    assert len(train) == 460 - burda.HELD_OUT
+    assert torch.equal(test, burda.training_and_test(True)[1])
+    many = burda.binarise(torch.full((20_000,), 0.3), generator())
+    assert stats.binomtest(int(many.sum()), 20_000, 0.3).pvalue > 1e-3
+
+
+def tiny_autoencoder(layers: int) -> burda.ImportanceWeightedAutoencoder:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {1: ((2,), (6,)), 2: ((3, 2), (6, 5))}[layers]
+        model = burda.ImportanceWeightedAutoencoder(4, *sizes, draws=5, weighted=True)
+        for p in model.parameters():  # a posterior near the prior, whose weights have light tails
+            p.data *= 0.5
+    return model.double()
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_weights_average_to_a_normalised_distribution(layers: int) -> None:
+    """sum over all 16 rows of bits of the estimated p(x) is 1, and the bound grows from ELBO to IW."""
+    model = tiny_autoencoder(layers)
+    every = torch.tensor(list(itertools.product([0.0, 1.0], repeat=4)), dtype=torch.float64)
+    bound = iw_bound(model, every, 20_000, generator())
+    assert float(bound.values.exp().sum()) == pytest.approx(1, abs=0.02)
+    assert bound.details["elbo"].value < float(bound.values.mean())
+
+
+def test_objectives_are_those_of_the_paper() -> None:
+    model, x = tiny_autoencoder(1), bits(7, 4).double()
+    log_w = model.log_weights(x, 5, generator())
+    assert torch.allclose(model.loss(x, generator()), -(log_w.exp().mean(1).log()).sum())
+    model.weighted = False
+    assert torch.allclose(model.loss(x, generator()), -log_w.mean(1).sum())
+
+
+def test_schedule_and_optimizer_are_the_codes() -> None:
+    stages = list(burda.schedule(burda.STAGES))
+    assert sum(n for n, _ in stages) == 3280
+    assert stages[0][1] == pytest.approx(1e-3)
+    assert stages[-1][1] == pytest.approx(1e-4)
+    assert [lr for _, lr in stages] == pytest.approx([1e-3 * 10 ** (-i / 7) for i in range(8)], rel=0.03)
+    p = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    p.grad = torch.tensor([2.0], dtype=torch.float64)
+    burda.CodeAdam([p]).step(0.1)
+    first, second = 0.01 * 2.0, 0.999 * 1.0 + 0.001 * 4.0
+    rate = 0.1 * math.sqrt(1 - 0.999) / (1 - 0.99)
+    assert float(p.detach()) == pytest.approx(1 - rate * first / (math.sqrt(second) + 1e-4), rel=1e-12)
+
+
+def test_glorot_start_and_output_bias() -> None:
+    layer = burda.glorot(30, 10)
+    assert float(layer.weight.detach().abs().max()) <= math.sqrt(6 / 40)
+    assert not layer.bias.any()
+    model = tiny_autoencoder(1)
+    x = bits(50, 4).double()
+    model.initialise(x, generator())
+    assert torch.allclose(model.output.bias.sigmoid(), x.mean(0).clamp(0.001, 0.999))
+
+
+def test_masked_stack_is_causal_and_normalised() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = pixelcnn.PixelCNN((2, 3), 8, 2)
+    every = torch.tensor(list(itertools.product([0.0, 1.0], repeat=6)))
+    assert float(model.log_prob(every).exp().sum().detach()) == pytest.approx(1, abs=1e-5)
+    x = bits(1, 6)
+    jacobian = torch.autograd.functional.jacobian(model.logits, x).view(6, 6)
+    assert not torch.triu(jacobian).any()
+    assert torch.tril(jacobian, -1).any()
+
+
+def test_mixture_of_one_component_is_the_marginals(small_data: Path) -> None:
+    """K = 1: EM's answer in closed form, with the prior's pseudo-counts."""
+    experiment = mixture.PAPER.experiments[0]
+    found = mixture.mixture_of_bernoullis(context(experiment, components=1)).estimates["nll"]
+    train, test = bits(40, seed=0).double(), bits(40, seed=2).double()
+    centre = (train.sum(0) + 0.5) / 41
+    p = (train.sum(0) + 2.0 * centre) / 42
+    exact = -stats.bernoulli.logpmf(test.numpy(), p.numpy()).sum(1).mean()
+    assert found.value == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_claims_read(key: str) -> None:
+    claims = paper(key).claims()
+    images = [c for c in claims.claims if c.experiment != "burda-bounds"]  # that one needs no data
+    assert all(c.profile == "full" for c in images)
+    assert all(c.needs for c in images)
+
+
+@pytest.mark.parametrize("key", ["burda", "mixture", "pixelcnn"])
+def test_experiments_run_small_and_measure_what_claims_name(key: str, small_data: Path) -> None:
+    measured: dict[str, set[str]] = {}
+    for experiment in (e for e in paper(key).experiments if e.files):
+        assert experiment.profiles == ("full",)
+        outcome = experiment.run(context(experiment))
+        assert all(math.isfinite(e.value) for e in outcome.estimates.values())
+        measured[experiment.name] = set(outcome.estimates)
+        named = {p.name for p in outcome.plots}
+        for claim in paper(key).claims().claims:
+            if claim.experiment == experiment.name:
+                assert claim.measure in outcome.estimates
+                assert set(claim.plots) <= named
+    for claim in paper(key).claims().claims:
+        for measure in (claim.measure, claim.minus):
+            task, _, metric = ("", "", measure) if "/" not in measure else measure.split("/")
+            assert task not in measured or metric in measured[task]
+            if "/" in claim.minus:
+                assert claim.minus.split("/")[0] in measured
+
+
+def test_training_is_reproducible(small_data: Path) -> None:
+    experiment = burda.PAPER.experiments[-1]
+    first, again = (experiment.run(context(experiment)).estimates["nll"].value for _ in range(2))
+    other = experiment.run(context(experiment, seed=1)).estimates["nll"].value
+    assert first == again != other
+
+
+def test_experiments_know_when_their_files_are_absent(
+    small_data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    every = [e for key in ("burda", "mixture", "pixelcnn") for e in paper(key).experiments if e.files]
+    assert not any(e.absent() for e in every)
+    monkeypatch.setenv("REPLICATE_DATA", str(tmp_path_factory.mktemp("empty")))
+    assert all(e.absent() for e in every)

@@ -1,0 +1,176 @@
+"""AIS on trained machines against enumeration, and the full-size experiments on a few random bits."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch import Tensor
+
+from replicate.likelihood.ais import Bracket, ais
+from replicate.likelihood.enumeration import rbm_log_z, states
+from replicate.papers import salakhutdinov
+from replicate.papers.carreira import Enumerated, Machine
+from replicate.papers.salakhutdinov import (
+    PAPER,
+    Recipe,
+    anneal,
+    compared,
+    exact_samples,
+    hidden_log_weights,
+    paper_betas,
+    train,
+    trained_rbm,
+)
+from replicate.runs.experiment import Context, Experiment
+from replicate.runs.seeds import Streams
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def machine(dim: int = 6, hidden: int = 5, strength: float = 1.0) -> Machine:
+    g = seeded(0)
+    shapes = ((dim, hidden), dim, hidden)
+    return Machine(*(strength * torch.randn(s, generator=g, dtype=torch.float64) for s in shapes))
+
+
+def bits(n: int = 200, dim: int = 8) -> Tensor:
+    """Two clusters, so that there is something to learn."""
+    g = seeded(1)
+    which = torch.rand(n, 1, generator=g) < 0.5
+    return (torch.rand(n, dim, generator=g) < torch.where(which, 0.85, 0.2)).float()
+
+
+def context(experiment: Experiment, seed: int = 0, **params: object) -> Context:
+    settings = {**experiment.settings("smoke"), **params}
+    return Context(settings, Streams(experiment.name, "salakhutdinov", seed), torch.device("cpu"))
+
+
+class TestSchedule:
+    def test_the_paper_s_temperatures(self) -> None:
+        betas = paper_betas().numpy()
+        expected = np.concatenate([np.arange(500) * 1e-3, 0.5 + np.arange(4000) * 1e-4, 0.9 + np.arange(10001) * 1e-5])
+        assert betas.dtype == np.float64
+        assert len(betas) == 14_501
+        assert np.allclose(betas, expected, atol=1e-12)
+
+    def test_thinned_temperatures_are_among_them(self) -> None:
+        thin = paper_betas(10)
+        assert len(thin) == 1451
+        assert set(thin.tolist()) <= set(paper_betas().tolist())
+
+    def test_temperatures_in_float32_are_refused(self) -> None:
+        with torch.random.fork_rng(devices=[]), pytest.raises(ValueError, match="float64"):
+            ais(machine().model(bits(dim=6).double(), seeded(0)), 10, paper_betas(100).float(), seeded(0))
+
+
+class TestRecipe:
+    def test_ramp_raises_k_and_divides_the_rate(self) -> None:
+        recipe = Recipe(gibbs=25, ramp=True)
+        assert recipe.at(1) == (1, 0.05, 0.5)
+        assert recipe.at(11) == (2, 0.025, 0.9)
+        assert recipe.at(250)[0] == 25
+
+    def test_rate_is_linear_in_epochs(self) -> None:
+        recipe = Recipe(epochs=11, rate=0.01, last_rate=0.001)
+        assert [recipe.at(e)[1] for e in (1, 6, 11)] == pytest.approx([0.01, 0.0055, 0.001])
+
+
+class TestEnumeration:
+    @pytest.mark.parametrize("hidden", [1, 4, 5])
+    def test_hidden_weights_sum_to_the_enumerated_z(self, hidden: int) -> None:
+        m = machine(hidden=hidden)
+        log_weights = hidden_log_weights(m)
+        assert float(torch.logsumexp(log_weights, 0)) == pytest.approx(float(rbm_log_z(*m.table())), abs=1e-11)
+        by_hidden = torch.logsumexp(Enumerated(6, hidden).log_joint(m), 0)
+        assert torch.allclose(log_weights, by_hidden, atol=1e-11)
+
+    def test_exact_samples_have_the_enumerated_frequencies(self) -> None:
+        m, n = machine(dim=4, hidden=3), 20_000
+        v = exact_samples(m, hidden_log_weights(m), n, seeded(0))
+        place = 2.0 ** torch.arange(3, -1, -1, dtype=torch.float64)
+        counts = torch.bincount((v @ place).long(), minlength=16).numpy()
+        p = Enumerated(4, 3).distribution(m).exp().numpy()
+        assert chisquare(counts, n * p).pvalue > 1e-3
+
+
+class TestAnnealing:
+    def bracket(self, strength: float = 1.0) -> tuple[Bracket, float]:
+        m = machine(dim=8, strength=strength)
+        log_weights = hidden_log_weights(m)
+        start = exact_samples(m, log_weights, 300, seeded(3))
+        run = context(salakhutdinov.ENUMERATION)
+        return anneal(m, bits().double(), 300, paper_betas(100), run, start), float(torch.logsumexp(log_weights, 0))
+
+    def test_estimate_agrees_with_enumeration_and_brackets_it(self) -> None:
+        both, exact = self.bracket()
+        found = compared(both, exact)
+        assert found["error"].value < 0.2
+        assert found["error_in_stderr"].value < 4
+        assert found["bracket_excess"].value < 4
+
+    def test_a_wrong_log_z_is_caught(self) -> None:
+        both, exact = self.bracket()
+        assert compared(both, exact + 0.693)["error_in_stderr"].value > 4
+        assert compared(both, exact - 0.693)["bracket_excess"].value > 4
+        assert compared(both, exact + 0.693)["bracket_excess"].value > 4
+
+
+class TestTraining:
+    def nll(self, m: Machine, rows: Tensor) -> float:
+        wide = salakhutdinov.doubled(m)
+        return float(wide.free_energy(rows.double()).mean() + rbm_log_z(*wide.table()))
+
+    @pytest.mark.parametrize("variant", ["cd", "ramp", "pcd"])
+    def test_every_variant_learns(self, variant: str) -> None:
+        recipe = {
+            "cd": Recipe(epochs=60, batch=50),
+            "ramp": Recipe(epochs=60, batch=50, gibbs=25, ramp=True),
+            "pcd": Recipe(epochs=60, batch=50, persistent=True, nesterov=True, momentum=0.9, last_rate=0.01),
+        }[variant]
+        rows, run = bits(), context(salakhutdinov.CD_1)
+        before, after = (self.nll(train(rows, 4, r, run), rows) for r in (Recipe(epochs=0), recipe))
+        assert before == pytest.approx(8 * math.log(2), abs=0.01)
+        mean = rows.mean(0).double()
+        independent = -float((mean * mean.log() + (1 - mean) * (1 - mean).log()).sum())
+        assert after < independent - 0.3
+
+    def test_weight_cost_shrinks_the_weights_alone(self) -> None:
+        run = context(salakhutdinov.CD_1)
+        recipes = (Recipe(epochs=100, batch=20, weight_cost=c) for c in (0.0, 2.0))
+        free, held = (train(bits(), 4, recipe, run) for recipe in recipes)
+        assert float(held.weights.norm()) < 0.1 * float(free.weights.norm())
+        assert float(held.visible.norm()) > 0.5  # biases are not held
+
+    def test_nll_with_annealed_log_z_is_the_exact_one(self) -> None:
+        rows, run = bits(), context(salakhutdinov.CD_1, hidden=6, epochs=30, chains=200, thinning=100)
+        found = trained_rbm(rows[:150], rows[150:], run).estimates
+        exact = self.nll(train(rows[:150], 6, Recipe.of(run.params), run), rows[150:])
+        for name in ("forward", "reverse", "middle"):
+            assert found[f"nll:{name}"].value == pytest.approx(exact, abs=0.1)
+        assert found["nll:forward"].kind == "lower_bound"  # log Z too low makes the NLL too good
+
+
+def test_against_enumeration_small() -> None:
+    outcome = salakhutdinov.ENUMERATION.run(context(salakhutdinov.ENUMERATION, sizes="4 5"))
+    assert {"error_in_stderr:4", "error:5", "error:worst", "bracket_excess:worst"} <= set(outcome.estimates)
+    assert outcome.estimates["error:worst"].value < 1
+    assert len(outcome.plots[0].lines[0].x) == 2
+    assert states(2, 2, 0, 4).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]  # the order that exact_samples relies on
+
+
+def test_claims_read_and_their_metrics_exist() -> None:
+    claims = PAPER.claims().claims
+    assert {c.id for c in claims} >= {"C3.10", "C3.20", "C3.bracket", "RBM500.cd25"}
+    static = context(salakhutdinov.CD_1, hidden=3, epochs=1, chains=5, thinning=1000)
+    names = set(trained_rbm(bits(), bits(), static).estimates)
+    for claim in claims:
+        if claim.experiment.startswith("static-rbm"):
+            assert claim.measure in names
+            assert claim.profile == "full"
+            assert claim.needs

@@ -1,0 +1,374 @@
+"""Sliced score matching's experiments against closed forms, quadrature, autograd and files made up here."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor
+
+from replicate.papers import ssm, ssm_kernel, ssm_nice
+from replicate.registry import UsageError
+from replicate.runs.experiment import Context, Experiment, Outcome
+from replicate.runs.seeds import Streams
+from replicate.score_based import matching
+from replicate.score_based.networks import EnergyScore, FreeScore
+
+#: settings at which an experiment takes a second or less
+TINY: Mapping[str, Mapping[str, Any]] = {
+    "ssm-unbiased": {"dim": 3, "hidden": 8, "points": 4},
+    "ssm-cost-counted": {"smallest": 2, "largest": 8, "hidden": 8, "batch": 4},
+    "ssm-cost-timed": {"smallest": 2, "largest": 8, "hidden": 8, "batch": 4, "repeats": 1},
+    "ssm-covariance": {"dim": 2, "examples": 100, "datasets": 30},
+    "ssm-nice-mnist": {"hidden": 6, "depth": 1, "epochs": 1, "batch": 8, "test_images": 4},
+    "ssm-nice-learning-rate": {"hidden": 6, "depth": 1, "epochs": 1, "validate_every": 1, "test_images": 5},
+    "ssm-partition": {"dim": 3, "chains": 20, "temperatures": 10},
+}
+TINY_TABLE = {"inducing": 6, "hidden": 4, "steps": 2, "batch": 20, "validate_every": 1, "chains": 4, "temperatures": 2}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny(experiment: Experiment, seed: int = 0) -> Outcome:
+    changes = TINY_TABLE if "table" in experiment.params else TINY[experiment.name]
+    settings = {**experiment.settings(experiment.profiles[0]), **changes}
+    assert settings.keys() == experiment.params.keys() | changes.keys()
+    return experiment.run(Context(settings, Streams(experiment.name, "ssm", seed), torch.device("cpu")))
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data folder with made-up images and tables, in the real files' formats."""
+    monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
+    rng = np.random.default_rng(0)
+    (tmp_path / "mnist").mkdir()
+    for part, count in (("train", 30), ("t10k", 6)):
+        pixels = rng.integers(0, 256, (count, 4, 4), dtype=np.uint8)
+        raw = struct.pack(">4i", 0x803, *pixels.shape) + pixels.tobytes()
+        (tmp_path / "mnist" / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(raw))
+    (tmp_path / "uci").mkdir()
+    for source in ssm_kernel.SOURCES.values():
+        rows = rng.normal(size=(80, 8)).round(1)
+        rows = np.concatenate([rows, rows[:20]])
+        text = "\n".join(source.delimiter.join(map(str, row)) for row in rows)
+        (tmp_path / "uci" / source.file).write_text("header\n" + text + "\n")
+    return tmp_path
+
+
+# --- the contract ----------------------------------------------------------------------------------------------------
+
+
+def test_claims_read_and_name_what_experiments_measure(data: Path) -> None:
+    tables = [e for e in ssm.PAPER.experiments if "table" in e.params]  # one function: measured once
+    found = {e.name: tiny(e) for e in ssm.PAPER.experiments if e not in tables[1:]}
+    found |= {e.name: found[tables[0].name] for e in tables[1:]}
+    for claim in ssm.PAPER.claims().claims:
+        outcome = found[claim.experiment]
+        plots = {plot.name for plot in outcome.plots}
+        for metric in filter(None, (claim.measure, claim.minus, claim.over)):
+            assert metric in outcome.estimates or (claim.needs and metric in outcome.missing), (claim.id, metric)
+        assert set(claim.plots) <= plots, claim.id
+
+
+@pytest.mark.parametrize("name", ["ssm-covariance", "ssm-nice-learning-rate", "ssm-partition", "ssm-cost-counted"])
+def test_equal_seeds_give_equal_numbers(name: str) -> None:
+    (experiment,) = (e for e in ssm.PAPER.experiments if e.name == name)
+    first, second = (tiny(experiment, seed=3).estimates for _ in range(2))
+    assert {k: e.value for k, e in first.items()} == {k: e.value for k, e in second.items()}
+
+
+# --- the mean over projections ---------------------------------------------------------------------------------------
+
+
+def test_all_signs_are_all_sign_vectors() -> None:
+    """With an objective that returns its projection's binary number, each number comes once, for each x."""
+
+    def numbered(score: matching.Score, x: Tensor, v: Tensor) -> Tensor:
+        return ((v + 1) / 2 * torch.tensor([4.0, 2.0, 1.0], dtype=v.dtype)).sum(1) + 10 * x[:, 0]
+
+    x = torch.tensor([[0.0, 0, 0], [1.0, 0, 0]], dtype=torch.float64)
+    expected = torch.arange(8.0, dtype=torch.float64) + torch.tensor([[0.0], [10.0]], dtype=torch.float64)
+    assert torch.equal(ssm.all_signs(numbered, lambda y: y, x), expected)
+
+
+def test_unbiasedness_finds_a_wrong_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An objective with the square's factor 1/2 missing is off by more than the claim's tolerance."""
+
+    def wrong(score: matching.Score, x: Tensor, v: Tensor) -> Tensor:
+        return matching.sliced_score_matching(score, x, v) + 0.5 * (v * score(x)).sum(-1).square()
+
+    right = tiny(ssm.UNBIASED).estimates["largest_error:ssm-free"].value
+    monkeypatch.setitem(ssm.SLICED, "ssm", wrong)  # type: ignore[arg-type]
+    assert right < 1e-12
+    assert tiny(ssm.UNBIASED).estimates["largest_error:ssm-free"].value > 1e-3
+
+
+# --- cost ------------------------------------------------------------------------------------------------------------
+
+
+def test_operations_of_a_linear_score_are_counted_by_hand() -> None:
+    """s = xW + b at batch n, D = d: products of n x d and d x d, the only ones there are."""
+    n, d = 4, 8
+    net = FreeScore(d, 0, 0)
+    step = ssm.Step(net, torch.randn(n, d), torch.ones(n, d), torch.randn(n, d))  # type: ignore[arg-type]
+    one = 2 * n * d * d
+    assert ssm.operations(step, "dsm") == 2 * one  # forward; gradient in W
+    assert ssm.operations(step, "ssm") == 5 * one  # forward, s'v; gradient in W through both and in x through s
+    assert ssm.operations(step, "sm") == (3 + 2 * d) * one  # the same with d rows in place of s'v
+
+
+def test_saved_bytes_count_each_tensor_once() -> None:
+    """The graph of D second-order passes holds about D times that of one; equal calls give equal counts."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = EnergyScore(16, 8, 2, "softplus")
+    x = torch.randn(4, 16, generator=generator())
+    step = ssm.Step(net, x, torch.ones(4, 16), x)
+    counts = {name: ssm.saved_bytes(step, name) for name in ssm.OBJECTIVES}
+    assert counts == {name: ssm.saved_bytes(step, name) for name in ssm.OBJECTIVES}
+    assert counts["dsm"] < counts["ssm"] < counts["sm"] / 4
+    parameters = sum(p.numel() for p in net.parameters())
+    assert counts["dsm"] > 4 * parameters * 0.5
+
+
+def test_power_is_the_exponent() -> None:
+    dims = [2, 4, 8, 16]
+    assert ssm.power(dims, [3 * d**1.7 for d in dims]) == pytest.approx(1.7, abs=1e-12)
+
+
+# --- asymptotic covariances ------------------------------------------------------------------------------------------
+
+
+def test_exact_covariance_is_the_inverse_fisher_information() -> None:
+    """Score matching of a Gaussian is maximum likelihood, with Cov(K_ij, K_kl) = K_ik K_jl + K_il K_jk."""
+    k = ssm.precision_matrix(3)
+    row, column = torch.triu_indices(3, 3)
+    wishart = k[row][:, row] * k[column][:, column] + k[row][:, column] * k[column][:, row]
+    torch.testing.assert_close(ssm.asymptotic_covariances(k).exact, wishart, rtol=1e-10, atol=1e-10)
+
+
+def test_covariances_of_corollary_1_by_quadrature_and_autograd() -> None:
+    """The gradients of the suite's own sliced objective, integrated over x by Gauss-Hermite and over all signs v."""
+    k = ssm.precision_matrix(2)
+    basis = ssm.symmetric_basis(2)
+    theta = torch.stack([k[0, 0], k[0, 1], k[1, 1]])
+    nodes, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(8))
+    z, w = torch.cartesian_prod(nodes, nodes), torch.cartesian_prod(weights, weights).prod(1) / (2 * math.pi)
+    x = z @ torch.linalg.cholesky(torch.linalg.inv(k)).T
+
+    def gradients(v: Tensor) -> Tensor:
+        def value(t: Tensor) -> Tensor:
+            kt = torch.einsum("a,aij->ij", t, basis)
+            return matching.sliced_score_matching(lambda y: -y @ kt, x, v.expand_as(x))
+
+        return torch.autograd.functional.jacobian(value, theta, create_graph=False)
+
+    def hessian(t: Tensor) -> Tensor:
+        kt = torch.einsum("a,aij->ij", t, basis)
+        return (w * matching.implicit_score_matching(lambda y: -y @ kt, x)).sum()
+
+    inverse = torch.linalg.inv(torch.autograd.functional.hessian(hessian, theta))
+    signs = [torch.tensor(s, dtype=torch.float64) for s in itertools.product([-1.0, 1.0], repeat=2)]
+    per_sign = [gradients(v) for v in signs]
+    middle = sum(torch.einsum("n,na,nb->ab", w, g, g) for g in per_sign) / len(signs)
+    pairs = torch.cartesian_prod(nodes, nodes)  # Gaussian projections: fourth moments need few nodes
+    normal = sum(u * torch.einsum("n,na,nb->ab", w, g, g) for u, g in ((u, gradients(v)) for u, v in zip(w, pairs)))  # noqa: B905
+    theory = ssm.asymptotic_covariances(k)
+    torch.testing.assert_close(theory.sliced(1, gaussian=False), inverse @ middle @ inverse, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(theory.sliced(1, gaussian=True), inverse @ normal @ inverse, rtol=1e-8, atol=1e-8)
+
+
+def test_exact_estimates_are_maximum_likelihood() -> None:
+    x = torch.randn(4, 50, 3, generator=generator(), dtype=torch.float64)
+    inverse = torch.linalg.inv(x.transpose(1, 2) @ x / 50)
+    row, column = torch.triu_indices(3, 3)
+    torch.testing.assert_close(ssm.exact_estimates(x), inverse[:, row, column], rtol=1e-9, atol=1e-9)
+
+
+def test_normal_equations_are_the_gradient_of_the_suites_objective() -> None:
+    x, v = (torch.randn(2, 20, 3, generator=generator(s), dtype=torch.float64) for s in (0, 1))
+    theta = torch.randn(6, generator=generator(2), dtype=torch.float64).requires_grad_(True)
+    k = torch.einsum("a,aij->ij", theta, ssm.symmetric_basis(3))
+    loss = matching.sliced_score_matching(lambda y: -y @ k, x[1], v[1]).mean()
+    (gradient,) = torch.autograd.grad(loss, theta)
+    g, h = ssm.normal_equations(x, v)
+    torch.testing.assert_close(g[1] @ theta.detach() - h[1], gradient)
+
+
+# --- NICE ------------------------------------------------------------------------------------------------------------
+
+
+def nice(dim: int = 4) -> ssm_nice.NICE:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = ssm_nice.NICE(dim, 5, 2).double()
+        torch.nn.init.normal_(net.log_scale, std=0.3)
+    return net
+
+
+def test_nice_density_is_the_change_of_variables() -> None:
+    net, x = nice(), torch.randn(3, 4, generator=generator(), dtype=torch.float64)
+    normal = scipy.stats.multivariate_normal(np.zeros(4))
+    for row, value in zip(x, net.log_prob(x), strict=True):
+        jacobian = torch.autograd.functional.jacobian(lambda y: net(y[None])[0], row)
+        expected = normal.logpdf(net(row[None])[0].detach().numpy()) + torch.linalg.slogdet(jacobian)[1].item()
+        assert value.item() == pytest.approx(expected, abs=1e-10)
+
+
+def test_every_dimension_of_nice_moves_by_the_others() -> None:
+    jacobian = torch.autograd.functional.jacobian(lambda y: nice(6)(y[None])[0], torch.zeros(6, dtype=torch.float64))
+    assert bool((jacobian.abs() > 1e-8).all())
+
+
+def test_nice_score_matching_loss_is_the_suites() -> None:
+    net, x = nice(), torch.randn(5, 4, generator=generator(), dtype=torch.float64)
+    expected = matching.implicit_score_matching(net.score, x)
+    torch.testing.assert_close(ssm_nice.score_matching_loss(net, x, 2), expected.detach(), rtol=1e-10, atol=1e-10)
+
+
+def test_logits_of_levels() -> None:
+    """Noise spans one level, the ends are clipped, and the mean stays at the level."""
+    x = torch.tensor([0.0, 128.0, 255.0]).repeat(20_000, 1)
+    pixels = torch.sigmoid(ssm_nice.to_logits(x, 256, generator()))
+    assert pixels.min().item() == pytest.approx(ssm_nice.CLIP, rel=1e-3)
+    assert pixels.max().item() == pytest.approx(1 - ssm_nice.CLIP, rel=1e-3)
+    middle = pixels[:, 1]
+    assert (middle.max() - middle.min()).item() == pytest.approx(1 / 256, rel=1e-2)
+    assert middle.mean().item() == pytest.approx(128 / 255, abs=1e-4)
+
+
+def test_idx_files_are_read(data: Path) -> None:
+    images = ssm_nice.mnist(generator())
+    assert [len(part) for part in images[:3]] == [27, 3, 6]
+    everything = torch.cat([images.train, images.validation]).sum(1).sort().values
+    raw = np.frombuffer(gzip.decompress((data / "mnist" / "train-images-idx3-ubyte.gz").read_bytes())[16:], np.uint8)
+    assert torch.equal(everything, torch.from_numpy(raw.reshape(30, 16).astype(np.float32)).sum(1).sort().values)
+
+
+@pytest.mark.parametrize("experiment", [ssm_nice.NICE_MNIST, ssm_kernel.DKEF_RED_WINE])
+def test_missing_data_is_one_clear_line(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REPLICATE_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(UsageError, match="missing: set REPLICATE_DATA") as caught:
+        experiment.run(Context(experiment.params, Streams("t", "ssm", 0), torch.device("cpu")))
+    assert "\n" not in str(caught.value)
+
+
+# --- deep kernel exponential family ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def family() -> ssm_kernel.DeepKernelFamily:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = ssm_kernel.DeepKernelFamily(torch.randn(5, 3), 4).double()
+        torch.nn.init.normal_(model.alpha)
+        torch.nn.init.normal_(model.mixing)
+    return model
+
+
+def test_derivatives_along_directions_are_autograds(family: ssm_kernel.DeepKernelFamily) -> None:
+    x, v = (torch.randn(2, 3, generator=generator(s), dtype=torch.float64) for s in (0, 1))
+    k = family.kernels(x, v[:, None])
+    for i, m in itertools.product(range(2), range(5)):
+
+        def along(t: Tensor, i: int = i, m: int = m) -> Tensor:
+            return family.kernels(x[i : i + 1] + t * v[i], torch.zeros(1, 0, 3, dtype=torch.float64)).value[0, m]
+
+        at = torch.zeros((), dtype=torch.float64)
+        assert k.first[i, 0, m].item() == pytest.approx(torch.autograd.functional.jacobian(along, at).item(), abs=1e-10)
+        assert k.second[i, 0, m].item() == pytest.approx(torch.autograd.functional.hessian(along, at).item(), abs=1e-10)
+
+
+def test_quadratic_forms_are_the_suites_objectives(family: ssm_kernel.DeepKernelFamily) -> None:
+    """Each objective as a function of alpha equals the suite's on the same score and the same draws."""
+    x = torch.randn(7, 3, generator=generator(5), dtype=torch.float64)
+    v = matching.rademacher(x, generator(9))
+    z = torch.randn(x.shape, generator=generator(9), dtype=torch.float64)
+    expected = {
+        "sm": (ssm_kernel.exact, matching.implicit_score_matching(family.score, x)),
+        "ssm": (ssm_kernel.sliced, matching.sliced_score_matching(family.score, x, v)),
+        "ssm-vr": (ssm_kernel.sliced_vr, matching.sliced_score_matching_vr(family.score, x, v)),
+        "dsm": (ssm_kernel.denoising(0.3), matching.denoising_score_matching(family.score, x, 0.3, z)),
+    }
+    for objective, value in expected.values():
+        form = ssm_kernel.quadratic(family, objective(x, generator(9)))
+        torch.testing.assert_close(form(family.alpha), value.mean(), rtol=1e-10, atol=1e-10)
+
+
+def test_score_is_the_gradient_of_the_log_density(family: ssm_kernel.DeepKernelFamily) -> None:
+    x = torch.randn(4, 3, generator=generator(), dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(family.log_density(x).sum(), x)
+    torch.testing.assert_close(family.score(x), gradient, rtol=1e-10, atol=1e-10)
+
+
+def test_minimiser_has_no_slope() -> None:
+    a = torch.randn(4, 4, generator=generator(), dtype=torch.float64)
+    form = ssm_kernel.Quadratic(a @ a.T, a[0], a[1, 1])
+    alpha = form.minimiser(torch.tensor(-1.0, dtype=torch.float64)).requires_grad_(True)
+    (slope,) = torch.autograd.grad(form(alpha) + 0.05 * alpha.square().sum(), alpha)
+    assert slope.abs().max().item() < 1e-12
+
+
+def test_chunks_do_not_change_a_mean(family: ssm_kernel.DeepKernelFamily) -> None:
+    x = torch.randn(11, 3, generator=generator(), dtype=torch.float64)
+    whole = ssm_kernel.quadratic(family, ssm_kernel.exact(x, generator()))
+    for a, b in zip(ssm_kernel.quadratic_over(family, ssm_kernel.exact, x, generator(), 4), whole, strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", list(ssm_kernel.SOURCES))
+def test_tables_are_white_and_copies_stay_together(data: Path, name: str) -> None:
+    rows = ssm_kernel.read_rows(ssm_kernel.SOURCES[name])
+    distinct = len(np.unique(rows, axis=0))
+    rest, test = ssm_kernel.copies_last(rows, 0.1, np.random.default_rng(1).permutation(distinct))
+    assert sorted([*rest, *test]) == list(range(len(rows)))
+    assert not {tuple(r) for r in rows[rest]} & {tuple(r) for r in rows[test]}
+    table = ssm_kernel.load_table(name, generator())
+    together = torch.cat(list(table))
+    assert len(together) == len(rows)
+    assert together.mean(0).abs().max().item() < 0.05
+    cov = torch.cov(together.T)
+    torch.testing.assert_close(cov, torch.eye(len(cov), dtype=cov.dtype), rtol=0, atol=0.05)
+
+
+def test_correlated_columns_go() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 500))
+    rows = np.stack([a, b, -a + 0.01 * rng.normal(size=500)], 1)
+    np.testing.assert_array_equal(ssm_kernel.without_correlated(rows), rows[:, 1:])
+
+
+# --- log Z -----------------------------------------------------------------------------------------------------------
+
+
+def test_log_z_of_a_gaussian_by_both_estimators() -> None:
+    """f = exp(-|x|^2 / 2) has log Z = D / 2 log(2 pi)."""
+    path = ssm_kernel.GaussianPath(2, 2.0, lambda x: -0.5 * x.square().sum(1), lambda x: -x, 0.5)
+    truth = math.log(2 * math.pi)
+    assert ssm_kernel.annealed_log_z(path, 500, 50, generator()).value == pytest.approx(truth, abs=0.05)
+    found = ssm_kernel.importance_log_z(path, 20_000, generator())
+    assert found.value == pytest.approx(truth, abs=0.05)
+    # w = exp(-x^2 / 4) under N(0, 2): E[w]^2 / E[w^2] = (1/2) / (1/sqrt 3) a dimension
+    assert found.ess_share == pytest.approx((math.sqrt(3) / 2) ** 2, abs=0.02)
+
+
+def test_mixture_is_white_and_normalised() -> None:
+    density = ssm_kernel.whitened_mixture(2, 3, generator())
+    cov = density.covariance + density.means.T @ (density.weights[:, None] * density.means)
+    torch.testing.assert_close(cov, torch.eye(2, dtype=cov.dtype))
+    axis = torch.linspace(-6, 6, 601, dtype=torch.float64)
+    mass = density.log_prob(torch.cartesian_prod(axis, axis)).exp().sum().item() * 0.02**2
+    assert mass == pytest.approx(1, abs=1e-6)
