@@ -36,7 +36,7 @@ from replicate.likelihood.dequantisation import DequantisedLogit, Preprocessed
 from replicate.likelihood.estimator import Effort, log_likelihood
 from replicate.likelihood.importance import iw_bound
 from replicate.model import DataInfo, Estimate, Model
-from replicate.papers.base import ModelRuns, Paper
+from replicate.papers.base import Paper
 from replicate.registry import load_task
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 from replicate.runs.seeds import Streams
@@ -555,8 +555,6 @@ CELL_NOISE = Experiment(
     precision="float64",
 )
 
-_OURS = ("causal-conv", "gated-pixelcnn", "realnvp", "spline-flow", "vae", "iwae", "sde-vp", "neural-ebm")
-
 PAPER = Paper(
     "textbook",
     Path(__file__).with_suffix(".toml"),
@@ -570,5 +568,4 @@ PAPER = Paper(
         REFERENCE,
         CELL_NOISE,
     ),
-    model_runs={"standard": (ModelRuns(_OURS, ("digits",), 3),), "full": (ModelRuns(_OURS, ("digits",), 5),)},
 )

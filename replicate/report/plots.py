@@ -58,8 +58,9 @@ def _curves(name: str, about: str, seeds: Sequence[Mapping[str, Any]]) -> Drawin
     """Lines of all seeds in one panel: thin for each seed, thick for their mean where all share their x."""
     plot = seeds[0]
     labels = [line["label"] for line in plot["lines"]]
+    alone = len(labels) == 1 and not plot["levels"]
     figure = new_figure(6.4, 3.5)
-    ax = figure.add_axes((0.12, 0.15, 0.52, 0.74))
+    ax = figure.add_axes((0.12, 0.15, 0.84 if alone else 0.52, 0.74))
     for label, colour in zip(labels, sns.color_palette("colorblind", max(3, len(labels))), strict=False):
         lines = [line for p in seeds for line in p["lines"] if line["label"] == label]
         _line(ax, [(_array(line["x"]), _array(line["y"])) for line in lines], colour, label)
@@ -68,7 +69,8 @@ def _curves(name: str, about: str, seeds: Sequence[Mapping[str, Any]]) -> Drawin
     _dress(ax, plot)
     ax.set_title(plain(plot["title"]), fontsize=8.5, loc="left")
     handles, names = ax.get_legend_handles_labels()
-    figure.legend(handles, names, loc="center left", bbox_to_anchor=(0.655, 0.52), fontsize=7)
+    if not alone:
+        figure.legend(handles, names, loc="center left", bbox_to_anchor=(0.655, 0.52), fontsize=7)
     n = len(seeds)
     how = f" Thin lines are {n} seeds, thick ones their mean." if n > 1 else ""
     return Drawing(
@@ -111,9 +113,10 @@ def _clouds(name: str, about: str, seeds: Sequence[Mapping[str, Any]]) -> Drawin
     figure, axes = panels(len(clouds), 4, 1.85, foot=0.5)
     every = np.concatenate([np.concatenate([x, y]) for _, x, y in clouds])
     span = float(np.nanquantile(np.abs(every), 0.995)) * 1.08 or 1.0
-    for ax, (label, x, y) in zip(axes, clouds, strict=True):
+    for i, (ax, (label, x, y)) in enumerate(zip(axes, clouds, strict=True)):
         ax.scatter(x, y, s=3, color="#0072B2", alpha=0.5, linewidths=0, rasterized=True)
         ax.set(xlim=(-span, span), ylim=(-span, span), aspect="equal")
+        ax.tick_params(labelleft=i % 4 == 0)
         ax.text(0, 1.03, plain(label), transform=ax.transAxes, fontsize=7.2, va="bottom", wrap=True)
     caption = f"{about[:1].upper()}{about[1:]}. {plot['title']}; first seed."
     return Drawing(name, plot["title"], caption, figure, _csv(seeds[:1], (plot["x_label"], plot["y_label"])))
