@@ -249,7 +249,7 @@ def test_a_claim_opens_to_its_figure_seeds_spec_deviations_and_bibtex(results: P
     assert "figure-toy-run-curve" in inside
     assert "0: 1, 1: 1.01, 2: 1.02" in inside
     assert "&#34;profile&#34;: &#34;standard&#34;" in inside
-    assert "@article{toy," in page
+    assert "@article{toy," in inside
     assert "A <b>curve</b>" not in page
     assert "<td><i></td>" not in page
     for name in ("toy-run-curve", "toy-run-cloud"):
