@@ -335,12 +335,16 @@ def environment() -> Environment:
 
 @dataclass(frozen=True)
 class LedgerRow:
-    """One claim as the page shows it: a line, and what it opens to."""
+    """One claim as the page shows it: a line, and what it opens to.
+
+    A figure of several claims is embedded in the first; the others link to it there.
+    """
 
     entry: Entry
     band: str
     ours: str
     figures: tuple[Shown, ...]
+    elsewhere: tuple[Shown, ...]
     specs: tuple[tuple[str, str], ...]
 
     @property
@@ -354,13 +358,16 @@ def ledger_rows(ledger: Sequence[Entry], shown: Sequence[Shown], runs: Runs) -> 
     """Every claim with its figures and the settings of the runs behind it."""
     figure = {s.name: s for s in shown}
     by_id = {r.run_id: r for r in runs.runs}
+    seen: set[str] = set()
     out = []
     for e in ledger:
         names = (figure_name(e.paper.key, e.claim.experiment, p) for p in e.claim.plots)
         behind = (by_id[i] for i in e.judged.run_ids.split(";") if i in by_id)
         specs = {f"{r.model} on {r.task}": _settings(r.spec) for r in behind}
-        pictures = tuple(figure[n] for n in names if n in figure)
-        out.append(LedgerRow(e, wanted(e.asked), ours(e.judged), pictures, tuple(specs.items())))
+        pictures = [figure[n] for n in names if n in figure]
+        new, old = ([s for s in pictures if (s.name in seen) == known] for known in (False, True))
+        seen.update(s.name for s in new)
+        out.append(LedgerRow(e, wanted(e.asked), ours(e.judged), tuple(new), tuple(old), tuple(specs.items())))
     return out
 
 
