@@ -9,14 +9,11 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
+from replicate.errors import UsageError
 from replicate.model import FAMILIES, ModelEntry, Training
 from replicate.papers.base import Paper
 from replicate.runs.experiment import Experiment
 from replicate.tasks.base import Task, TaskEntry
-
-
-class UsageError(ValueError):
-    """The user asked for something that does not exist or does not fit; the message says what to do."""
 
 
 def unknown(what: str, name: str, known: Iterable[str], next_step: str) -> UsageError:

@@ -21,7 +21,6 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,9 +29,9 @@ from replicate.likelihood.importance import iw_bound
 from replicate.model import Model
 from replicate.papers.base import Paper
 from replicate.papers.burda_bounds import BOUNDS
-from replicate.papers.static_bits import FILES, contents, data_file, static_mnist
-from replicate.registry import UsageError
+from replicate.papers.static_bits import FILES, static_mnist
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+from replicate.runs.files import read_idx
 
 LOG_2PI = math.log(2 * math.pi)
 STAGES = 8
@@ -50,20 +49,6 @@ HIDDEN: dict[int, tuple[int, ...]] = {1: (200,), 2: (200, 100)}
 # -- data
 
 
-def read_idx(name: str) -> Tensor:
-    """Images of an IDX file below REPLICATE_DATA as intensities in [0, 1], shape (n, rows * columns).
-
-    Raises:
-        UsageError: the file is missing or no IDX file of images.
-    """
-    path = data_file(name, MNIST_ORIGIN)
-    content = contents(path)
-    magic, n, rows, columns = np.frombuffer(content[:16], dtype=">i4")
-    if magic != 2051 or len(content) != 16 + n * rows * columns:
-        raise UsageError(f"{path} is no IDX file of images; get it again from {MNIST_ORIGIN}")
-    return torch.from_numpy(np.frombuffer(content[16:], dtype=np.uint8).reshape(n, -1).astype(np.float32) / 255)
-
-
 def binarise(intensities: Tensor, generator: torch.Generator) -> Tensor:
     """Bits that are 1 with probability `intensities`, of the same shape."""
     u = torch.rand(intensities.shape, generator=generator, device=intensities.device)
@@ -75,7 +60,7 @@ def training_and_test(dynamic: bool) -> tuple[Tensor, Tensor]:
     if not dynamic:
         task = static_mnist()
         return task.train, task.test
-    train, test = (read_idx(name) for name in MNIST_FILES)
+    train, test = (read_idx(name, MNIST_ORIGIN).float() / 255 for name in MNIST_FILES)
     return train[:-HELD_OUT], binarise(test, torch.Generator().manual_seed(TEST_BITS_SEED))
 
 

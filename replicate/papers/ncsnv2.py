@@ -22,9 +22,7 @@ the paper's and are doubled where the suite's sampler is called.
 from __future__ import annotations
 
 import hashlib
-import lzma
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +41,7 @@ from replicate.registry import UsageError
 from replicate.runs.evaluate import digit_features
 from replicate.runs.execute import run
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+from replicate.runs.files import contents, data_file
 from replicate.runs.spec import make_spec
 from replicate.sampling.annealed import annealed_langevin
 from replicate.score_based.matching import tweedie
@@ -180,25 +179,14 @@ IMAGE_DIM = 32 * 32 * 3
 
 
 def read_images() -> Tensor:
-    """The 10,000 CIFAR-10 test images in [0, 1], shape (10000, 3072), from the folder in REPLICATE_DATA.
-
-    The file may be as it is distributed or packed by xz.
+    """The 10,000 CIFAR-10 test images in [0, 1], shape (10000, 3072), from REPLICATE_DATA.
 
     Raises:
         UsageError: the folder is not set, the file is not there, or it is another file.
     """
     source = "the binary version of CIFAR-10 (cs.toronto.edu/~kriz/cifar.html)"
-    folder = os.environ.get("REPLICATE_DATA")
-    if not folder:
-        raise UsageError(f"REPLICATE_DATA is not set: it names the folder that holds {IMAGE_FILE}, from {source}.")
-    path = Path(folder) / IMAGE_FILE
-    packed = path.with_name(path.name + ".xz")
-    if path.is_file():
-        data = path.read_bytes()
-    elif packed.is_file():
-        data = lzma.decompress(packed.read_bytes())
-    else:
-        raise UsageError(f"{path} is missing: put it there from {source}, or point REPLICATE_DATA at its folder.")
+    path = data_file(IMAGE_FILE, source)
+    data = contents(path)
     if hashlib.sha256(data).hexdigest() != IMAGE_SHA256:
         raise UsageError(f"{path} is not the original: REPLICATE_DATA needs {IMAGE_FILE} from {source}.")
     rows = np.frombuffer(data, np.uint8).reshape(-1, 1 + IMAGE_DIM)  # a label, then the pixels
@@ -395,7 +383,7 @@ FIRST_LEVEL = Experiment(
     },
     seeds=5,
     profiles=("full",),
-    files=("cifar-10",),  # the folder: the file in it may be packed
+    files=(IMAGE_FILE,),
 )
 
 LAST_STEP = Experiment(

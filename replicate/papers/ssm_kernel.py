@@ -18,10 +18,9 @@ backpropagation are not here.
 from __future__ import annotations
 
 import copy
+import io
 import math
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,8 +29,8 @@ from torch import Tensor, nn
 
 from replicate.likelihood.ais import ais, schedule
 from replicate.model import Estimate, Model
-from replicate.registry import UsageError
 from replicate.runs.experiment import Context, Experiment, Outcome
+from replicate.runs.files import contents, data_file
 from replicate.sampling.langevin import mala
 from replicate.score_based.matching import rademacher
 from replicate.tasks.densities import GaussianMixture
@@ -285,16 +284,17 @@ CORRELATED = 0.98
 NOISE = 0.05
 
 
+ORIGIN = "the UCI repository (archive.ics.uci.edu)"
+
+
 def read_rows(source: Source) -> np.ndarray:
     """The numbers of a table, (n, columns).
 
     Raises:
         UsageError: the file is not there.
     """
-    path = Path(os.environ.get("REPLICATE_DATA", "data")) / "uci" / source.file
-    if not path.exists():
-        raise UsageError(f"{path} is missing: set REPLICATE_DATA to the folder whose uci/ has the UCI tables")
-    return np.loadtxt(path, delimiter=source.delimiter, skiprows=1)[:, source.columns]
+    content = contents(data_file(f"uci/{source.file}", ORIGIN))
+    return np.loadtxt(io.BytesIO(content), delimiter=source.delimiter, skiprows=1)[:, source.columns]
 
 
 def without_correlated(rows: np.ndarray) -> np.ndarray:
@@ -542,6 +542,7 @@ def _figure_1(table: str, words: str) -> Experiment:
         params={"table": table, **_FIGURE_1},
         seeds=15,
         profiles=("full",),
+        files=(f"uci/{SOURCES[table].file}",),
         precision="float64",
     )
 

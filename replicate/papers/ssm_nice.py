@@ -13,20 +13,16 @@ layers a coupling are four in the released code. Curvature propagation and appro
 from __future__ import annotations
 
 import copy
-import gzip
 import math
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from replicate.model import Estimate
-from replicate.registry import UsageError
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+from replicate.runs.files import read_idx
 from replicate.score_based import matching
 from replicate.score_based.networks import mlp
 from replicate.tasks.digits import digits
@@ -101,20 +97,8 @@ class Images(NamedTuple):
     levels: int
 
 
-def read_idx(path: Path) -> Tensor:
-    """The images of an IDX file, packed by gzip or not, as uint8 (n, height * width).
-
-    Raises:
-        UsageError: neither `path` nor `path`.gz is there, or it holds no images.
-    """
-    packed = path.with_name(path.name + ".gz")
-    if not (path.exists() or packed.exists()):
-        raise UsageError(f"{path}[.gz] is missing: set REPLICATE_DATA to the folder whose mnist/ has MNIST's IDX files")
-    raw = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
-    magic, count, height, width = np.frombuffer(raw, ">i4", 4)
-    if magic != 0x803 or len(raw) != 16 + count * height * width:
-        raise UsageError(f"{path} is no IDX file of images: fetch it again")
-    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=16).reshape(count, -1).copy())
+ORIGIN = "MNIST, http://yann.lecun.com/exdb/mnist/ and its mirrors"
+FILES = ("mnist/train-images-idx3-ubyte", "mnist/t10k-images-idx3-ubyte")
 
 
 def mnist(draws: torch.Generator) -> Images:
@@ -123,8 +107,7 @@ def mnist(draws: torch.Generator) -> Images:
     Raises:
         UsageError: the files are not in REPLICATE_DATA/mnist.
     """
-    folder = Path(os.environ.get("REPLICATE_DATA", "data")) / "mnist"
-    train, test = (read_idx(folder / f"{part}-images-idx3-ubyte").float() for part in ("train", "t10k"))
+    train, test = (read_idx(name, ORIGIN).float() for name in FILES)
     shuffled = train[torch.randperm(len(train), generator=draws, device=draws.device).cpu()]
     cut = len(train) - len(train) // 10
     return Images(shuffled[:cut], shuffled[cut:], test, 256)
@@ -296,6 +279,7 @@ NICE_MNIST = Experiment(
     },
     seeds=3,
     profiles=("full",),
+    files=FILES,
 )
 
 

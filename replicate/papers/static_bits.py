@@ -6,11 +6,8 @@ are no labels. The files are read where REPLICATE_DATA has them and checked by t
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import os
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +15,7 @@ from torch import Tensor
 
 from replicate.model import DataInfo
 from replicate.registry import UsageError
+from replicate.runs.files import contents, data_file
 from replicate.tasks.base import Task
 
 DIM = 784
@@ -30,25 +28,6 @@ SHA256: dict[str, str] = {
 }
 #: what an experiment on static bits names as its files
 FILES: tuple[str, ...] = tuple(SHA256)
-
-
-def data_file(name: str, origin: str) -> Path:
-    """A file of REPLICATE_DATA, as it is named or with .gz after it.
-
-    Raises:
-        UsageError: it is not there; one line with the file, where it comes from and REPLICATE_DATA.
-    """
-    folder = os.environ.get("REPLICATE_DATA", "")
-    for found in (Path(folder) / name, Path(folder) / f"{name}.gz"):
-        if folder and found.is_file():
-            return found
-    where = f"REPLICATE_DATA={folder}" if folder else "REPLICATE_DATA is not set"
-    raise UsageError(f"{name} (or {name}.gz) is missing: {where}. It comes from {origin}; put it below REPLICATE_DATA.")
-
-
-def contents(path: Path) -> bytes:
-    """The uncompressed bytes of a file."""
-    return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
 
 
 def parse_amat(content: bytes, dim: int = DIM) -> Tensor:

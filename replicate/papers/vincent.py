@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from replicate.likelihood.quadrature import grid
 from replicate.model import Estimate
 from replicate.papers.base import Paper
+from replicate.papers.hyvarinen import networks
 from replicate.runs.experiment import Context, Experiment, Outcome
 from replicate.score_based.matching import denoising_score_matching, explicit_score_matching
-from replicate.score_based.networks import EnergyScore, FreeScore
 
 #: the grid reaches so many noise levels beyond the outermost point: exp(-9.5^2 / 2) < 1e-19
 REACH = 9.5
@@ -98,18 +98,6 @@ def gradient(objective: Tensor, network: nn.Module) -> Tensor:
     parts = torch.autograd.grad(objective, parameters, allow_unused=True)
     whole = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, parts, strict=True)]
     return torch.cat([g.flatten() for g in whole])
-
-
-def networks(context: Context) -> dict[str, nn.Module]:
-    """Three score networks of different make, with random weights in float64."""
-    hidden, depth = context.params["hidden"], context.params["depth"]
-    with context.streams.initialisation():
-        made = {
-            "free-silu": FreeScore(2, hidden, depth),
-            "free-softplus": FreeScore(2, hidden, depth, "softplus"),
-            "energy": EnergyScore(2, hidden, depth),
-        }
-    return {name: network.double().to(context.device) for name, network in made.items()}
 
 
 def check_equivalence(context: Context) -> Outcome:

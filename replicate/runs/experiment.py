@@ -12,12 +12,12 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from replicate.model import Estimate, Family
+from replicate.runs.files import find
 from replicate.runs.seeds import Streams
 
 Style = Literal["line", "points"]
@@ -129,7 +129,8 @@ class Experiment:
         overrides: settings by profile, "smoke" and "full".
         profiles: the profiles that run it.
         precision: "float32" or "float64", for the record; the function itself must keep to it.
-        files: paths below REPLICATE_DATA that it reads, each as it is or with .gz; where one is absent it is not run.
+        files: paths below REPLICATE_DATA that it reads, each as it is or packed (.gz, .xz); where
+            one is absent it is not run, and their sha256 enters the run's hash.
     """
 
     name: str
@@ -146,12 +147,10 @@ class Experiment:
 
     def absent(self) -> str:
         """Why this machine cannot run it: the first of its files that is not there; "" where all are."""
-        folder = os.environ.get("REPLICATE_DATA", "")
-        missing = [
-            f for f in self.files if not folder or not any(Path(folder, f + end).exists() for end in ("", ".gz"))
-        ]
+        missing = [name for name in self.files if find(name) is None]
         if not missing:
             return ""
+        folder = os.environ.get("REPLICATE_DATA")
         where = f"which is not in {folder} (REPLICATE_DATA)" if folder else "and REPLICATE_DATA names no folder"
         return f"it reads {missing[0]}, {where}"
 

@@ -15,6 +15,7 @@ from replicate.model import ModelEntry, Training
 from replicate.registry import TRAINING_FIELDS, UsageError, load_task, model_entry, unknown, unsupported
 from replicate.runs.effort import EVALUATION, Evaluation
 from replicate.runs.experiment import Experiment
+from replicate.runs.files import sha256
 from replicate.tasks.base import Task
 
 #: raised by hand when a change of code changes results without changing any spec
@@ -211,7 +212,7 @@ def experiment_spec(
     paper: str, experiment: Experiment, seed: int, profile: str = "standard", device: str = "cpu"
 ) -> ExperimentSpec:
     """The spec of one seed of a paper's experiment."""
-    digests = "".join(load_task(name).sha256() for name in experiment.tasks)
+    digests = "".join([*(load_task(t).sha256() for t in experiment.tasks), *map(sha256, experiment.files)])
     return ExperimentSpec(
         model=paper,
         family=experiment.family,

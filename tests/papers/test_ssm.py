@@ -261,7 +261,7 @@ def test_missing_data_is_one_clear_line(
     experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REPLICATE_DATA", str(tmp_path / "nowhere"))
-    with pytest.raises(UsageError, match="missing: set REPLICATE_DATA") as caught:
+    with pytest.raises(UsageError, match="is missing: REPLICATE_DATA=") as caught:
         experiment.run(Context(experiment.params, Streams("t", "ssm", 0), torch.device("cpu")))
     assert "\n" not in str(caught.value)
 
