@@ -168,16 +168,12 @@ def reproduce(
 ) -> None:
     """Compute a profile afresh and write its tables, figures and report."""
     from replicate import registry
-    from replicate.papers.plan import ledger_plan
+    from replicate.papers.plan import whole_plan
     from replicate.reproduce import expected_seconds, read_reference, reproduce
-    from replicate.runs.profiles import plan
     from replicate.runs.progress import Progress, clock
     from replicate.runs.store import default_runs_folder
 
-    kind = resolve_device(device)
-    compared = plan(profile, kind, seeds or None)
-    asked, skipped = ledger_plan(profile, kind, seeds or None)
-    specs = list({spec.run_id(): spec for spec in [*compared, *asked]}.values())  # runs that both ask for run once
+    specs, skipped = whole_plan(profile, resolve_device(device), seeds or None)
     for name, reason in registry.broken().items():
         errors.print(f"replicate: {name} is left out: {reason}", markup=False, highlight=False, soft_wrap=True)
     for what in skipped:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from replicate.papers.plan import whole_plan
 from replicate.report.build import TIMING_METRICS
-from replicate.runs.profiles import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,14 +53,14 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("killed")
     parent = subprocess.Popen(command(folder, 1), cwd=ROOT, env=environment(folder), stdout=subprocess.DEVNULL)
     current = folder / "runs" / "smoke" / "current"
-    wanted, waited = len(plan("smoke")) // 2, 0.0
+    wanted, waited = len(whole_plan("smoke")[0]) // 2, 0.0
     while len(list(current.glob("*/record.json"))) < wanted and waited < 300 and parent.poll() is None:
         time.sleep(0.05)
         waited += 0.05
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     records = sorted(current.glob("*/record.json"))
-    assert wanted <= len(records) < len(plan("smoke"))
+    assert wanted <= len(records) < len(whole_plan("smoke")[0])
     records[0].write_text(records[0].read_text()[:200])  # as after a crash of the machine
     again = sweep(folder, 1)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -77,12 +77,12 @@ def test_the_second_call_goes_on_from_the_first(killed: tuple[Path, str]) -> Non
     assert "going on with the unfinished sweep" in killed[1]
     before = re.search(r"(\d+) done before, 0 failed", killed[1])
     assert before
-    assert int(before[1]) >= len(plan("smoke")) // 2 - 1
+    assert int(before[1]) >= len(whole_plan("smoke")[0]) // 2 - 1
 
 
 def test_every_planned_run_is_measured_and_none_failed(undisturbed: Path) -> None:
     frame = pd.read_csv(undisturbed / "results" / "smoke" / "measurements.csv", keep_default_na=False)
-    assert set(frame.run_id) == {s.run_id() for s in plan("smoke")}
+    assert set(frame.run_id) == {s.run_id() for s in whole_plan("smoke")[0]}
     assert set(frame.status.str.split(":").str[0]) == {"ok", "n/a"}
     for metric in ("nll", "kl", "w2", "c2st", "frechet", "train_seconds", "nfe", "ais_ess"):
         assert (frame[(frame.metric == metric)].status == "ok").any(), metric

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from replicate.papers.claims import ClaimError, PaperClaims
 from replicate.registry import papers
 from replicate.runs.experiment import Experiment
+from replicate.runs.profiles import plan
 from replicate.runs.spec import AnySpec, experiment_spec, make_spec
 
 
@@ -54,6 +55,17 @@ def ledger_plan(profile: str, device: str = "cpu", seeds: int | None = None) -> 
             specs += (experiment_spec(key, experiment, s, profile, device) for s in _seeds(experiment, seeds))
         specs += _model_specs(key, profile, device, seeds)
     return specs, skipped
+
+
+def whole_plan(profile: str, device: str = "cpu", seeds: int | None = None) -> tuple[list[AnySpec], list[Skipped]]:
+    """The comparison and the ledger of a profile together; runs that both ask for stand there once.
+
+    Raises:
+        UsageError: no such profile.
+    """
+    compared = plan(profile, device, seeds)
+    asked, skipped = ledger_plan(profile, device, seeds)
+    return list({spec.run_id(): spec for spec in [*compared, *asked]}.values()), skipped
 
 
 def _seeds(experiment: Experiment, override: int | None) -> range:

@@ -6,9 +6,8 @@ import pytest
 
 from replicate import registry
 from replicate.papers.claims import resolved
-from replicate.papers.plan import all_claims, ledger_plan
+from replicate.papers.plan import all_claims, ledger_plan, whole_plan
 from replicate.papers.tables import MeasureCell, measure_tables
-from replicate.runs.profiles import plan
 from replicate.runs.spec import AnySpec, ExperimentSpec, spec_from_dict
 
 PAPERS = sorted(registry.papers())
@@ -16,9 +15,8 @@ PAPERS = sorted(registry.papers())
 
 def planned(profile: str) -> dict[tuple[str, str], list[AnySpec]]:
     """Specs of a profile by (task, model), each once."""
-    specs = {s.run_id(): s for s in [*plan(profile), *ledger_plan(profile)[0]]}
     out: dict[tuple[str, str], list[AnySpec]] = {}
-    for spec in specs.values():
+    for spec in whole_plan(profile)[0]:
         out.setdefault((spec.task, spec.model), []).append(spec)
     return out
 
