@@ -226,7 +226,7 @@ def test_the_ledger_is_written_read_and_verified(results: Path, paper: PaperClai
     assert rows[2]["reason"] == "needs the full profile"
     assert verify(results, (paper,)) == []
     line = blocks(results)["ledger"]
-    assert "3 claims of 1 papers: 1 reproduced, 1 not reproduced, 0 inconclusive, 0 not comparable, 1 not run" in line
+    assert "3 claims of 1 paper: 1 reproduced, 1 not reproduced, 0 inconclusive, 0 not comparable, 1 not run" in line
     assert line.endswith("Not reproduced: T2.")
 
 

@@ -1,0 +1,22 @@
+"""What is committed agrees with itself: files, tables, records, verdicts, and what README says of them."""
+
+from pathlib import Path
+
+import pytest
+
+from replicate.report.build import verify
+from replicate.report.readme import stale
+
+ROOT = Path(__file__).resolve().parents[1]
+STANDARD = ROOT / "results" / "standard"
+committed = pytest.mark.skipif(not (STANDARD / "MANIFEST.json").exists(), reason="no results/standard here")
+
+
+@committed
+def test_every_file_table_and_verdict_follows_from_the_records() -> None:
+    assert verify(STANDARD) == []
+
+
+@committed
+def test_readme_says_what_the_results_say() -> None:
+    assert not stale(ROOT / "README.md", STANDARD)
