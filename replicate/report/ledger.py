@@ -238,7 +238,8 @@ def summary_line(rows: Sequence[Row]) -> str:
     counts = Counter(row["verdict"] for row in rows)
     papers = len({row["paper"] for row in rows})
     stand = ", ".join(f"{counts[v]} {v}" for v in VERDICTS)
-    text = f"**The ledger: {len(rows)} claims of {papers} paper{'' if papers == 1 else 's'}: {stand}** (profile {rows[0]['profile']})."
+    sources = f"{papers} paper" + ("" if papers == 1 else "s")
+    text = f"**The ledger: {len(rows)} claims of {sources}: {stand}** (profile {rows[0]['profile']})."
     lost = [markdown(row["claim_id"]) for row in rows if row["verdict"] == "not reproduced"]
     return text + (f" Not reproduced: {', '.join(lost)}." if lost else "")
 
