@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 
 from replicate.report.drawing import QUIET, Drawing, csv_text, fitting, new_figure, panels, plain
@@ -102,6 +103,9 @@ def _dress(ax: Axes, plot: Mapping[str, Any]) -> None:
         ax.set_xscale("log")
     if plot["log_y"]:
         ax.set_yscale("log")
+    for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+        if axis.get_scale() == "log" and math.ceil(math.log10(low)) <= math.floor(math.log10(high)):
+            axis.set_minor_formatter(NullFormatter())  # a power of ten is labelled, and minor labels would collide
     ax.set_xlabel(plain(plot["x_label"]))
     ax.set_ylabel(plain(plot["y_label"]))
 
