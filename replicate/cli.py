@@ -317,7 +317,7 @@ def verify(profile: Profile = "standard", results: Results = Path("results"), re
     folder = results / profile
     if not (folder / "MANIFEST.json").exists():
         raise UsageError(f"there is no {folder / 'MANIFEST.json'}; `make reproduce PROFILE={profile}` first.")
-    problems = check(folder, ledger_claims().papers)
+    problems = check(folder, ledger_claims())
     if profile == "standard" and readme.exists() and stale(readme, folder):
         problems.append(
             f"what {readme} says between its markers is not what {folder} gives; `replicate report --readme {readme}`"

@@ -224,7 +224,7 @@ def test_the_ledger_is_written_read_and_verified(results: Path, paper: PaperClai
     assert rows[0]["n_seeds"] == "3"
     assert rows[0]["run_ids"].count(";") == 2
     assert rows[2]["reason"] == "needs the full profile"
-    assert verify(results, (paper,)) == []
+    assert verify(results, Claims((paper,))) == []
     line = blocks(results)["ledger"]
     assert "3 claims of 1 paper: 1 reproduced, 1 not reproduced, 0 inconclusive, 0 not comparable, 1 not run" in line
     assert line.endswith("Not reproduced: T2.")
@@ -296,7 +296,7 @@ def test_verify_recomputes_every_verdict(results: Path, change: dict[str, str], 
 
 def test_a_band_that_is_bent_afterwards_is_found_by_the_papers_file(results: Path, paper: PaperClaims) -> None:
     spoil(results, "claims.csv", {"tolerance": "10.0", "verdict": "reproduced"})
-    problems = verify(results, (paper,))
+    problems = verify(results, Claims((paper,)))
     assert any("claim T2: tolerance is '10.0', toy.toml says '0.1'" in p for p in problems)
 
 
@@ -304,7 +304,7 @@ def test_a_measurement_changed_consistently_is_found_by_its_record(results: Path
     path = results / "measurements.csv"
     path.write_text(path.read_text().replace(",1.02,", ",1.03,"))
     write_manifest(results)
-    problems = verify(results, (paper,))
+    problems = verify(results, Claims((paper,)))
     assert any("are not those of its record" in p for p in problems)
     assert any(p.startswith("claims.csv: claim T1: mean") for p in problems)
 
@@ -313,4 +313,13 @@ def test_a_claim_left_out_of_the_ledger_is_found(results: Path, paper: PaperClai
     lines = (results / "claims.csv").read_text().splitlines(keepends=True)
     (results / "claims.csv").write_text("".join(line for line in lines if not line.startswith("T2")))
     write_manifest(results)
-    assert "claims.csv has no claim T2; toy.toml has" in verify(results, (paper,))
+    assert "claims.csv has no claim T2; toy.toml has" in verify(results, Claims((paper,)))
+
+
+def test_a_table_edited_with_its_manifest_is_found(results: Path, claims: Claims) -> None:
+    for name in ("ledger.md", "side.tex"):
+        path = results / "tables" / name
+        path.write_text(path.read_text().replace("1.01", "9.01"))
+    write_manifest(results)
+    wrong = [f"tables/{name} is not the table that the measurements give" for name in ("ledger.md", "side.tex")]
+    assert verify(results, claims) == wrong

@@ -28,6 +28,7 @@ from replicate.report import ledger as claims_ledger
 from replicate.report.drawing import Drawing, save, style
 from replicate.report.figures import all_figures
 from replicate.report.labels import TIMING_METRICS, short
+from replicate.report.ledger import Plain
 from replicate.report.page import Shown, render
 from replicate.report.plots import experiment_drawings
 from replicate.report.records import (
@@ -46,7 +47,7 @@ from replicate.report.records import (
     write_measurements,
     write_summary,
 )
-from replicate.report.tables import Results, all_tables, to_csv, to_latex, to_markdown
+from replicate.report.tables import Results, Table, all_tables, to_csv, to_latex, to_markdown
 
 __all__ = ["MANIFEST", "TIMING_METRICS", "build", "verify", "write_manifest"]
 
@@ -104,17 +105,24 @@ def _write_all(runs: Runs, profile: str, folder: Path, claims: Claims) -> None:
     if judged:
         _write(folder / "claims.csv", claims_ledger.to_csv(judged, profile))
     tables = all_tables(results)
-    (folder / "tables").mkdir()
-    for table in tables:
-        for ending, write in (("csv", to_csv), ("md", to_markdown), ("tex", to_latex)):
-            _write(folder / "tables" / f"{table.name}.{ending}", write(table))
     plain = [claims_ledger.measure_table(t, frame) for t in claims.tables]
-    for text in [claims_ledger.ledger_table(judged), *plain] if judged else plain:
-        for ending, content in (("csv", text.csv()), ("md", text.markdown()), ("tex", text.latex())):
-            _write(folder / "tables" / f"{text.name}.{ending}", content)
+    (folder / "tables").mkdir()
+    for name, text in _table_texts(tables, judged, plain).items():
+        _write(folder / "tables" / name, text)
     with style():
         shown = _saved([*all_figures(results, runs.comparison), *experiment_drawings(runs.runs)], folder / "figures")
     _write(folder / "report.html", render(runs, results, totals, tables, shown, profile, judged, plain))
+
+
+def _table_texts(tables: list[Table], judged: list[claims_ledger.Entry], plain: list[Plain]) -> dict[str, str]:
+    """The text of every file in tables/, by name."""
+    out = {}
+    for table in tables:
+        for ending, write in (("csv", to_csv), ("md", to_markdown), ("tex", to_latex)):
+            out[f"{table.name}.{ending}"] = write(table)
+    for text in [claims_ledger.ledger_table(judged), *plain] if judged else plain:
+        out |= {f"{text.name}.csv": text.csv(), f"{text.name}.md": text.markdown(), f"{text.name}.tex": text.latex()}
+    return out
 
 
 #: drawings that forked workers inherit: figures are costly to send
@@ -186,28 +194,45 @@ def build(
 # -- the check
 
 
-def verify(out_folder: Path, papers: tuple[PaperClaims, ...] = ()) -> list[str]:
+def verify(out_folder: Path, claims: Claims = Claims()) -> list[str]:
     """What is wrong with a results folder, one line a problem; an empty list where everything agrees.
 
     Checks that every file is the one that the manifest names, that summary.csv follows from measurements.csv, that
-    every run id is the sha256 of its spec, that measurements and records speak of the same runs and numbers, and that
-    every verdict follows from claims.csv and measurements.csv alone.
+    every run id is the sha256 of its spec, that measurements and records speak of the same runs and numbers, that
+    every verdict follows from claims.csv and measurements.csv alone, and, where all that agrees, that every table is
+    the one that the measurements give.
 
     Args:
-        papers: where given, claims.csv must also judge the claims that they state.
+        claims: where given, claims.csv must also judge what they state, and the ledger's tables are checked too.
     """
     problems = _manifest_problems(out_folder)
     try:
         frame = read_measurements(out_folder / "measurements.csv")
         records = _read_records(out_folder / "records.jsonl")
         problems += _summary_problems(summary(frame), read_summary(out_folder / "summary.csv"))
-        if papers or (out_folder / "claims.csv").exists():
+        if claims.papers or (out_folder / "claims.csv").exists():
             rows = claims_ledger.read_claims_csv(out_folder / "claims.csv")
             problems += claims_ledger.problems(rows, frame)
-            problems += claims_ledger.definition_problems(rows, papers) if papers else []
+            problems += claims_ledger.definition_problems(rows, claims.papers) if claims.papers else []
     except ReportError as error:
         return [*problems, str(error)]
-    return [*problems, *_record_problems(records, frame)]
+    problems += _record_problems(records, frame)
+    return problems or _table_problems(out_folder, frame, records, claims)
+
+
+def _table_problems(folder: Path, frame: pd.DataFrame, records: list[dict[str, Any]], claims: Claims) -> list[str]:
+    experiments = {r["run_id"] for r in records if r["spec"].get("kind") == "experiment"}
+    judged: list[claims_ledger.Entry] = []
+    if claims.papers:
+        profile = claims_ledger.read_claims_csv(folder / "claims.csv")[0]["profile"]
+        judged = claims_ledger.entries(claims.papers, frame, profile)
+    plain = [claims_ledger.measure_table(t, frame) for t in claims.tables]
+    right = _table_texts(all_tables(Results(frame[~frame["run_id"].isin(experiments)])), judged, plain)
+    return [
+        f"tables/{name} is not the table that the measurements give"
+        for name, text in right.items()
+        if not (folder / "tables" / name).exists() or (folder / "tables" / name).read_text(encoding="utf-8") != text
+    ]
 
 
 def _manifest_problems(folder: Path) -> list[str]:
