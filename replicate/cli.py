@@ -289,23 +289,19 @@ def claims(
 
 
 def _print_claims(rows: list[dict[str, str]]) -> None:
+    from rich.markup import escape
+
     from replicate.report.ledger import asked_from, ours_text, summary_line, wanted
 
     table = Table("claim", "paper", "quantity", "as printed", "band", "ours, 90 % interval", "verdict")
     for row in rows:
         why = f": {row['reason']}" if row["verdict"] in ("not run", "not comparable") else ""
-        mark = f" ({row['source_quality']})"
-        cells = (row["published"] + mark, wanted(asked_from(row)), ours_text(row), row["verdict"] + why)
-        table.add_row(row["claim_id"], row["paper"], f"{row['quantity']} [{row['unit']}]", *map(_escaped, cells))
+        quantity, printed = f"{row['quantity']} [{row['unit']}]", f"{row['published']} ({row['source_quality']})"
+        cells = (quantity, printed, wanted(asked_from(row)), ours_text(row), row["verdict"] + why)
+        table.add_row(row["claim_id"], row["paper"], *map(escape, cells))
     console.print(table)
     if rows:
         console.print(summary_line(rows).replace("*", ""), markup=False, highlight=False, soft_wrap=True)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 @app.command()
