@@ -16,9 +16,8 @@ import pandas as pd
 
 from replicate.report.build import Claims, build
 from replicate.report.compare import compare_with_reference
-from replicate.report.ledger import read_claims_csv
+from replicate.report.ledger import by_verdict, read_claims_csv
 from replicate.report.records import ReportError, read_measurements
-from replicate.report.verdicts import VERDICTS
 from replicate.runs.execute import source_version
 from replicate.runs.pool import Outcome, run_all
 from replicate.runs.progress import Progress
@@ -154,8 +153,7 @@ def standing(out: Path) -> dict[str, int]:
     """Claims by verdict in a results folder; empty where there is no ledger."""
     if not (out / "claims.csv").exists():
         return {}
-    counts = Counter(row["verdict"] for row in read_claims_csv(out / "claims.csv"))
-    return {v: counts[v] for v in VERDICTS}
+    return by_verdict(row["verdict"] for row in read_claims_csv(out / "claims.csv"))
 
 
 def _until_signal(work: Callable[[], bool], show: Progress) -> bool:

@@ -41,6 +41,7 @@ from replicate.report.records import (
     load_runs,
     measurements,
     read_measurements,
+    read_records,
     read_summary,
     rows_digest,
     summary,
@@ -208,7 +209,7 @@ def verify(out_folder: Path, claims: Claims = Claims()) -> list[str]:
     problems = _manifest_problems(out_folder)
     try:
         frame = read_measurements(out_folder / "measurements.csv")
-        records = _read_records(out_folder / "records.jsonl")
+        records = read_records(out_folder / "records.jsonl")
         problems += _summary_problems(summary(frame), read_summary(out_folder / "summary.csv"))
         if claims.papers or (out_folder / "claims.csv").exists():
             rows = claims_ledger.read_claims_csv(out_folder / "claims.csv")
@@ -246,13 +247,6 @@ def _manifest_problems(folder: Path) -> list[str]:
     problems += [f"{name} is in the folder and not in the manifest" for name in sorted(there - set(digests))]
     changed = (name for name in sorted(there & set(digests)) if sha256(folder / name) != digests[name])
     return problems + [f"{name} is not the file that the manifest names: its sha256 differs" for name in changed]
-
-
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise ReportError(f"{path} cannot be read: {error}") from None
 
 
 def _summary_problems(computed: pd.DataFrame, written: pd.DataFrame) -> list[str]:

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
@@ -235,9 +235,8 @@ def definition_problems(rows: Sequence[Row], papers: Iterable[PaperClaims]) -> l
 
 def summary_line(rows: Sequence[Row]) -> str:
     """How many claims, and how they stand, in one sentence of Markdown."""
-    counts = Counter(row["verdict"] for row in rows)
     papers = len({row["paper"] for row in rows})
-    stand = ", ".join(f"{counts[v]} {v}" for v in VERDICTS)
+    stand = ", ".join(f"{n} {v}" for v, n in by_verdict(row["verdict"] for row in rows).items())
     sources = f"{papers} paper" + ("" if papers == 1 else "s")
     text = f"**The ledger: {len(rows)} claims of {sources}: {stand}** (profile {rows[0]['profile']})."
     lost = [markdown(row["claim_id"]) for row in rows if row["verdict"] == "not reproduced"]
@@ -374,7 +373,7 @@ def _measured_text(cell: MeasureCell, measured: Measured) -> str:
     return _number_text(kinds.pop() if len(kinds) == 1 else "estimate", mean(values), *interval(values))
 
 
-def by_verdict(ledger: Iterable[Entry]) -> Mapping[str, int]:
-    """Counts in the order of VERDICTS."""
-    counts = Counter(e.judged.verdict for e in ledger)
+def by_verdict(verdicts: Iterable[str]) -> dict[str, int]:
+    """Counts of all five verdicts, in the order of VERDICTS."""
+    counts = Counter(verdicts)
     return {v: counts[v] for v in VERDICTS}

@@ -404,7 +404,7 @@ def render(
         profile=profile,
         sections=sections(results, tables, pictures),
         ledger=ledger_rows(ledger, pictures, runs),
-        verdicts=by_verdict(ledger),
+        verdicts=by_verdict(e.judged.verdict for e in ledger),
         ledger_papers=list({e.paper.key: e.paper for e in ledger}.values()),
         sources=SOURCES,
         plain=plain,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,7 @@ import pandas as pd
 from replicate.model import FAMILIES
 from replicate.report.labels import FAMILY_LABELS, markdown, metric_info, task_key
 from replicate.report.ledger import read_claims_csv, summary_line
-from replicate.report.records import FAILED, ReportError, read_summary
+from replicate.report.records import FAILED, ReportError, read_records, read_summary
 from replicate.report.tables import Cell, Number, flatters, task_dimension
 
 LEGEND = (
@@ -137,10 +136,7 @@ def _replaced(old: str, text: str, mark: str, path: Path) -> str:
 def read_compared(results: Path) -> pd.DataFrame:
     """summary.csv of a results folder without the rows of the papers' experiments."""
     summary = read_summary(results / "summary.csv")
-    try:
-        specs = [json.loads(line)["spec"] for line in (results / "records.jsonl").read_text("utf-8").splitlines()]
-    except (OSError, ValueError, KeyError) as error:
-        raise ReportError(f"{results / 'records.jsonl'} cannot be read: {error}") from None
+    specs = (record["spec"] for record in read_records(results / "records.jsonl"))
     experiments = {spec["task"] for spec in specs if spec.get("kind") == "experiment"}
     return summary[~summary["task"].isin(experiments)]
 

@@ -372,3 +372,15 @@ def read_measurements(path: Path) -> pd.DataFrame:
 def read_summary(path: Path) -> pd.DataFrame:
     """Read what `write_summary` wrote."""
     return _read(path, SUMMARY_COLUMNS, ("mean", "ci_low", "ci_high"), ("n_seeds",)).astype({"n_seeds": "int64"})
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of records.jsonl.
+
+    Raises:
+        ReportError: it cannot be read.
+    """
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{path} cannot be read: {error}") from None

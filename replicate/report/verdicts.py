@@ -8,7 +8,7 @@ give is `reproduced`, wholly outside is `not reproduced`, anything else `inconcl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import stdev
 
@@ -17,15 +17,12 @@ from scipy import stats
 
 from replicate.metrics.intervals import t_interval
 from replicate.report.compare import kind_of_difference
-from replicate.report.records import FAILED, ReportError, good_rows, mean
+from replicate.report.records import FAILED, MIN_SEEDS, ReportError, good_rows, mean
 
 VERDICTS = ("reproduced", "not reproduced", "inconclusive", "not comparable", "not run")
 #: the interval of two one-sided tests at 5 %
 LEVEL = 0.90
-FEWEST_SEEDS = 3
 _RANK = {"smoke": 0, "standard": 1, "full": 2}
-
-Rows = Mapping[tuple[str, str, str], Sequence[tuple[int, float, str, str]]]
 
 
 @dataclass(frozen=True)
@@ -197,7 +194,7 @@ def _verdict(
     if _RANK[profile] < _RANK[asked.judged_at]:
         return "not comparable", f"a {profile} run is reduced; it is judged at the {asked.judged_at} profile"
     if math.isnan(low):
-        return "not comparable", f"{seeds} seeds; an interval needs {FEWEST_SEEDS}"
+        return "not comparable", f"{seeds} seeds; an interval needs {MIN_SEEDS}"
     if failed:
         return "inconclusive", f"{failed} runs failed, and those that ended may differ from them"
     inside = f"[{low:.4g}, {high:.4g}] against [{fits[0]:.4g}, {fits[1]:.4g}]"
@@ -212,7 +209,7 @@ def _verdict(
 def _probability(values: Sequence[float], fits: tuple[float, float]) -> float:
     """Predictive probability that one more seed falls into the band, for normal values of unknown mean and spread."""
     n = len(values)
-    if n < FEWEST_SEEDS:
+    if n < MIN_SEEDS:
         return math.nan
     centre, spread = mean(values), stdev(values) * math.sqrt(1 + 1 / n)
     if spread == 0:

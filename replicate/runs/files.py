@@ -7,6 +7,7 @@ import hashlib
 import lzma
 import os
 import zlib
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,12 @@ def contents(path: Path) -> bytes:
 def sha256(name: str) -> str:
     """sha256 of a file's uncompressed content; "" where it is absent."""
     path = find(name)
-    return "" if path is None else hashlib.sha256(contents(path)).hexdigest()
+    return "" if path is None else _digest(path, path.stat().st_mtime_ns)
+
+
+@cache
+def _digest(path: Path, changed: int) -> str:
+    return hashlib.sha256(contents(path)).hexdigest()
 
 
 def read_idx(name: str, origin: str) -> Tensor:
