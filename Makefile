@@ -3,6 +3,8 @@ PROFILE ?= standard
 JOBS ?= 0
 SEEDS ?= 0
 DEVICE ?= auto
+KILLS ?= 200
+FUZZ_CASES ?= 100000
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -10,7 +12,7 @@ BIN := $(VENV)/bin
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test lint report notebooks verify clean
+.PHONY: help setup reproduce test lint report notebooks verify chaos fuzz clean
 
 help: ## show this help
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -45,6 +47,12 @@ notebooks: $(STAMP) ## execute every notebook into results/notebooks
 
 verify: $(STAMP) ## check committed results against their records and manifest
 	$(BIN)/replicate verify --profile $(PROFILE)
+
+chaos: $(STAMP) ## kill KILLS sweeps at random times; each must complete on the next call with the same bytes
+	$(BIN)/python tests/chaos.py --kills $(KILLS)
+
+fuzz: $(STAMP) ## feed FUZZ_CASES damaged files to every reader
+	FUZZ_CASES=$(FUZZ_CASES) $(BIN)/python -m pytest tests/fuzz
 
 clean: ## remove .venv, caches and unfinished runs (results stay)
 	rm -rf $(VENV) .runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

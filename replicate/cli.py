@@ -6,21 +6,26 @@ Exit codes: 0 all good, 1 some run failed or a check did not hold, 2 bad usage, 
 from __future__ import annotations
 
 import json
-import os
+import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from replicate.data.cli import data_app
 from replicate.papers.claims import ClaimError
 from replicate.registry import UsageError
+from replicate.validation import harmless, parse_settings
 
 if TYPE_CHECKING:
     from replicate.report.build import Claims
+    from replicate.runs.executor import Executor
+    from replicate.runs.limits import Limits
 
 app = typer.Typer(
     help="Generative models of every family under one protocol, and the papers' claims checked.",
@@ -29,18 +34,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console = Console()
-errors = Console(stderr=True)
+app.add_typer(data_app, name="data")
+console = Console(markup=False, emoji=False)
+errors = Console(stderr=True, markup=False, emoji=False)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 Results = Annotated[Path, typer.Option("--results", help="Folder of committed results.")]
 Profile = Annotated[str, typer.Option("--profile", help="smoke, standard or full.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+RunLimit = Annotated[float, typer.Option(min=0, help="Seconds that one run may take before it counts as failed.")]
+CheckpointEvery = Annotated[float, typer.Option(min=0, help="Seconds between the checkpoints of a run.")]
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """One clear line on stderr and the exit code."""
-    errors.print(f"replicate: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    errors.print(f"replicate: {harmless(message)}", style="red", markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(code)
 
 
@@ -61,6 +69,34 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def again() -> str:
+    """The command that was given, for who wants to go on with it."""
+    return shlex.join(["replicate", *sys.argv[1:]])
+
+
+def make_executor(
+    device: str, jobs: int, runs_per_gpu: int, limits: Limits, scheduler: str | None, in_process: bool
+) -> Executor:
+    """Where runs are to be computed.
+
+    Raises:
+        UsageError: the options contradict each other, or nothing answers at the scheduler's address.
+    """
+    if scheduler and in_process:
+        raise UsageError("--scheduler and --in-process exclude each other; give one of them.")
+    if in_process:
+        from replicate.runs.inline import Inline
+
+        return Inline(limits)
+    if scheduler:
+        from replicate.runs.cluster import Cluster
+
+        return Cluster(scheduler, device, limits)
+    from replicate.runs.pool import Pool, slots
+
+    return Pool(slots(device, jobs, runs_per_gpu), limits)
+
+
 def ledger_claims() -> Claims:
     """The claims of every paper and the tables that set print beside our numbers."""
     from replicate.papers.plan import all_claims
@@ -68,20 +104,6 @@ def ledger_claims() -> Claims:
     from replicate.report.build import Claims
 
     return Claims(all_claims(), measure_tables())
-
-
-def parse_settings(pairs: list[str]) -> dict[str, Any]:
-    """key=value pairs; values are JSON where they parse as such, else text."""
-    out: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key:
-            raise UsageError(f"--set {pair!r} is not of the form key=value.")
-        try:
-            out[key.strip()] = json.loads(text)
-        except ValueError:
-            out[key.strip()] = text
-    return out
 
 
 @app.command("list")
@@ -124,22 +146,27 @@ def run(
     device: Device = "auto",
     precision: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
     out: Annotated[Path | None, typer.Option(help="Folder for the record (default REPLICATE_RUNS/single).")] = None,
+    run_limit: RunLimit = 7200.0,
+    checkpoint_every: CheckpointEvery = 30.0,
     as_json: AsJson = False,
 ) -> None:
-    """Train and measure one model on one task."""
-    from replicate.runs.execute import execute, failure, prepare_process
+    """Train and measure one model on one task; after an interruption the same command goes on."""
+    from replicate.reproduce import STOPPED, run_alone
+    from replicate.runs.limits import Limits
     from replicate.runs.spec import make_spec
-    from replicate.runs.store import default_runs_folder, writable, write_json
+    from replicate.runs.store import default_runs_folder, read_record, writable
 
     settings = parse_settings(set_ or [])
     spec = make_spec(model, task, seed, profile, resolve_device(device), precision, settings)
-    folder = writable(out or default_runs_folder() / "single") / spec.run_id()
-    try:
-        record = execute(spec, folder, prepare_process(spec.device))
-    except Exception as error:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "failure.json", failure(spec, error))
-        fail(f"{failure(spec, error)['error']} (details: {folder / 'failure.json'})", 1)
+    runs = writable(out or default_runs_folder() / "single")
+    code, error = run_alone(spec, runs, Limits(run_limit, None, checkpoint_every))
+    folder = runs / spec.run_id()
+    if code == STOPPED:
+        errors.print(f"stopped; go on with: {again()}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(STOPPED)
+    record = read_record(folder)
+    if record is None:
+        fail(f"{error} (details: {folder / 'failure.json'})", 1)
     if as_json:
         print(json.dumps(record, indent=1))
         return
@@ -163,6 +190,16 @@ def reproduce(
     seeds: Annotated[int, typer.Option(min=0, help="Seeds a model; 0 for the profile's own.")] = 0,
     device: Device = "auto",
     time_budget: Annotated[float | None, typer.Option(help="Stop after so many seconds, with exit code 3.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Address of a Dask scheduler (tcp://host:8786) whose workers compute.")
+    ] = None,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="One run after the other in this process, for a debugger.")
+    ] = False,
+    runs_per_gpu: Annotated[int, typer.Option(min=1, help="Runs that share a GPU.")] = 1,
+    run_limit: RunLimit = 7200.0,
+    memory_limit: Annotated[int | None, typer.Option(min=1, help="Megabytes of memory that one run may take.")] = None,
+    checkpoint_every: CheckpointEvery = 30.0,
     results: Results = Path("results"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and stop.")] = False,
 ) -> None:
@@ -170,26 +207,30 @@ def reproduce(
     from replicate import registry
     from replicate.papers.plan import whole_plan
     from replicate.reproduce import expected_seconds, read_reference, reproduce
+    from replicate.runs.limits import Limits
     from replicate.runs.progress import Progress, clock
     from replicate.runs.store import default_runs_folder
 
-    specs, skipped = whole_plan(profile, resolve_device(device), seeds or None)
+    # on a cluster it is the workers' devices that count, and only the user knows them
+    device = resolve_device(device) if scheduler is None else {"auto": "cpu"}.get(device, device)
+    specs, skipped = whole_plan(profile, device, seeds or None)
     for name, reason in registry.broken().items():
         errors.print(f"replicate: {name} is left out: {reason}", markup=False, highlight=False, soft_wrap=True)
     for what in skipped:
         console.print(f"{what.experiment} is not run: {what.reason}", markup=False, highlight=False, soft_wrap=True)
     claims = ledger_claims()
-    workers = jobs or len(os.sched_getaffinity(0))
+    limits = Limits(run_limit, memory_limit, checkpoint_every)
+    executor = make_executor(device, jobs, runs_per_gpu, limits, scheduler, in_process)
     if dry_run:
         expected = expected_seconds(specs, read_reference(results / profile))
         for spec in specs:
             print(f"{spec.run_id()[:12]} {spec.model} {spec.task} seed {spec.seed}")
-        print(f"{len(specs)} runs, {workers} at a time, about {clock(sum(expected.values()) / workers)}")
+        print(f"{len(specs)} runs, {executor.jobs} at a time, about {clock(sum(expected.values()) / executor.jobs)}")
         return
     runs = default_runs_folder()
-    code = reproduce(specs, profile, runs, results, workers, time_budget, Progress(console), claims)
+    code = reproduce(specs, profile, runs, results, executor, time_budget, Progress(console), claims)
     if code == 3:
-        console.print(f"go on with: {' '.join(['replicate', *sys.argv[1:]])}", markup=False, soft_wrap=True)
+        console.print(f"go on with: {again()}", markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(code)
 
 
@@ -289,8 +330,6 @@ def claims(
 
 
 def _print_claims(rows: list[dict[str, str]]) -> None:
-    from rich.markup import escape
-
     from replicate.report.ledger import asked_from, ours_text, summary_line, wanted
 
     table = Table("claim", "paper", "quantity", "as printed", "band", "ours, 90 % interval", "verdict")
@@ -298,15 +337,24 @@ def _print_claims(rows: list[dict[str, str]]) -> None:
         why = f": {row['reason']}" if row["verdict"] in ("not run", "not comparable") else ""
         quantity, printed = f"{row['quantity']} [{row['unit']}]", f"{row['published']} ({row['source_quality']})"
         cells = (quantity, printed, wanted(asked_from(row)), ours_text(row), row["verdict"] + why)
-        table.add_row(row["claim_id"], row["paper"], *map(escape, cells))
+        table.add_row(row["claim_id"], row["paper"], *cells)
     console.print(table)
     if rows:
         console.print(summary_line(rows).replace("*", ""), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
-def verify(profile: Profile = "standard", results: Results = Path("results"), readme: Path = Path("README.md")) -> None:
+def verify(
+    profile: Profile = "standard",
+    results: Results = Path("results"),
+    readme: Path = Path("README.md"),
+    rerun: Annotated[int, typer.Option(min=0, help="Make so many random committed runs again and compare.")] = 0,
+    rerun_seed: Annotated[int | None, typer.Option(help="Draw the same runs as an earlier call.")] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="Reruns side by side; 0 for one a core.")] = 0,
+    run_limit: RunLimit = 7200.0,
+) -> None:
     """Check committed results: files against the manifest, specs against their hashes, tables against records."""
+    from replicate.report.build import remarks
     from replicate.report.build import verify as check
     from replicate.report.readme import stale
 
@@ -320,48 +368,48 @@ def verify(profile: Profile = "standard", results: Results = Path("results"), re
         )
     for problem in problems:
         errors.print(f"replicate: {problem}", markup=False, highlight=False, soft_wrap=True)
-    if problems:
-        raise typer.Exit(1)
-    console.print(f"{folder}: every file, spec and table agrees")
+    for remark in remarks(folder):
+        console.print(f"{folder}: {remark}", markup=False, highlight=False, soft_wrap=True)
+    if not problems:
+        console.print(f"{folder}: every file, spec and table agrees")
+    code = 0
+    if rerun:
+        from replicate.rerun import rerun as make_again
+        from replicate.runs.limits import Limits
+
+        def say(line: str) -> None:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+        limits = Limits(run_limit)
+        found = make_again(
+            folder, rerun, rerun_seed, lambda kind: make_executor(kind, jobs, 1, limits, None, False), say
+        )
+        code = found.code
+    raise typer.Exit(max(code, int(bool(problems))))
 
 
-@app.command()
-def data(as_json: AsJson = False) -> None:
-    """Show every task's data: sizes, the sha256 that enters a run's hash, and where they come from."""
-    from replicate import registry
-
-    rows = {}
-    for name in sorted(registry.tasks()):
-        task = registry.load_task(name)
-        rows[name] = {
-            "train": len(task.train),
-            "valid": len(task.valid),
-            "test": len(task.test),
-            "dim": task.info.dim,
-            "domain": task.info.domain,
-            "sha256": task.sha256(),
-        }
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
-    table = Table("task", "train", "valid", "test", "dim", "domain", "sha256")
-    for name, row in rows.items():
-        table.add_row(name, *(str(v)[:16] for v in row.values()))
-    console.print(table)
-    console.print("Every one of these is made on this machine; nothing is downloaded.")
-
-
-def main() -> None:
-    """Entry point: usage errors become one line and exit code 2."""
-    if shutil.get_terminal_size().columns < 100 and not console.is_terminal:
-        console.width = errors.width = 160
+def guarded(work: Callable[[], None]) -> None:
+    """work(), with what a user can mend told in one line: exit code 2 for usage, 1 for a disk that does not work."""
     from replicate.report.records import ReportError
 
     try:
-        app()
+        work()
     except (UsageError, ReportError, ClaimError) as error:
-        errors.print(f"replicate: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        message, code = str(error), 2
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        message, code = f"{what}; mend that and call again", 1
+    else:
+        return
+    errors.print(f"replicate: {harmless(message)}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def main() -> None:
+    """Entry point."""
+    if shutil.get_terminal_size().columns < 100 and not console.is_terminal:
+        console.width = errors.width = 160
+    guarded(app)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def _load(group: str, kind: type) -> tuple[dict[str, Any], dict[str, str]]:
     for point in sorted(entry_points(group=group), key=lambda p: p.name):
         try:
             entry = point.load()
-        except Exception as error:  # a plug-in that cannot be imported must not take the others down
+        except (Exception, SystemExit) as error:  # a plug-in that cannot be imported must not take the others down
             broken[point.name] = f"{type(error).__name__}: {error}"
             continue
         if isinstance(entry, kind):

@@ -18,11 +18,14 @@ from replicate.report.build import Claims, build
 from replicate.report.compare import compare_with_reference
 from replicate.report.ledger import by_verdict, read_claims_csv
 from replicate.report.records import ReportError, read_measurements
-from replicate.runs.execute import source_version
-from replicate.runs.pool import Outcome, run_all
+from replicate.resume import Stopped, stop_current
+from replicate.runs.executor import Executor, Outcome, Runs
+from replicate.runs.inline import Inline
+from replicate.runs.limits import Limits
 from replicate.runs.progress import Progress
+from replicate.runs.provenance import source_version
 from replicate.runs.spec import AnySpec
-from replicate.runs.store import held, read_record, writable, write_json
+from replicate.runs.store import exclusive, held, read_record, writable, write_json
 
 DONE, FAILED, STOPPED = 0, 1, 3
 
@@ -102,7 +105,7 @@ def reproduce(
     profile: str,
     runs_root: Path,
     results: Path,
-    jobs: int,
+    executor: Executor,
     time_budget: float | None,
     show: Progress,
     claims: Claims,
@@ -110,17 +113,36 @@ def reproduce(
     """Run every spec afresh, write results/PROFILE, and say how it compares with what was there before.
 
     Returns:
-        0 all good, 1 some run failed, 3 stopped by the time budget or a signal with work left.
+        0 all good, 1 some run failed or a disk did not take what was to be written, 3 stopped by the time budget or a
+        signal with work left.
     """
     deadline = None if time_budget is None else time.monotonic() + time_budget
     out = writable(results / profile)
     sweep = Sweep(writable(runs_root / profile))
+    try:
+        return _reproduce(specs, profile, sweep, out, executor, deadline, show, claims)
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        show.say(f"stopped: {what}. What is finished is kept; mend that, and the same command goes on from here")
+        return FAILED
+
+
+def _reproduce(
+    specs: list[AnySpec],
+    profile: str,
+    sweep: Sweep,
+    out: Path,
+    executor: Executor,
+    deadline: float | None,
+    show: Progress,
+    claims: Claims,
+) -> int:
     reference = read_reference(out)
     with held(sweep.root):
         show.say(sweep.open())
         expected = expected_seconds(specs, reference)
         todo = sorted(specs, key=lambda s: -expected[s.run_id()])  # longest first packs the workers best
-        show.begin([(s.run_id(), expected[s.run_id()]) for s in todo], jobs)
+        show.begin([(s.run_id(), expected[s.run_id()]) for s in todo], executor.jobs)
         for spec in todo:
             if read_record(sweep.current / spec.run_id()) is not None:
                 show.skip(spec.run_id())
@@ -128,14 +150,20 @@ def reproduce(
         def listen(outcome: Outcome, spec: AnySpec, error: str) -> None:
             show.event(outcome, spec.run_id(), f"{spec.model} on {spec.task}, seed {spec.seed}", error)
 
-        complete = _until_signal(lambda: run_all(todo, sweep.current, jobs, listen, deadline), show)
-        show.end()
+        try:
+            complete = until_signal(lambda: executor.run_all(todo, Runs(sweep.current), listen, deadline))
+        finally:
+            show.end()
         missing = [s for s in specs if read_record(sweep.current / s.run_id()) is None]
         if not complete:
-            show.say(f"stopped with {len(missing)} of {len(specs)} runs left; the same command goes on from here")
+            show.say(
+                f"stopped with {len(missing)} of {len(specs)} runs left; what was in progress has saved itself, and "
+                "the same command goes on from here"
+            )
             return STOPPED
         show.say(f"writing tables, figures and report to {out}")
-        build(sweep.current, out, profile, [s.run_id() for s in specs], claims)
+        with exclusive(out):
+            build(sweep.current, out, profile, [s.run_id() for s in specs], claims)
         for verdict, count in standing(out).items():
             show.say(f"claims {verdict}: {count}")
         _compare(out, reference, show)
@@ -149,6 +177,24 @@ def reproduce(
         return DONE
 
 
+def run_alone(spec: AnySpec, root: Path, limits: Limits) -> tuple[int, str]:
+    """Run one spec in this process, from its last checkpoint if it has one, and leave its record below root.
+
+    Returns:
+        (0, ""), (1, the error's line), or (3, "") where a signal stopped it with a checkpoint.
+    """
+    runs = Runs(root)
+    folder = runs.folder(spec)
+    folder.mkdir(parents=True, exist_ok=True)
+    errors: list[str] = []
+    with exclusive(folder):
+        (folder / "record.json").unlink(missing_ok=True)  # it is asked for afresh
+        complete = until_signal(lambda: Inline(limits).run_all([spec], runs, lambda _, __, e: errors.append(e)))
+    if not complete:
+        return STOPPED, ""
+    return (FAILED, errors[-1]) if errors[-1] else (DONE, "")
+
+
 def standing(out: Path) -> dict[str, int]:
     """Claims by verdict in a results folder; empty where there is no ledger."""
     if not (out / "claims.csv").exists():
@@ -156,19 +202,19 @@ def standing(out: Path) -> dict[str, int]:
     return by_verdict(row["verdict"] for row in read_claims_csv(out / "claims.csv"))
 
 
-def _until_signal(work: Callable[[], bool], show: Progress) -> bool:
+def until_signal(work: Callable[[], bool]) -> bool:
     """work()'s result, or False when SIGINT or SIGTERM ends it; a second signal ends the process at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        raise Interrupted
+        if not stop_current():  # a run in this very process saves itself first
+            raise Interrupted
 
     before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         return work()
-    except Interrupted:
-        show.say("interrupted: stopping the runs in progress")
+    except (Interrupted, Stopped):
         return False
     finally:
         for s, handler in before.items():

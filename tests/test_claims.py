@@ -86,11 +86,18 @@ def test_a_claim_without_what_makes_it_judgeable_is_refused_at_its_line(tmp_path
         ('measure = "digits/vae/nll"', 'measure = "nll"', "needs an experiment"),
         ('measure = "digits/vae/nll"', 'measure = "digits//nll"', "must be METRIC or TASK/MODEL/METRIC"),
         ('id = "T1"', 'id = "T 1"', "letters, digits"),
+        ("tolerance = 0.1", "tolerance = inf", "must be 0 or more and finite"),
+        ("published = 1.0", "published = 0x" + "f" * 400, "a whole number of 1600 bits; it must be below"),
+        ("published = 1.0", "published = nan", "must be finite"),
+        ('place = "Tab 1"', "place = 1979-05-27", "must be text"),
+        ('quantity = "the number"', 'quantity = "=1+1"', "which a spreadsheet would run"),
+        ('says = "it is one"', 'says = "\\u001b[31m"', "text without control characters"),
+        ('measure = "digits/vae/nll"', 'measure = "digits/vae/nll"\nplots = "curve"', "must be a list of texts"),
     ],
 )
 def test_a_wrong_value_is_refused_at_its_line(tmp_path: Path, old: str, new: str, message: str) -> None:
     text = PAPER + CLAIM.replace(old, new)
-    line = line_of(text, new)
+    line = line_of(text, new.splitlines()[-1])
     with pytest.raises(ClaimError, match=rf"toy\.toml, line {line}: .*{message}"):
         read_claims(write(tmp_path, text))
 
@@ -119,6 +126,21 @@ def test_text_as_published_needs_a_target(tmp_path: Path) -> None:
         read_claims(write(tmp_path, text))
     (claim,) = read_claims(write(tmp_path, text + "target = 1.0\n")).claims
     assert (claim.published, claim.target) == ("near one (figure)", 1.0)
+
+
+def test_problems_of_types_choices_and_ranges_come_in_one_message(tmp_path: Path) -> None:
+    text = (PAPER + CLAIM).replace("year = 2020", "year = 20").replace('kind = "number"', 'kind = "guess"')
+    text = text.replace("tolerance = 0.1", "tolerance = -1").replace('unit = "nats"', "unit = 1")
+    with pytest.raises(ClaimError) as caught:
+        read_claims(write(tmp_path, text))
+    told = [line.partition(": ")[2].partition(" of ")[0] for line in str(caught.value).splitlines()]
+    assert told == ["year", "kind", "unit", "tolerance"]
+
+
+@pytest.mark.parametrize("text", ["a = " + "9" * 5_000, "a = " + "[" * 5_000, "a = " + "{ a = " * 2_000])
+def test_toml_that_breaks_its_parser_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ClaimError, match=r"toy\.toml is not TOML"):
+        read_claims(write(tmp_path, text))
 
 
 @pytest.mark.parametrize("text", ["", "[paper]\nkey = 1\n", "[[claim]]\n", "not toml", PAPER])

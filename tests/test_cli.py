@@ -59,7 +59,7 @@ def test_run_prints_its_record_and_keeps_it(call, tmp_path: Path) -> None:  # ty
         (("run", "pixelcn", "digits"), "Did you mean gated-pixelcnn"),
         (("run", "realnvp", "digts"), "Did you mean digits"),
         (("run", "realnvp", "two-moons", "--set", "lr"), "key=value"),
-        (("run", "realnvp", "two-moons", "--set", "lr=fast"), "type float"),
+        (("run", "realnvp", "two-moons", "--set", "lr=fast"), "a number"),
         (("run", "realnvp", "two-moons", "--device", "tpu"), "auto, cpu or cuda"),
         (("run", "realnvp", "two-moons", "--seed", "-1"), "from 0 to"),
         (("run", "realnvp", "two-moons", "--seed", "one"), "--seed"),

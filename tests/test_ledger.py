@@ -168,9 +168,14 @@ def write_experiment(folder: Path, seed: int, value: float) -> None:
         "family": "score",
         "seed": seed,
         "profile": "standard",
+        "precision": "float32",
+        "device": "cpu",
         "params": {},
+        "data_sha256": "",
+        "results_version": 1,
         "kind": "experiment",
     }
+    from replicate.runs.record import seal
     from replicate.runs.spec import spec_hash
 
     run_id = spec_hash(spec)
@@ -200,7 +205,7 @@ def write_experiment(folder: Path, seed: int, value: float) -> None:
         "provenance": {"commit": "abc", "device": "cpu"},
     }
     (folder / run_id).mkdir(parents=True)
-    (folder / run_id / "record.json").write_text(json.dumps(record))
+    (folder / run_id / "record.json").write_text(json.dumps(seal(record)))
 
 
 @pytest.fixture

@@ -9,12 +9,18 @@ from pathlib import Path
 import pytest
 
 from replicate.reproduce import Sweep
-from replicate.runs.pool import Outcome, run_all
+from replicate.runs.executor import Outcome, Runs
+from replicate.runs.limits import Limits
+from replicate.runs.pool import Pool, slots
 from replicate.runs.spec import RunSpec, make_spec
 from replicate.runs.store import read_record, write_json
 
 GOOD = make_spec("marginals", "two-moons", profile="smoke")
 DIVERGES = make_spec("realnvp", "two-moons", profile="smoke", settings={"lr": 1e30})
+
+
+def pool(jobs: int, limits: Limits | None = None) -> Pool:
+    return Pool(slots("cpu", jobs), limits or Limits())
 
 
 def collect(events: list[tuple[Outcome, str, str]]):  # type: ignore[no-untyped-def]
@@ -23,7 +29,7 @@ def collect(events: list[tuple[Outcome, str, str]]):  # type: ignore[no-untyped-
 
 def test_a_failed_run_is_told_kept_and_tried_again_and_the_others_go_on(tmp_path: Path) -> None:
     events: list[tuple[Outcome, str, str]] = []
-    assert run_all([DIVERGES, GOOD], tmp_path, 2, collect(events))
+    assert pool(2).run_all([DIVERGES, GOOD], Runs(tmp_path), collect(events))
     failed = [e for e in events if e[0] == "failed"]
     assert len(failed) == 1
     assert "training loss is" in failed[0][2]
@@ -31,7 +37,7 @@ def test_a_failed_run_is_told_kept_and_tried_again_and_the_others_go_on(tmp_path
     left = json.loads((tmp_path / DIVERGES.run_id() / "failure.json").read_text())
     assert left["spec"] == DIVERGES.as_dict()
     again: list[tuple[Outcome, str, str]] = []
-    run_all([DIVERGES, GOOD], tmp_path, 2, collect(again))
+    pool(2).run_all([DIVERGES, GOOD], Runs(tmp_path), collect(again))
     assert [e[:2] for e in again] == [("started", "realnvp"), ("failed", "realnvp")]
 
 
@@ -44,16 +50,17 @@ def test_a_killed_child_leaves_a_failure_and_the_next_call_completes_it(tmp_path
             outcomes.append((outcome, error))
 
     outcomes: list[tuple[Outcome, str]] = []
-    run_all([GOOD], tmp_path, 1, kill)
-    assert outcomes == [("failed", "the run's process ended with code -9 and left no record")]
-    run_all([GOOD], tmp_path, 1, collect([]))
+    pool(1).run_all([GOOD], Runs(tmp_path), kill)
+    assert [o[0] for o in outcomes] == ["failed"]
+    assert "ended with code -9 and left no record: it was killed" in outcomes[0][1]
+    pool(1).run_all([GOOD], Runs(tmp_path), collect([]))
     assert read_record(tmp_path / GOOD.run_id()) is not None
 
 
 @pytest.mark.parametrize("damage", ["truncated", "another spec", "not json", "missing"])
 def test_a_damaged_record_does_not_count(tmp_path: Path, damage: str) -> None:
     folder = tmp_path / GOOD.run_id()
-    run_all([GOOD], tmp_path, 1, collect([]))
+    pool(1).run_all([GOOD], Runs(tmp_path), collect([]))
     path = folder / "record.json"
     text = path.read_text()
     if damage == "truncated":
@@ -68,7 +75,7 @@ def test_a_damaged_record_does_not_count(tmp_path: Path, damage: str) -> None:
         path.unlink()
     assert read_record(folder) is None
     events: list[tuple[Outcome, str, str]] = []
-    run_all([GOOD], tmp_path, 1, collect(events))
+    pool(1).run_all([GOOD], Runs(tmp_path), collect(events))
     assert [e[0] for e in events] == ["started", "done"]
 
 
@@ -86,7 +93,7 @@ def test_the_same_run_gives_the_same_weights_twice(tmp_path: Path) -> None:
     spec = make_spec("realnvp", "two-moons", profile="smoke")
     records = []
     for name in ("a", "b"):
-        run_all([spec], tmp_path / name, 1, collect([]))
+        pool(1).run_all([spec], Runs(tmp_path / name), collect([]))
         record = read_record(tmp_path / name / spec.run_id())
         assert record is not None
         records.append(record)

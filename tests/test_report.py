@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import shutil
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from replicate.model import Training
 from replicate.report import build as builder
 from replicate.report import tables
 from replicate.report.build import TIMING_METRICS, build, verify, write_manifest
@@ -31,6 +33,8 @@ from replicate.report.records import (
     read_measurements,
     read_summary,
 )
+from replicate.runs.effort import Evaluation
+from replicate.runs.record import seal
 
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 
@@ -79,11 +83,13 @@ def spec_of(model: str, family: str, task: str, seed: int) -> dict[str, Any]:
         "seed": seed,
         "profile": "smoke",
         "precision": "float32",
+        "device": "cpu",
+        "preprocessing": "none",
         "params": {"width": 64},
-        "training": {"steps": 200},
+        "training": json.loads(json.dumps(asdict(Training(steps=200)))),
         "data_sha256": hashlib.sha256(task.encode()).hexdigest(),
         "results_version": 1,
-        "evaluation": {"samples": 1000},
+        "evaluation": asdict(Evaluation(samples=1000)),
     }
 
 
@@ -204,7 +210,7 @@ def write_run(folder: Path, model: str, family: str, task: str, seed: int, point
     }
     place = folder / run_id
     place.mkdir(parents=True)
-    (place / "record.json").write_text(json.dumps(record))
+    (place / "record.json").write_text(json.dumps(seal(record)))
     if seed == 0:
         np.savez_compressed(place / "arrays.npz", **arrays_of(model, task, rng, points))
     return run_id
@@ -366,7 +372,7 @@ def test_two_runs_of_one_seed_are_refused(tmp_path: Path) -> None:
     record["spec"]["params"]["width"] = 32
     record["run_id"] = run_id_of(record["spec"])
     (tmp_path / record["run_id"]).mkdir()
-    (tmp_path / record["run_id"] / "record.json").write_text(json.dumps(record))
+    (tmp_path / record["run_id"] / "record.json").write_text(json.dumps(seal(record)))
     with pytest.raises(ReportError, match="two runs of iwae on digits with seed 0"):
         load_runs(tmp_path)
     assert [r.run_id for r in load_runs(tmp_path, keep=[run_id]).runs] == [run_id]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from replicate.model import Family, Model, Training
 from replicate.runs.seeds import Streams
-from replicate.runs.training import TrainingError, batches, learning_rate, train
+from replicate.runs.training import Batches, TrainingError, learning_rate, train
 
 
 class Mean(Model):
@@ -86,8 +86,8 @@ def test_validating_more_often_does_not_change_the_course_of_training() -> None:
 
 
 def test_every_example_comes_once_before_any_comes_twice() -> None:
-    draw = batches(10, 4, torch.Generator().manual_seed(0))
-    seen = torch.cat([draw() for _ in range(5)])
+    batches = Batches(10, 4, torch.Generator().manual_seed(0))
+    seen = torch.cat([batches.draw() for _ in range(5)])
     assert sorted(seen[:10].tolist()) == list(range(10))
     assert sorted(seen[10:20].tolist()) == list(range(10))
 

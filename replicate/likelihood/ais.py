@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from replicate.model import Estimate, Kind, LogLikelihood, Model
+from replicate.resume import State, resumable
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,7 @@ def ais(model: Model, chains: int, betas: Tensor, generator: torch.Generator) ->
         ValueError: the inverse temperatures are not float64 or do not increase from 0 to 1.
     """
     values = _checked(betas)
-    x = model.base_sample(chains, generator)
-    log_weights = torch.zeros(chains, dtype=torch.float64, device=x.device)
-    for beta, beta_next in pairwise(values):
-        increment, x = model.anneal(x, beta, beta_next, generator)
-        log_weights += increment.double()
+    log_weights, x = _annealed("ais", model, model.base_sample(chains, generator), values, generator)
     return _result(model.base_log_z(), 1, log_weights, x, "lower_bound")
 
 
@@ -154,11 +150,20 @@ def reverse_ais(model: Model, start: Tensor, betas: Tensor, generator: torch.Gen
     x = start
     for _ in range(burn_in):
         _, x = model.anneal(x, 1.0, 1.0, generator)
-    log_weights = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    for beta, beta_next in pairwise(values):
-        increment, x = model.anneal(x, beta, beta_next, generator)
-        log_weights += increment.double()
+    log_weights, x = _annealed("reverse ais", model, x, values, generator)
     return _result(model.base_log_z(), -1, log_weights, x, "upper_bound")
+
+
+def _annealed(
+    name: str, model: Model, x: Tensor, betas: list[float], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Log weights (n,) in float64 and last states (n, D) of chains that walk through the inverse temperatures."""
+    log_weights = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    state: State = {"x": x, "log_weights": log_weights, "generator": generator}
+    for k in resumable(name, len(betas) - 1, state):
+        increment, state["x"] = model.anneal(state["x"], betas[k], betas[k + 1], generator)
+        state["log_weights"] = state["log_weights"] + increment.double()
+    return state["log_weights"], state["x"]
 
 
 def bracket(

@@ -30,6 +30,7 @@ from replicate.likelihood.importance import iw_bound
 from replicate.likelihood.ode import ode_log_prob
 from replicate.likelihood.quadrature import log_z
 from replicate.model import Estimate, Kind, LogLikelihood, Model
+from replicate.resume import State, resumable
 
 #: rows per call of a model; fixed, because the batch size changes the last bits of a float
 CHUNK = 2_000
@@ -108,7 +109,11 @@ def _shifted_elbo(details: Mapping[str, Estimate], logdet: float) -> dict[str, E
 
 @torch.no_grad()
 def _chunked(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return torch.cat([f(part).detach() for part in x.split(CHUNK)])
+    parts = x.split(CHUNK)
+    state: State = {"done": []}
+    for i in resumable("log p", len(parts), state):
+        state["done"].append(f(parts[i]).detach())
+    return torch.cat(state["done"])
 
 
 def _shifted(model: Model, z: Estimate, details: Mapping[str, Estimate]) -> Estimator:

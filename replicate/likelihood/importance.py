@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from replicate.model import Estimate, LogLikelihood, Model
+from replicate.resume import State, resumable
 
 #: most (example, draw) pairs that one call of `log_weights` is asked for
 CHUNK = 20_000
@@ -39,8 +40,11 @@ def _moments(model: Model, x: Tensor, k: int, generator: torch.Generator, chunk:
     """`_log_moments` of all rows: whole rows first, so that an example is encoded once unless k > chunk."""
     if k < 1 or chunk < 1:
         raise ValueError(f"k = {k} draws in chunks of {chunk}: both must be at least 1")
-    rows = max(1, chunk // k)
-    return torch.cat([_log_moments(model, part, k, generator, chunk) for part in x.split(rows)], dim=1)
+    parts = x.split(max(1, chunk // k))
+    state: State = {"done": [], "generator": generator}
+    for i in resumable("importance weights", len(parts), state):
+        state["done"].append(_log_moments(model, parts[i], k, generator, chunk))
+    return torch.cat(state["done"], dim=1)
 
 
 def iw_bound(model: Model, x: Tensor, k: int, generator: torch.Generator, chunk: int = CHUNK) -> LogLikelihood:

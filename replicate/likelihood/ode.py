@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Literal, Protocol, cast
 
 import numpy as np
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.model import Estimate, LogLikelihood, Model
+from replicate.resume import State, resumable
 from replicate.score_based.sde import SDE
 
 #: dimensions up to which the trace is exact unless asked otherwise
@@ -143,13 +143,12 @@ def _solve_chunk(model: Diffusion, x: Tensor, grid: list[float], noise: Tensor |
     scale, std = model.sde.marginal(_ends(model.sde))
     size_low, size_high = torch.hypot(scale, std).tolist()
     shrink = float(scale[0]) / size_low
-    w = shrink * x
-    divergence = torch.zeros_like(x[:, 0])
-    for a, b in pairwise(grid):
-        dw, increment = _rk4_step(lambda w, level: flow(model, w, level, noise), w, a, b)
-        w, divergence = w + dw, divergence + increment
+    state: State = {"w": shrink * x, "divergence": torch.zeros_like(x[:, 0])}
+    for i in resumable("probability-flow likelihood", len(grid) - 1, state):
+        dw, increment = _rk4_step(lambda w, level: flow(model, w, level, noise), state["w"], grid[i], grid[i + 1])
+        state["w"], state["divergence"] = state["w"] + dw, state["divergence"] + increment
     log_volume = x.shape[1] * math.log(shrink * size_high)  # data -> w at t_min, w at t_max -> x
-    return model.sde.prior_log_prob(size_high * w) + divergence + log_volume
+    return model.sde.prior_log_prob(size_high * state["w"]) + state["divergence"] + log_volume
 
 
 def _ends(sde: SDE) -> Tensor:

@@ -38,6 +38,7 @@ from replicate.likelihood.quadrature import grid, log_z
 from replicate.metrics.samples import w2
 from replicate.model import Estimate
 from replicate.papers.base import Paper
+from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 from replicate.sampling.langevin import Chain, ula
 from replicate.tasks.densities import GaussianMixture
@@ -177,24 +178,31 @@ def learn(method: Method, batch: int, data: Tensor, energy: FoldedEnergy, genera
     chains = 2 * torch.rand(method.chains, 2, generator=generator, device=data.device, dtype=data.dtype) - 1
     kind: type[torch.optim.Optimizer] = torch.optim.SGD if method.chains else torch.optim.Adam
     optimizer = kind(energy.parameters(), lr=method.lr)  # type: ignore[call-arg]
-    gaps, ratios = torch.empty(method.updates), torch.empty(method.updates)
-    for t in range(method.updates):
+    state: State = {
+        "energy": energy,
+        "optimizer": optimizer,
+        "generator": generator,
+        "chains": chains,
+        "gaps": torch.empty(method.updates),
+        "ratios": torch.empty(method.updates),
+    }
+    for t in resumable("learning an energy", method.updates, state):
         if method.anneal:
             optimizer.param_groups[0]["lr"] = method.lr * (1 + math.cos(math.pi * t / method.updates)) / 2
         positive = data[torch.randint(len(data), (batch,), generator=generator, device=data.device)]
-        start, chosen = starts(chains, batch, generator)
-        chain, ratios[t] = langevin(energy, method, start, method.steps, generator)
+        start, chosen = starts(state["chains"], batch, generator)
+        chain, state["ratios"][t] = langevin(energy, method, start, method.steps, generator)
         negative = chain.samples
         if chosen is not None:
-            chains[chosen] = negative
+            state["chains"][chosen] = negative
         at_data, at_chains = energy(torch.cat([positive, negative])).split([batch, len(negative)])
         gap = at_data.mean() - at_chains.mean()
         optimizer.zero_grad()
         # the released code scales the gradient by 2 / epsilon^2 and SGD's rate by its inverse; Adam has no scale
         gap.backward()
         optimizer.step()
-        gaps[t] = method.energy_scale * gap.detach()
-    return Learned(energy, chains, gaps, ratios)
+        state["gaps"][t] = method.energy_scale * gap.detach()
+    return Learned(energy, state["chains"], state["gaps"], state["ratios"])
 
 
 def long_run(energy: FoldedEnergy, method: Method, short: Tensor, steps: int, generator: torch.Generator) -> Tensor:

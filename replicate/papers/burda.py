@@ -20,18 +20,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from replicate.data.files import read_idx
 from replicate.likelihood.importance import iw_bound
 from replicate.model import Model
 from replicate.papers.base import Paper
 from replicate.papers.burda_bounds import BOUNDS
 from replicate.papers.static_bits import FILES, static_mnist
+from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
-from replicate.runs.files import read_idx
 
 LOG_2PI = math.log(2 * math.pi)
 STAGES = 8
@@ -175,6 +177,15 @@ class CodeAdam:
         torch._foreach_addcdiv_(self.parameters, self.first, scale, -rate)
         self.step_number += 1
 
+    def state_dict(self) -> dict[str, Any]:
+        """Both moments and the number of the next step."""
+        return {"first": self.first, "second": self.second, "step_number": self.step_number}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.first, self.second = ([m.clone() for m in state[name]] for name in ("first", "second"))
+        self.step_number = state["step_number"]
+
 
 def schedule(stages: int) -> Iterator[tuple[int, float]]:
     """(epochs, learning rate) of each stage: 3^i at 1e-3 * 10^(-i/7), the rate to two digits as in the code."""
@@ -187,17 +198,30 @@ def fit(model: ImportanceWeightedAutoencoder, train: Tensor, dynamic: bool, cont
     noise, bits = context.streams.fresh("noise"), context.streams.fresh("bits")
     model.initialise(train, noise)
     optimizer = CodeAdam(list(model.parameters()))
-    losses = []
-    for epochs, lr in schedule(context.params["stages"]):
-        total = torch.zeros((), device=train.device)
-        for _ in range(epochs):
-            for rows in train.split(context.params["batch_size"]):
-                model.zero_grad(set_to_none=True)
-                loss = model.loss(binarise(rows, bits) if dynamic else rows, noise)
-                loss.backward()
-                optimizer.step(lr)
-                total += loss.detach()
-        losses.append(float(total) / (epochs * len(train)))
+    batches = train.split(context.params["batch_size"])
+    # of every epoch: its stage's epochs and learning rate, and whether the stage ends with it
+    plan = [(n, lr, i + 1 == n) for n, lr in schedule(context.params["stages"]) for i in range(n)]
+    state: State = {
+        "model": model,
+        "optimizer": optimizer,
+        "noise": noise,
+        "bits": bits,
+        "total": torch.zeros((), device=train.device),
+        "losses": [],
+    }
+    # an epoch may take minutes, a batch does not
+    for step in resumable("training", len(plan) * len(batches), state):
+        epoch, i = divmod(step, len(batches))
+        epochs, lr, last_of_stage = plan[epoch]
+        model.zero_grad(set_to_none=True)
+        loss = model.loss(binarise(batches[i], bits) if dynamic else batches[i], noise)
+        loss.backward()
+        optimizer.step(lr)
+        state["total"] += loss.detach()
+        if last_of_stage and i + 1 == len(batches):
+            state["losses"].append(float(state["total"]) / (epochs * len(train)))
+            state["total"].zero_()
+    losses: list[float] = state["losses"]
     return losses
 
 

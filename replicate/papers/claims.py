@@ -36,14 +36,15 @@ for it to run) and `plots` (names of the experiment's plots to show).
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
+
+from replicate.validation import CELL, NAME, Problems, Range, brief, check_table, rules_of
 
 Relation = Literal["within", "at most", "at least", "above", "below"]
 #: how a value is compared with target t and tolerance d
@@ -119,6 +120,16 @@ class PaperClaims:
 
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
+_PAPER = rules_of(PaperClaims, without=("claims",), ranges={"year": Range(1600, 2200)})
+_PAPER |= {"key": replace(_PAPER["key"], pattern=NAME), "authors": replace(_PAPER["authors"], pattern=CELL)}
+_CLAIM = rules_of(
+    Claim,
+    ranges={"tolerance": Range(low=0), "seed_sd": Range(low=0)},
+    choices={"source_quality": SOURCES, "profile": JUDGED_AT},
+)
+#: texts that become cells of claims.csv
+_CELLS = ("place", "says", "quantity", "unit", "published", "measure", "minus", "over", "not_comparable", "needs")
+_CLAIM |= {key: replace(_CLAIM[key], pattern=CELL) for key in _CELLS}
 
 
 def read_claims(path: Path) -> PaperClaims:
@@ -132,12 +143,11 @@ def read_claims(path: Path) -> PaperClaims:
         data = tomllib.loads(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ClaimError(f"{path} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits, or brackets without end
         raise ClaimError(f"{path} is not TOML: {error}") from None
     checker = _Checker(path.name, _places(text))
     read = checker.file(data)
-    if checker.problems:
-        raise ClaimError("\n".join(checker.problems))
+    checker.problems.refuse(ClaimError)
     assert read is not None
     return read
 
@@ -173,17 +183,17 @@ class _Checker:
 
     def __init__(self, name: str, places: Places) -> None:
         self.name, self.places = name, places
-        self.problems: list[str] = []
+        self.problems = Problems()
 
     def wrong(self, table: int, key: str, problem: str) -> None:
         """Note a problem at a key's line, or at its table's header where the key is missing."""
         line = self.places.get((table, key)) or self.places.get((table, ""), 1)
-        self.problems.append(f"{self.name}, line {line}: {problem}")
+        self.problems.add(problem, f"{self.name}, line {line}")
 
     def file(self, data: Mapping[str, Any]) -> PaperClaims | None:
         """The whole file, or None where something is wrong."""
         for key in sorted(set(data) - {"paper", "claim"}):
-            self.wrong(-1, key, f"unknown table {key!r}; a claims file has [paper] and [[claim]]")
+            self.wrong(-1, key, f"unknown table {brief(key)}; a claims file has [paper] and [[claim]]")
         paper, rows = data.get("paper"), data.get("claim")
         if not isinstance(paper, dict):
             self.wrong(-1, "", "there is no [paper] table")
@@ -191,98 +201,54 @@ class _Checker:
         if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) for r in rows):
             self.wrong(-1, "", "there is no [[claim]]; a paper has at least one")
             return None
-        self.table(-1, "the paper", paper, PaperClaims, frozenset({"claims"}))
+        check_table(paper, _PAPER, "the paper", lambda key, problem: self.wrong(-1, key, problem))
         if not (paper.get("arxiv") or paper.get("url")):
             self.wrong(-1, "", "the paper has no source: give arxiv or url")
         claims = [self.claim(i, row) for i, row in enumerate(rows)]
-        ids = [str(r.get("id")) for r in rows]
-        for i, name in enumerate(ids):
-            if name in ids[:i]:
-                self.wrong(i, "id", f"claim id {name!r} is used twice")
+        self.unique([row.get("id") for row in rows])
         if self.problems:
             return None
         return PaperClaims(**paper, claims=tuple(c for c in claims if c is not None))
 
-    def table(self, at: int, name: str, row: Mapping[str, Any], kind: type, skip: frozenset[str]) -> None:
-        """Unknown, missing and wrongly typed keys of one table."""
-        known = {f.name: f for f in fields(kind) if f.name not in skip}
-        for key in row:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                self.wrong(at, key, f"{name} has an unknown key {key!r}{hint}")
-        hints = get_type_hints(kind)
-        for key, f in known.items():
-            if key not in row:
-                if f.default is MISSING:
-                    self.wrong(at, key, f"{name} has no {key}")
-            elif not _fits(row[key], hints[key]):
-                self.wrong(at, key, f"{key} of {name} is {row[key]!r}; it must be {_words(hints[key])}")
-            elif f.default is MISSING and isinstance(row[key], str) and not row[key].strip():
-                self.wrong(at, key, f"{key} of {name} is empty")
+    def unique(self, ids: list[Any]) -> None:
+        """No id stands twice."""
+        seen: set[str] = set()
+        for i, name in enumerate(ids):
+            if isinstance(name, str):
+                if name in seen:
+                    self.wrong(i, "id", f"claim id {brief(name)} is used twice")
+                seen.add(name)
 
     def claim(self, at: int, row: Mapping[str, Any]) -> Claim | None:
         """One claim, or None where something is wrong."""
-        before, name = len(self.problems), f"claim {row.get('id', at + 1)}"
-        self.table(at, name, row, Claim, frozenset())
+        before, label = len(self.problems), row.get("id")
+        known = isinstance(label, str) and _ID.fullmatch(label)
+        name = f"claim {label}" if known else f"claim {at + 1}"
+        check_table(row, _CLAIM, name, lambda key, problem: self.wrong(at, key, problem))
+        if isinstance(label, str) and label.strip() and not known:
+            self.wrong(at, "id", f"{name}: id is {brief(label)}; it must be letters, digits, dots and dashes")
         if len(self.problems) > before:
             return None
-        self.choices(at, name, row)
-        if not _ID.fullmatch(row["id"]):
-            self.wrong(at, "id", f"{name}: an id is letters, digits, dots and dashes")
-        if not math.isfinite(row["tolerance"]) or row["tolerance"] < 0:
-            self.wrong(at, "tolerance", f"{name}: tolerance is {row['tolerance']}; it must be 0 or more")
-        if row.get("seed_sd", 0.0) < 0:
-            self.wrong(at, "seed_sd", f"{name}: seed_sd is {row['seed_sd']}; it must be 0 or more")
         target = row.get("target", row["published"])
-        if isinstance(target, str) or not math.isfinite(target):
+        if isinstance(target, str):
             self.wrong(at, "target", f"{name}: published is text, so the number compared with belongs into target")
         if row.get("minus") and row.get("over"):
             self.wrong(at, "over", f"{name}: give minus or over, not both")
         for key in ("measure", "minus", "over"):
-            parts = row.get(key, "").split("/")
-            if not all(parts) and row.get(key):
-                self.wrong(at, key, f"{name}: {key} is {row[key]!r}; it must be METRIC or TASK/MODEL/METRIC")
-            elif row.get(key) and not (len(parts) == 3 or (len(parts) == 1 and row.get("experiment"))):
-                self.wrong(at, key, f"{name}: {key} {row[key]!r} needs an experiment, or the form TASK/MODEL/METRIC")
+            self.measure(at, key, name, row)
         if len(self.problems) > before:
             return None
         published = row["published"] if isinstance(row["published"], str) else float(row["published"])
         plots = tuple(row.get("plots", ()))
         return Claim(**{**row, "published": published, "target": float(target), "plots": plots})
 
-    def choices(self, at: int, name: str, row: Mapping[str, Any]) -> None:
-        """Fields with a closed set of values."""
-        allowed: dict[str, tuple[str, ...]] = {
-            "kind": get_args(Kind),
-            "relation": get_args(Relation),
-            "source_quality": tuple(SOURCES),
-            "profile": JUDGED_AT,
-        }
-        for key, values in allowed.items():
-            if row[key] not in values:
-                self.wrong(at, key, f"{name}: {key} is {row[key]!r}; it must be one of {', '.join(values)}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is bool:
-        return isinstance(value, bool)
-    if hint is float:
-        return number
-    if hint == float | str:
-        return number or isinstance(value, str)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint == tuple[str, ...]:
-        return isinstance(value, list) and all(isinstance(v, str) for v in value)
-    return isinstance(value, str)
-
-
-def _words(hint: Any) -> str:
-    if hint == float | str:
-        return "a number or text"
-    return {bool: "true or false", float: "a number", int: "a whole number"}.get(hint, "text")
+    def measure(self, at: int, key: str, name: str, row: Mapping[str, Any]) -> None:
+        """A measure is METRIC of the claim's experiment, or TASK/MODEL/METRIC."""
+        parts = row.get(key, "").split("/")
+        if not all(parts) and row.get(key):
+            self.wrong(at, key, f"{name}: {key} is {brief(row[key])}; it must be METRIC or TASK/MODEL/METRIC")
+        elif row.get(key) and not (len(parts) == 3 or (len(parts) == 1 and row.get("experiment"))):
+            self.wrong(at, key, f"{name}: {key} {brief(row[key])} needs an experiment, or the form TASK/MODEL/METRIC")
 
 
 def resolved(measure: str, claim: Claim, key: str) -> str:

@@ -32,11 +32,12 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from replicate.model import Estimate
 from replicate.papers.base import Paper
+from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 from replicate.runs.seeds import Streams
 from replicate.sampling.langevin import mala
@@ -182,12 +183,18 @@ def contrastive_divergence(
     f(x) = (Ica(M)).f(z). Adam, lr to zero along a half cosine, the whole data set a step.
     """
     z = x @ white.T
-    m = start.clone().requires_grad_(True)
+    m = nn.Parameter(start.clone())
     steps = params["cd_updates"]
     optimizer = torch.optim.Adam([m], lr=params["cd_lr"])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    path = [start @ white]
-    for _ in range(steps):
+    state: State = {
+        "m": nn.ParameterList([m]),
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "generator": generator,
+        "path": [start @ white],
+    }
+    for _ in resumable("contrastive divergence", steps, state):
         now = Ica(m.detach())
         chain = mala(now.log_density, now.score, z, params["cd_steps"], params["cd_step_size"], generator)
         model = Ica(m)
@@ -195,8 +202,8 @@ def contrastive_divergence(
         (model.log_density(chain.samples).mean() - model.log_density(z).mean()).backward()
         optimizer.step()
         schedule.step()
-        path.append(m.detach() @ white)
-    return Fit(Ica(m.detach() @ white), tuple(path))
+        state["path"].append(m.detach() @ white)
+    return Fit(Ica(m.detach() @ white), tuple(state["path"]))
 
 
 def whitening(x: Tensor) -> Tensor:
@@ -225,7 +232,13 @@ def fit_all(x: Tensor, params: Mapping[str, Any], streams: Streams) -> dict[str,
         "nce": contrasting(x, True, streams.fresh("contrast")),
         "nce-full": contrasting(x, False, streams.fresh("contrast")),
     }
-    fits = {name: minimise(objective, start, white) for name, objective in objectives.items()}
+    names = list(objectives)
+    state: State = {"found": []}
+    # scipy's search cannot be saved midway: it is one step, and an objective that has been minimised stays so
+    for i in resumable("objectives", len(names), state):
+        fit = minimise(objectives[names[i]], start, white)
+        state["found"].append({"w": fit.model.w, "path": fit.path, "log_z": fit.log_z})
+    fits = {n: Fit(Ica(f["w"]), f["path"], f["log_z"]) for n, f in zip(names, state["found"], strict=True)}
     fits["cd"] = contrastive_divergence(x, start, white, params, streams.fresh("chains"))
     fits["whitened"] = Fit(Ica(start @ white), ())
     return fits

@@ -30,6 +30,7 @@ from torch.nn.functional import logsigmoid
 
 from replicate.model import Estimate
 from replicate.papers.base import Paper
+from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 from replicate.score_based.contrastive import GaussianNoise, data_term, noise_contrastive, noise_term
 
@@ -159,13 +160,14 @@ def gaussian_consistency(context: Context) -> Outcome:
     truth = Gaussian(draw_precision(params["dim"], params["condition"], streams.fresh("precision")).to(context.device))
     sizes = [params["smallest"] * 2**i for i in range(params["doublings"] + 1)]
     data, noise = streams.fresh("data"), streams.fresh("noise")
-    mse: dict[str, list[float]] = {"precision": [], "log_z": [], "all": []}
-    for n in sizes:
-        x = truth.sample((params["repetitions"], n), data)
+    state: State = {"data": data, "noise": noise, "eta": None, "mse": {"precision": [], "log_z": [], "all": []}}
+    for i in resumable("sample sizes", len(sizes), state):
+        x = truth.sample((params["repetitions"], sizes[i]), data)
         y = torch.randn(x.shape, generator=noise, device=x.device, dtype=x.dtype)
-        eta = fit_gaussians(x, y, truth.eta)
-        for part, values in squared_errors(eta, truth).items():
-            mse[part].append(float(values.mean()))
+        state["eta"] = fit_gaussians(x, y, truth.eta)
+        for part, values in squared_errors(state["eta"], truth).items():
+            state["mse"][part].append(float(values.mean()))
+    eta, mse = state["eta"], state["mse"]
     largest = squared_errors(eta, truth)
     log_z_error = Estimate.mean_of(-eta[:, -1] - truth.log_z(), "estimate", "nats")
     predicted = float(asymptotic_covariance(truth, 1.0, streams.fresh("theory")).trace()) / sizes[-1]
@@ -192,13 +194,13 @@ def noise_ratio(context: Context) -> Outcome:
     errors = {"mle": squared_errors(likelihood_estimates(x), truth)["all"]}
     ratios, theory = (1, 10, 100), {}
     for nu in ratios:
-        noise = streams.fresh("noise")
-        parts = []
-        for chunk in x.split(params["chunk"]):
-            shape = (len(chunk), nu * x.shape[1], x.shape[2])
+        noise, chunks = streams.fresh("noise"), x.split(params["chunk"])
+        state: State = {"noise": noise, "parts": []}
+        for i in resumable(f"{nu} noises a datum", len(chunks), state):
+            shape = (len(chunks[i]), nu * x.shape[1], x.shape[2])
             y = torch.randn(shape, generator=noise, device=x.device, dtype=x.dtype)
-            parts.append(fit_gaussians(chunk, y, truth.eta))
-        errors[f"nu-{nu}"] = squared_errors(torch.cat(parts), truth)["all"]
+            state["parts"].append(fit_gaussians(chunks[i], y, truth.eta))
+        errors[f"nu-{nu}"] = squared_errors(torch.cat(state["parts"]), truth)["all"]
         covariance = asymptotic_covariance(truth, float(nu), streams.fresh("theory"))
         theory[nu] = float(covariance.trace()) / x.shape[1]
     estimates = {
@@ -294,17 +296,24 @@ def laplace_consistency(context: Context) -> Outcome:
     params, streams = context.params, context.streams
     d, sizes = params["dim"], [params["smallest"] * 2**i for i in range(params["doublings"] + 1)]
     mixing, data, contrast = streams.fresh("mixing"), streams.fresh("data"), streams.fresh("noise")
-    unmixing_errors = torch.zeros(len(sizes), params["repetitions"], dtype=torch.float64)
-    log_z_errors = torch.zeros_like(unmixing_errors)
-    for r in range(params["repetitions"]):
+    none = torch.zeros(len(sizes), params["repetitions"], dtype=torch.float64)
+    state: State = {
+        "mixing": mixing,
+        "data": data,
+        "contrast": contrast,
+        "unmixing": none.clone(),
+        "log_z": none.clone(),
+    }
+    for r in resumable("repetitions", params["repetitions"], state):
         w = draw_unmixing(d, params["condition"], mixing)
         for i, n in enumerate(sizes):
             x = sample_laplace(w, n, data)
             noise = GaussianNoise.fit(x)
             near = w * (1 + 0.05 * torch.randn(d, d, generator=data, device=w.device, dtype=w.dtype))
             found, log_z = fit_laplace(x, noise.sample(n, contrast), noise, near)
-            unmixing_errors[i, r] = (found - w).square().sum() / w.square().sum()
-            log_z_errors[i, r] = log_z - float(laplace_log_z(w))
+            state["unmixing"][i, r] = (found - w).square().sum() / w.square().sum()
+            state["log_z"][i, r] = log_z - float(laplace_log_z(w))
+    unmixing_errors, log_z_errors = state["unmixing"], state["log_z"]
     mse = {"unmixing": unmixing_errors.mean(1).tolist(), "log_z": log_z_errors.square().mean(1).tolist()}
     estimates = {f"slope:{part}": slope(sizes, values) for part, values in mse.items()}
     estimates["squared_error:unmixing"] = Estimate.mean_of(unmixing_errors[-1], "estimate", "ratio")

@@ -33,6 +33,7 @@ from replicate.model import Estimate
 from replicate.papers.base import Paper
 from replicate.papers.ncsn_inpainting import INPAINTING, STEP
 from replicate.papers.ncsn_langevin import ANNEALED, BOX, LANGEVIN, PASSAGE, RUNGS, ladder
+from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 from replicate.score_based.matching import Score, denoising_score_matching, sliced_score_matching_vr
 from replicate.score_based.ncsn import NCSN
@@ -64,7 +65,12 @@ def log_density_quantile(q: float) -> float:
 
 
 def train_sliced(
-    net: nn.Module, batch: Callable[[], Tensor], steps: int, lr: float, projections: torch.Generator
+    net: nn.Module,
+    batch: Callable[[], Tensor],
+    steps: int,
+    lr: float,
+    projections: torch.Generator,
+    *sources: torch.Generator,
 ) -> Tensor:
     """Adam on sliced score matching with variance reduction and Gaussian projections, as in the released toy code.
 
@@ -74,21 +80,29 @@ def train_sliced(
         steps: iterations.
         lr: learning rate.
         projections: draws v.
+        sources: what `batch` draws from.
 
     Returns:
         The loss of each iteration, shape (steps,), float64.
     """
     optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
-    losses = []
-    for _ in range(steps):
+    state: State = {
+        "net": net,
+        "optimizer": optimizer,
+        "projections": projections,
+        **{f"source-{i}": source for i, source in enumerate(sources)},
+        "losses": torch.empty(steps, device=projections.device),
+    }
+    for step in resumable("sliced score matching", steps, state):
         x = batch()
         v = torch.randn(x.shape, generator=projections, device=x.device, dtype=x.dtype)
         loss = sliced_score_matching_vr(net, x, v).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses).double().cpu()
+        state["losses"][step] = loss.detach()
+    losses: Tensor = state["losses"]
+    return losses.double().cpu()
 
 
 def relative_error(estimated: Tensor, true: Tensor) -> float:
@@ -120,8 +134,8 @@ def score_error(context: Context) -> Outcome:
     with streams.initialisation():
         net = FreeScore(2, p["hidden"], 2, "softplus")  # three linear layers
     net.to(device)
-    data = streams.fresh("data")
-    train_sliced(net, lambda: density.sample(p["batch_size"], data), p["steps"], p["lr"], streams.fresh("projections"))
+    data, projections = streams.fresh("data"), streams.fresh("projections")
+    train_sliced(net, lambda: density.sample(p["batch_size"], data), p["steps"], p["lr"], projections, data)
 
     axis = torch.linspace(-BOX, BOX, GRID, device=device)
     x = torch.cartesian_prod(axis, axis)
@@ -203,7 +217,8 @@ def manifold_losses(noise_sd: float, context: Context) -> Tensor:
 
     with streams.initialisation():
         net = FreeScore(p["dim"], p["hidden"], 2, "softplus")
-    return train_sliced(net.to(context.device), batch, p["steps"], p["lr"], streams.fresh("projections"))
+    net.to(context.device)
+    return train_sliced(net, batch, p["steps"], p["lr"], streams.fresh("projections"), data, noise)
 
 
 def fluctuation(curve: np.ndarray) -> float:
@@ -277,7 +292,8 @@ def train_ncsn(train: Tensor, context: Context) -> NCSN:
     model.initialise(train, streams.fresh("initialise"))
     batches, noise = streams.fresh("batches"), streams.fresh("noise")
     optimizer = torch.optim.Adam(model.parameters(), lr=p["lr"])
-    for _ in range(p["steps"]):
+    state: State = {"model": model, "optimizer": optimizer, "batches": batches, "noise": noise}
+    for _ in resumable("denoising score matching", p["steps"], state):
         chosen = torch.randint(len(train), (p["batch_size"],), generator=batches, device=context.device)
         loss = model.loss(train[chosen], noise)
         optimizer.zero_grad(set_to_none=True)

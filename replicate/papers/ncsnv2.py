@@ -33,6 +33,7 @@ from scipy.optimize import brentq, minimize_scalar
 from scipy.special import ndtr
 from torch import Tensor
 
+from replicate.data.files import contents, data_file
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.metrics.quality import frechet
 from replicate.model import Estimate
@@ -41,7 +42,6 @@ from replicate.registry import UsageError
 from replicate.runs.evaluate import digit_features
 from replicate.runs.execute import run
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
-from replicate.runs.files import contents, data_file
 from replicate.runs.spec import make_spec
 from replicate.sampling.annealed import annealed_langevin
 from replicate.score_based.matching import tweedie

@@ -28,8 +28,10 @@ from replicate.likelihood.enumeration import states
 from replicate.model import Estimate
 from replicate.papers.base import Paper
 from replicate.papers.carreira import Machine
+from replicate.papers.minibatches import Minibatches
 from replicate.papers.static_bits import FILES, static_mnist
 from replicate.registry import load_task
+from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 
 
@@ -101,16 +103,24 @@ def train(rows: Tensor, hidden: int, recipe: Recipe, context: Context) -> Machin
     machine = new_machine(rows.shape[1], hidden, recipe.scale, context.streams.fresh("weights"))
     velocity = Machine(*(torch.zeros_like(part) for part in machine))
     chains = rows[torch.randperm(len(rows), generator=g, device=g.device)[: recipe.batch]]
-    for epoch in range(1, recipe.epochs + 1):
-        k, rate, momentum = recipe.at(epoch)
-        for batch in rows[torch.randperm(len(rows), generator=g, device=g.device)].split(recipe.batch):
-            ahead = machine.plus(velocity, momentum) if recipe.nesterov else machine
-            chains = ahead.gibbs(chains if recipe.persistent else batch, k, g)
-            step = ahead.statistics(batch).plus(ahead.statistics(chains), -1.0)
-            step = step._replace(weights=step.weights - recipe.weight_cost * ahead.weights)
-            velocity = Machine(*(momentum * old + rate * new for old, new in zip(velocity, step, strict=True)))
-            machine = machine.plus(velocity)
-    return machine
+    batches = Minibatches(rows, recipe.batch, g)
+    state: State = {
+        "machine": tuple(machine),
+        "velocity": tuple(velocity),
+        "chains": chains,
+        "batches": batches,  # and with them their generator, which is that of the chains
+    }
+    for i in resumable("contrastive divergence", recipe.epochs * len(batches), state):
+        k, rate, momentum = recipe.at(1 + i // len(batches))
+        machine, velocity = Machine(*state["machine"]), Machine(*state["velocity"])
+        batch = next(batches)
+        ahead = machine.plus(velocity, momentum) if recipe.nesterov else machine
+        chains = ahead.gibbs(state["chains"] if recipe.persistent else batch, k, g)
+        step = ahead.statistics(batch).plus(ahead.statistics(chains), -1.0)
+        step = step._replace(weights=step.weights - recipe.weight_cost * ahead.weights)
+        velocity = Machine(*(momentum * old + rate * new for old, new in zip(velocity, step, strict=True)))
+        state |= {"machine": tuple(machine.plus(velocity)), "velocity": tuple(velocity), "chains": chains}
+    return Machine(*state["machine"])
 
 
 def doubled(machine: Machine) -> Machine:

@@ -29,6 +29,7 @@ from replicate.model import Estimate, Kind
 from replicate.papers.base import Paper
 from replicate.papers.ssm_kernel import DKEF_PARKINSONS, DKEF_RED_WINE, DKEF_WHITE_WINE, PARTITION
 from replicate.papers.ssm_nice import LEARNING_RATE, NICE_MNIST
+from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 from replicate.score_based import matching
 from replicate.score_based.networks import EnergyScore, FreeScore
@@ -384,14 +385,14 @@ def simulate(context: Context, precision: Tensor) -> dict[str, Tensor]:
     p = context.params
     draws = context.streams.fresh("data")
     factor = torch.linalg.cholesky(torch.linalg.inv(precision))
-    parts: dict[str, list[Tensor]] = {}
-    for start in range(0, p["datasets"], p["chunk"]):
-        count = min(p["chunk"], p["datasets"] - start)
+    state: State = {"draws": draws, "parts": {}}
+    for i in resumable("data sets", math.ceil(p["datasets"] / p["chunk"]), state):
+        count = min(p["chunk"], p["datasets"] - i * p["chunk"])
         shape = (count, p["examples"], p["dim"])
         x = torch.randn(shape, generator=draws, device=context.device, dtype=torch.float64) @ factor.T
         for name, found in {"sm": exact_estimates(x), **sliced_estimates(x, draws)}.items():
-            parts.setdefault(name, []).append(found)
-    return {name: p["examples"] * torch.cov(torch.cat(found).T) for name, found in parts.items()}
+            state["parts"].setdefault(name, []).append(found)
+    return {name: p["examples"] * torch.cov(torch.cat(found).T) for name, found in state["parts"].items()}
 
 
 def covariance_plot(theory: Covariances, found: Mapping[str, float]) -> Plot:

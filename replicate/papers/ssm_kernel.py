@@ -27,10 +27,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from replicate.data.files import contents, data_file
 from replicate.likelihood.ais import ais, schedule
 from replicate.model import Estimate, Model
+from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Outcome
-from replicate.runs.files import contents, data_file
 from replicate.sampling.langevin import mala
 from replicate.score_based.matching import rademacher
 from replicate.tasks.densities import GaussianMixture
@@ -363,8 +364,19 @@ def train(
         The exact score matching loss on the validation rows.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=p["lr"])
-    best, least, best_step = copy.deepcopy(model.state_dict()), math.inf, 0
-    for step in range(1, p["steps"] + 1):
+    state: State = {
+        "model": model,
+        "optimizer": optimizer,
+        "draws": draws,
+        "best": copy.deepcopy(model.state_dict()),
+        "least": math.inf,
+        "best_step": 0,
+        "stopped": False,
+    }
+    for i in resumable("training", p["steps"], state):
+        if state["stopped"]:
+            continue
+        step = i + 1
         rows = torch.randint(len(table.train), (p["batch"],), generator=draws, device=draws.device)
         fitted, judged = table.train[rows].chunk(2)
         alpha = quadratic(model, objective(fitted, draws)).minimiser(model.log_ridge)
@@ -377,11 +389,11 @@ def train(
         some = torch.randperm(len(table.train), generator=draws, device=draws.device)[:1000]
         alpha = quadratic_over(model, objective, table.train[some], draws).minimiser(model.log_ridge.detach())
         loss = float(quadratic_over(model, objective, table.validation, draws)(alpha))
-        if loss < least:
-            best, least, best_step = copy.deepcopy(model.state_dict()), loss, step
-        elif step - best_step > p["patience"]:
-            break
-    model.load_state_dict(best)
+        if loss < state["least"]:
+            state |= {"best": copy.deepcopy(model.state_dict()), "least": loss, "best_step": step}
+        else:
+            state["stopped"] = step - state["best_step"] > p["patience"]
+    model.load_state_dict(state["best"])
     return finish(model, objective, table, draws)
 
 

@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from replicate.data.files import read_idx
 from replicate.model import Estimate
+from replicate.papers.minibatches import Minibatches
+from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
-from replicate.runs.files import read_idx
 from replicate.score_based import matching
 from replicate.score_based.networks import mlp
 from replicate.tasks.digits import digits
@@ -73,16 +75,17 @@ class NICE(nn.Module):
 
 def score_matching_loss(net: NICE, x: Tensor, chunk: int) -> Tensor:
     """Exact score matching loss of each x (n, D), shape (n,); unlike the suite's objective it keeps no graph."""
-    values = []
-    for part in x.split(chunk):
-        at = part.detach().requires_grad_(True)
+    parts = x.split(chunk)
+    state: State = {"values": []}
+    for k in resumable("exact score matching loss", len(parts), state):
+        at = parts[k].detach().requires_grad_(True)
         score = net.score(at)
         value = 0.5 * score.detach().square().sum(1)
         for i in range(x.shape[1]):
             (row,) = torch.autograd.grad(score[:, i].sum(), at, retain_graph=True)
             value += row[:, i]
-        values.append(value)
-    return torch.cat(values)
+        state["values"].append(value)
+    return torch.cat(state["values"])
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -194,21 +197,29 @@ def train(
         draws: order of the examples, dequantisation and what is random in the objective.
     """
     optimizer = torch.optim.Adam(net.parameters(), lr=lr)
-    best, least, curve, step = copy.deepcopy(net.state_dict()), math.inf, [], 0
-    for epoch in range(1, settings["epochs"] + 1):
-        order = torch.randperm(len(images.train), generator=draws, device=draws.device)
-        for rows in order.split(settings["batch"]):
-            optimizer.zero_grad(set_to_none=True)
-            objective(net, to_logits(images.train[rows], images.levels, draws), draws).mean().backward()
-            optimizer.step()
-            step += 1
-        if epoch % settings["validate_every"] == 0:
+    batches = Minibatches(images.train, settings["batch"], draws)
+    steps, validate_every = (settings[name] * len(batches) for name in ("epochs", "validate_every"))
+    state: State = {
+        "net": net,
+        "optimizer": optimizer,
+        "batches": batches,  # and with them their generator, which is that of all draws
+        "best": copy.deepcopy(net.state_dict()),
+        "least": math.inf,
+        "curve": [],
+    }
+    for step in resumable("training", steps, state):
+        optimizer.zero_grad(set_to_none=True)
+        objective(net, to_logits(next(batches), images.levels, draws), draws).mean().backward()
+        optimizer.step()
+        if (step + 1) % validate_every == 0:
             loss = validate(net, objective, images, settings["batch"], draws)
-            curve.append((step, loss))
-            if loss < least:
-                best, least = copy.deepcopy(net.state_dict()), loss
-    net.load_state_dict(best)
-    return Trained(net, curve)
+            state["curve"].append((step + 1, loss))
+            if loss < state["least"]:
+                state |= {"best": copy.deepcopy(net.state_dict()), "least": loss}
+        if step + 1 == steps:
+            net.load_state_dict(state["best"])
+            state |= {"optimizer": None, "best": None}  # what a checkpoint of the rest need not carry
+    return Trained(net, state["curve"])
 
 
 def measure(net: NICE, images: Images, settings: Mapping[str, Any], draws: torch.Generator) -> dict[str, Estimate]:

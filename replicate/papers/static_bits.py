@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from replicate.data.files import contents, data_file
 from replicate.model import DataInfo
 from replicate.registry import UsageError
-from replicate.runs.files import contents, data_file
 from replicate.tasks.base import Task
 
 DIM = 784

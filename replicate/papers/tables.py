@@ -63,7 +63,7 @@ def measure_tables(path: Path | None = None) -> tuple[MeasureTable, ...]:
     path = path or Path(__file__).with_suffix(".toml")
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ClaimError(f"{path} cannot be read: {error}") from None
     out = []
     for table in data.get("table", []):

@@ -37,7 +37,9 @@ from replicate.likelihood.estimator import Effort, log_likelihood
 from replicate.likelihood.importance import iw_bound
 from replicate.model import DataInfo, Estimate, Model
 from replicate.papers.base import Paper
+from replicate.papers.minibatches import Minibatches
 from replicate.registry import load_task
+from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 from replicate.runs.seeds import Streams
 from replicate.tasks.base import Task
@@ -71,24 +73,36 @@ def early_stopped(model: nn.Module, loss: Loss, task: Task, context: Context) ->
     """
     p, device = context.params, context.device
     train, valid = task.train.to(device), task.valid.to(device)
-    order, noise = context.streams.fresh("batches"), context.streams.fresh("noise")
+    batches = Minibatches(train, p["batch_size"], context.streams.fresh("batches"))
+    noise = context.streams.fresh("noise")
     optimizer = torch.optim.Adamax(model.parameters(), lr=p["lr"], foreach=True)
-    history: list[float] = []
-    best, waited, kept = math.inf, 0, copy.deepcopy(model.state_dict())
-    for _ in range(p["max_epochs"]):
-        for rows in torch.randperm(len(train), generator=order, device=device).split(p["batch_size"]):
-            optimizer.zero_grad(set_to_none=True)
-            loss(train[rows], noise).mean().backward()
-            optimizer.step()
-        with torch.no_grad():
-            history.append(float(loss(valid, noise).mean()))
-        if history[-1] < best:
-            best, waited, kept = history[-1], 0, copy.deepcopy(model.state_dict())
-        else:
-            waited += 1
-        if waited > p["patience"]:
-            break
-    model.load_state_dict(kept)
+    state: State = {
+        "model": model,
+        "optimizer": optimizer,
+        "batches": batches,
+        "noise": noise,
+        "history": [],
+        "best": math.inf,
+        "waited": 0,
+        "kept": copy.deepcopy(model.state_dict()),
+    }
+    for epoch in resumable("training", p["max_epochs"], state):
+        if state["waited"] <= p["patience"]:  # else it has stopped
+            for _ in range(len(batches)):
+                optimizer.zero_grad(set_to_none=True)
+                loss(next(batches), noise).mean().backward()
+                optimizer.step()
+            with torch.no_grad():
+                value = float(loss(valid, noise).mean())
+            state["history"].append(value)
+            if value < state["best"]:
+                state |= {"best": value, "waited": 0, "kept": copy.deepcopy(model.state_dict())}
+            else:
+                state["waited"] += 1
+        if epoch + 1 == p["max_epochs"]:
+            model.load_state_dict(state["kept"])
+            state |= {"optimizer": None, "kept": None}  # what a checkpoint of the evaluation need not carry
+    history: list[float] = state["history"]
     return history
 
 

@@ -16,8 +16,6 @@ standard profile; the full profile has MNIST's fixed binarisation and 25 hidden 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,10 +25,13 @@ from torch import Tensor
 from replicate.model import Estimate
 from replicate.papers.base import Paper
 from replicate.papers.carreira import Machine
+from replicate.papers.minibatches import Minibatches
 from replicate.papers.salakhutdinov import doubled, hidden_log_weights
 from replicate.papers.static_bits import FILES, static_mnist
 from replicate.registry import load_task
+from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+from replicate.runs.training import Stopwatch
 
 
 class Method(NamedTuple):
@@ -65,20 +66,26 @@ def bits(name: str, device: torch.device) -> Data:
     return Data(*(part.to(device) for part in (task.train, task.valid, task.test)))
 
 
-def minibatches(rows: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+def minibatches(rows: Tensor, size: int, generator: torch.Generator) -> Minibatches:
     """Full minibatches (size, D) without end, each pass in a new order."""
-    while True:
-        order = torch.randperm(len(rows), generator=generator, device=generator.device)
-        for chosen in order[: len(rows) - len(rows) % size].split(size):
-            yield rows[chosen]
+    return Minibatches(rows, size, generator, whole=True)
 
 
 def learn(
-    method: Method, rows: Tensor, rates: list[float], updates: int, hidden: int, context: Context
+    method: Method,
+    rows: Tensor,
+    rates: list[float],
+    updates: int,
+    hidden: int,
+    context: Context,
+    watch: Stopwatch | None = None,
 ) -> list[Machine]:
     """Machines, one for each learning rate side by side (leading dimension), after each share `KEPT` of the updates.
 
     All methods and rates start from the same weights and see the same minibatches.
+
+    Args:
+        watch: counts the seconds of learning; where learning is interrupted, those of every sitting.
     """
     size = context.params["batch"]
     start, g = context.streams.fresh("weights"), context.streams.fresh(f"negatives-{method.name}")
@@ -90,16 +97,24 @@ def learn(
     )
     batches = minibatches(rows, size, context.streams.fresh("minibatches"))
     rate = torch.tensor(rates, device=rows.device)[:, None, None]
-    chains = next(batches).expand(len(rates), -1, -1)
-    kept, stops = [], {round(share * updates) for share in KEPT}
-    for i in range(updates):
+    stops = {round(share * updates) for share in KEPT}
+    state: State = {
+        "machine": tuple(machine),
+        "chains": next(batches).expand(len(rates), -1, -1),
+        "batches": batches,
+        "negatives": g,
+        "watch": watch,
+        "kept": [],
+    }
+    for i in resumable(f"learning by {method.name}", updates, state):
+        machine = Machine(*state["machine"])
         batch = next(batches).expand(len(rates), -1, -1)
-        chains = machine.gibbs(chains if method.persistent else batch, method.k, g)
+        chains = machine.gibbs(state["chains"] if method.persistent else batch, method.k, g)
         step = machine.statistics(batch).plus(machine.statistics(chains), -1.0)
-        machine = machine.plus(step, (1 - i / updates) * rate)
+        state |= {"machine": tuple(machine.plus(step, (1 - i / updates) * rate)), "chains": chains}
         if i + 1 in stops:
-            kept.append(machine)
-    return kept
+            state["kept"].append(state["machine"])
+    return [Machine(*machine) for machine in state["kept"]]
 
 
 def single(machines: Machine, index: int) -> Machine:
@@ -122,9 +137,10 @@ def equal_time(context: Context) -> Outcome:
     estimates: dict[str, Estimate] = {}
     lines = []
     for method in METHODS:
-        updates, began = budget // method.products, time.perf_counter()
-        path = learn(method, data.train, rates, updates, p["hidden"], context)
-        seconds = time.perf_counter() - began
+        # the budget counts updates, which a run that was interrupted does not do twice; the clock stands beside
+        updates, watch = budget // method.products, Stopwatch()
+        path = learn(method, data.train, rates, updates, p["hidden"], context, watch)
+        seconds = watch.seconds
         valid = [nll(single(path[-1], i), data.valid)[0] for i in range(len(rates))]
         best = min(range(len(rates)), key=lambda i: valid[i].value)
         curve = [nll(single(machines, best), data.test, data.train) for machines in path]

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
@@ -36,6 +36,7 @@ from replicate.report.records import (
     MEASUREMENT_COLUMNS,
     SUMMARY_COLUMNS,
     ReportError,
+    Run,
     Runs,
     canonical_hash,
     load_runs,
@@ -50,7 +51,7 @@ from replicate.report.records import (
 )
 from replicate.report.tables import Results, Table, all_tables, to_csv, to_latex, to_markdown
 
-__all__ = ["MANIFEST", "TIMING_METRICS", "build", "verify", "write_manifest"]
+__all__ = ["MANIFEST", "TIMING_METRICS", "build", "remarks", "verify", "write_manifest"]
 
 MANIFEST = "MANIFEST.json"
 #: folders whose earlier files are ours to remove
@@ -200,8 +201,8 @@ def verify(out_folder: Path, claims: Claims = Claims()) -> list[str]:
 
     Checks that every file is the one that the manifest names, that summary.csv follows from measurements.csv, that
     every run id is the sha256 of its spec, that measurements and records speak of the same runs and numbers, that
-    every verdict follows from claims.csv and measurements.csv alone, and, where all that agrees, that every table is
-    the one that the measurements give.
+    every verdict follows from claims.csv and measurements.csv alone, that every record says where and with what it was
+    made, and, where all that agrees, that every table is the one that the measurements give.
 
     Args:
         claims: where given, claims.csv must also judge what they state, and the ledger's tables are checked too.
@@ -217,8 +218,30 @@ def verify(out_folder: Path, claims: Claims = Claims()) -> list[str]:
             problems += claims_ledger.definition_problems(rows, claims.papers) if claims.papers else []
     except ReportError as error:
         return [*problems, str(error)]
-    problems += _record_problems(records, frame)
+    problems += _record_problems(records, frame) + _provenance_problems(records, frame)
     return problems or _table_problems(out_folder, frame, records, claims)
+
+
+def remarks(out_folder: Path) -> list[str]:
+    """What a reader of a results folder should know although nothing in it is wrong, one line each.
+
+    Results that were just made from a changed working tree are of this kind: they agree with themselves, and the commit
+    they name does not give them back.
+
+    Raises:
+        ReportError: records.jsonl cannot be read.
+    """
+    done = [_provenance(r) for r in read_records(out_folder / "records.jsonl") if "error" not in r]
+    counts = {
+        "were made with uncommitted changes: the commit that they name does not give them back": sum(
+            p.get("dirty") not in ("", None, "unknown") for p in done
+        ),
+        "were made outside a repository and name no commit": sum(
+            p.get("commit") in ("", None, "unknown") for p in done
+        ),
+        "were made before records named their libraries and kernels in full": sum("format" not in p for p in done),
+    }
+    return [f"{n} of {len(done)} runs {what}" for what, n in counts.items() if n]
 
 
 def _table_problems(folder: Path, frame: pd.DataFrame, records: list[dict[str, Any]], claims: Claims) -> list[str]:
@@ -298,3 +321,46 @@ def _record_problems(records: list[dict[str, Any]], frame: pd.DataFrame) -> list
             problems.append(f"measurements.csv: run {short(run_id)} is {names}, its record says {list(known[run_id])}")
     lost = sorted(set(known) - set(frame["run_id"]))
     return problems + [f"records.jsonl: run {short(run_id)} has no measurements" for run_id in lost]
+
+
+#: what the provenance of a record says: the code, the libraries, the machine, the settings of the kernels, the times
+PROVENANCE = frozenset(
+    {
+        *("format", "commit", "dirty", "source_sha256", "lock_sha256"),
+        *("libraries", "torch", "python", "libc", "platform", "driver", "cuda", "cudnn"),
+        *("device", "cpu_model", "cpu_capability", "threads", "blas_threads"),
+        *("deterministic", "cudnn_deterministic", "cudnn_benchmark", "cublas_workspace"),
+        *("tf32", "cudnn_tf32", "matmul_precision"),
+        *("started", "finished", "sittings"),
+    }
+)
+
+
+def _provenance(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = record.get("provenance")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _provenance_problems(records: list[dict[str, Any]], frame: pd.DataFrame) -> list[str]:
+    """What records lack of their provenance, and where measurements.csv tells another story.
+
+    Results from before provenance had a format are not asked for keys that nobody wrote then (`remarks` names them).
+    One record with a format is enough to ask them all.
+    """
+    done = [r for r in records if "error" not in r]
+    asked = any("format" in _provenance(r) for r in done)
+    told = {row[0]: row[1:] for row in frame[["run_id", "device", "commit"]].itertuples(index=False, name=None)}
+    weighed = set(frame.loc[frame["metric"] == "peak_memory_mb", "run_id"])
+    problems = []
+    for record in done:
+        run_id, found = str(record.get("run_id")), _provenance(record)
+        name = f"records.jsonl: run {short(run_id)}"
+        if asked and PROVENANCE - set(found):
+            problems.append(f"{name} does not say its {', '.join(sorted(PROVENANCE - set(found)))}")
+        if asked and run_id not in weighed:
+            problems.append(f"{name} has no peak memory among its measurements")
+        commit = Run(run_id, record.get("spec") or {}, Path(), provenance=found).commit
+        device = str(found.get("device") or "")
+        if told.get(run_id, (device, commit)) != (device, commit):
+            problems.append(f"{name} was made on {device!r} at {commit!r}, measurements.csv says {told[run_id]}")
+    return problems

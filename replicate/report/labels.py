@@ -188,7 +188,8 @@ _LATEX_SYMBOLS = {"=": "$=$", ">=": r"$\geq$", "<=": r"$\leq$", "~": r"$\sim$", 
 
 def latex(text: str) -> str:
     """Plain text as LaTeX text mode."""
-    return "".join(_LATEX.get(c, c) for c in text)
+    head = "{}" if text[:1] in ("[", "*") else ""  # else the line break before it would take it for its option
+    return head + "".join(_LATEX.get(c, c) for c in text)
 
 
 def latex_symbol(sign: str) -> str:

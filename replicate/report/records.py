@@ -19,6 +19,7 @@ import pandas as pd
 
 from replicate.metrics.intervals import t_interval
 from replicate.report.labels import family_key, metric_key, task_key
+from replicate.runs.record import RecordError, parse_failure, parse_record
 
 MEASUREMENT_COLUMNS = (
     "run_id",
@@ -77,6 +78,7 @@ class Run:
         provenance: commit, device, versions, times.
         about, paper: the model in one line, and its source.
         error, traceback_tail: why a failed run failed; "" for a whole one.
+        weights_sha256: of a trained model's safetensors; "" for an experiment.
         plots: what an experiment draws.
     """
 
@@ -90,6 +92,7 @@ class Run:
     paper: str = ""
     error: str = ""
     traceback_tail: str = ""
+    weights_sha256: str = ""
     plots: tuple[Mapping[str, Any], ...] = ()
 
     @property
@@ -154,7 +157,9 @@ class Run:
         if self.failed:
             return {**head, "error": self.error, "traceback_tail": self.traceback_tail}
         rest = {"provenance": dict(self.provenance), "about": self.about, "paper": self.paper}
-        return {**head, **rest} if self.is_experiment else {**head, **rest, "history": dict(self.history)}
+        if self.is_experiment:
+            return {**head, **rest}
+        return {**head, **rest, "weights_sha256": self.weights_sha256, "history": dict(self.history)}
 
 
 @dataclass(frozen=True)
@@ -191,28 +196,28 @@ def canonical_hash(spec: Mapping[str, Any]) -> str:
 
 def _read_run(path: Path) -> Run:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        run_id, spec = str(data["run_id"]), data["spec"]
-        missing = [k for k in ("model", "task", "family", "seed") if k not in spec]
-        if missing:
-            raise KeyError(", ".join(missing))
+        text = path.read_bytes()
         if path.name == "failure.json":
-            error = str(data.get("error") or "unknown error")
-            return Run(run_id, spec, path.parent, error=error, traceback_tail=str(data.get("traceback_tail") or ""))
-        return Run(
-            run_id,
-            spec,
-            path.parent,
-            tuple(data["measurements"]),
-            data.get("history") or {},
-            data.get("provenance") or {},
-            str(data.get("about") or ""),
-            str(data.get("paper") or ""),
-            plots=tuple(data.get("plots") or ()),
-        )
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ReportError(f"{path} is not a whole record ({what}); delete its folder and run again") from None
+            lost = parse_failure(text)
+            tail = lost.get("traceback_tail", "")
+            error = lost["error"] or "unknown error"
+            return Run(lost["run_id"], lost["spec"], path.parent, error=error, traceback_tail=tail)
+        data = parse_record(text)
+    except (OSError, RecordError) as error:
+        why = "; ".join(str(error).splitlines())
+        raise ReportError(f"{path} is not a whole record ({why}); delete its folder and run again") from None
+    return Run(
+        data["run_id"],
+        data["spec"],
+        path.parent,
+        tuple(data["measurements"]),
+        data.get("history", {}),
+        data["provenance"],
+        data.get("about", ""),
+        data.get("paper", ""),
+        weights_sha256=data.get("weights_sha256", ""),
+        plots=tuple(data.get("plots", ())),
+    )
 
 
 def load_runs(folder: Path, keep: Iterable[str] | None = None) -> Runs:
@@ -381,6 +386,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         ReportError: it cannot be read.
     """
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, RecursionError) as error:
         raise ReportError(f"{path} cannot be read: {error}") from None
+    if not all(isinstance(row, dict) and isinstance(row.get("spec"), dict) for row in rows):
+        raise ReportError(f"{path} has a line that is no record")
+    return rows

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
-import json
 import math
 import os
-import platform
-import resource
-import subprocess
+import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
+from threadpoolctl import threadpool_limits
 
+from replicate.errors import UsageError
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.model import Estimate, Model
 from replicate.registry import experiment, load_task, model_entry
+from replicate.resume import Journal, State
+from replicate.runs.checkpoint import Checkpoints
 from replicate.runs.evaluate import Evaluator, Measurement, na
 from replicate.runs.experiment import Context
+from replicate.runs.limits import DEFAULT, Limits
+from replicate.runs.provenance import device_name, peak_memory_mb, provenance, source_version, stamp
+from replicate.runs.record import check_record, seal
 from replicate.runs.seeds import Streams
-from replicate.runs.spec import PRECISIONS, AnySpec, ExperimentSpec, RunSpec, spec_from_dict
+from replicate.runs.spec import PRECISIONS, AnySpec, ExperimentSpec, RunSpec, experiment_spec
 from replicate.runs.store import write_arrays, write_atomic, write_json
 from replicate.runs.training import History, train
 from replicate.tasks.base import Task
@@ -42,6 +44,7 @@ def prepare_process(device: str) -> torch.device:
     """Make this process deterministic: one thread, deterministic kernels, full float32 precision."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(1)
+    threadpool_limits(1)  # numpy's and scipy's too: their sums depend on it as well
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it: 5 %
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -66,9 +69,7 @@ def in_precision(task: Task, dtype: torch.dtype) -> Task:
     return replace(task, train=task.train.to(dtype), valid=task.valid.to(dtype), test=task.test.to(dtype))
 
 
-def run(
-    spec: RunSpec, device: torch.device, on_step: Callable[[int], None] | None = None
-) -> tuple[Model, Task, History, Evaluator]:
+def run(spec: RunSpec, device: torch.device) -> tuple[Model, Task, History, Evaluator]:
     """Train one model; nothing is measured yet."""
     dtype = PRECISIONS[spec.precision]
     task = in_precision(load_task(spec.task), dtype)
@@ -76,7 +77,7 @@ def run(
     model = build_model(spec, task, streams).to(device)
     if dtype != torch.float32:  # never narrowed: some models keep tables in double precision
         model = model.to(dtype)
-    history = train(model, task.train.to(device), task.valid.to(device), spec.training, streams, on_step)
+    history = train(model, task.train.to(device), task.valid.to(device), spec.training, streams)
     return model, task, history, Evaluator(model, task, spec.evaluation, streams, device)
 
 
@@ -92,34 +93,108 @@ def check_finite(measurement: Measurement) -> Measurement:
     return measurement
 
 
-def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory in megabytes: the device's on a GPU, else this process's resident set, libraries included."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def execute(spec: AnySpec, folder: Path | None, device: torch.device, limits: Limits = DEFAULT) -> dict[str, Any]:
+    """Run a spec and return its record.
 
+    With a folder, go on from the checkpoint that lies there, leave checkpoints on the way, and at the end write what
+    the run leaves, the record last.
 
-def execute(spec: AnySpec, folder: Path | None, device: torch.device) -> dict[str, Any]:
-    """Run a spec and return its record; with a folder, write what it leaves and then the record there."""
-    started = time.time()
-    found = _experiment(spec, device) if isinstance(spec, ExperimentSpec) else _model(spec, device)
-    memory = Measurement("peak_memory_mb", Estimate(peak_memory_mb(device), 0.0, "exact", "megabytes", 1))
-    record = {
-        "run_id": spec.run_id(),
-        "spec": spec.as_dict(),
-        **found.record,
-        "measurements": [check_finite(m).as_dict() for m in [*found.measurements, memory]],
-        "provenance": provenance(device, started),
-    }
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        if found.weights:
-            write_atomic(folder / "model.safetensors", found.weights)
-        if found.arrays:
-            write_arrays(folder / "arrays.npz", found.arrays)
-        write_json(folder / "record.json", record)
-        (folder / "failure.json").unlink(missing_ok=True)
+    Raises:
+        UsageError: the data here are not those that the spec names.
+        Stopped: the run was asked to stop and has left a checkpoint.
+    """
+    sitting = Sitting(spec, folder, device, limits)
+    check_data(spec)
+    with sitting.journal.active():
+        found = _experiment(spec, sitting) if isinstance(spec, ExperimentSpec) else _model(spec, sitting)
+        sitting.journal.finishing = True
+        memory = Measurement("peak_memory_mb", Estimate(peak_memory_mb(device), 0.0, "exact", "megabytes", 1))
+        record = seal(
+            check_record(
+                {
+                    "run_id": spec.run_id(),
+                    "spec": spec.as_dict(),
+                    **found.record,
+                    "measurements": [check_finite(m).as_dict() for m in [*found.measurements, memory]],
+                    "provenance": sitting.provenance(),
+                }
+            )
+        )
+        if folder is not None:
+            _leave(found, record, folder)
+            sitting.checkpoints.clear()
     return record
+
+
+def _leave(found: _Found, record: Mapping[str, Any], folder: Path) -> None:
+    """Write what a run leaves, the record last: where it is, everything is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if found.weights:
+        write_atomic(folder / "model.safetensors", found.weights)
+    if found.arrays:
+        write_arrays(folder / "arrays.npz", found.arrays)
+    write_json(folder / "record.json", record)
+    (folder / "failure.json").unlink(missing_ok=True)
+
+
+def check_data(spec: AnySpec) -> None:
+    """Refuse to compute on other data than the spec's hash names.
+
+    Raises:
+        UsageError: the sha256 of the data on this machine is another.
+    """
+    if isinstance(spec, ExperimentSpec):
+        here = experiment_spec(spec.model, experiment(spec.model, spec.task), spec.seed, spec.profile, spec.device)
+        digest = here.data_sha256
+    else:
+        digest = load_task(spec.task).sha256()
+    if digest != spec.data_sha256:
+        raise UsageError(
+            f"the data of {spec.task} on this machine have sha256 {digest[:12]}, the spec names "
+            f"{spec.data_sha256[:12]}; give this machine the same version of the suite, its libraries and its data"
+        )
+
+
+class Sitting:
+    """One process's share of a run: its journal, its checkpoints, and what the record says of where it was made."""
+
+    def __init__(self, spec: AnySpec, folder: Path | None, device: torch.device, limits: Limits) -> None:
+        self.device, self.started, self._begin = device, time.time(), time.monotonic()
+        self.checkpoints = Checkpoints(folder, spec.run_id(), "+".join(source_version()))
+        saved = self.checkpoints.read()
+        self.before: list[dict[str, Any]] = saved["sittings"] if saved else []
+        self.journal = Journal(self._write, saved["journal"] if saved else None, limits.checkpoint_every)
+
+    def _write(self, journal: State) -> None:
+        try:
+            self.checkpoints.write({"journal": journal, "sittings": [*self.before, self.as_dict()]})
+        except OSError as error:  # a checkpoint that cannot be written must not end a run that can go on
+            print(f"a checkpoint could not be written: {error}", file=sys.stderr)
+
+    def seconds_before(self) -> float:
+        """Wall seconds of earlier sittings."""
+        return float(sum(s["seconds"] for s in self.before))
+
+    def seconds(self) -> float:
+        """Wall seconds of all sittings so far."""
+        return self.seconds_before() + time.monotonic() - self._begin
+
+    def as_dict(self) -> dict[str, Any]:
+        """This sitting so far."""
+        return {
+            "device": device_name(self.device),
+            "started": stamp(self.started),
+            "seconds": round(time.monotonic() - self._begin, 3),
+            "checkpoints": self.journal.saves,
+            "checkpoint_seconds": round(self.journal.save_seconds, 3),
+        }
+
+    def provenance(self) -> dict[str, Any]:
+        """Of the record: this process's, and every sitting; a run on two kinds of device names both."""
+        sittings = [*self.before, self.as_dict()]
+        devices = list(dict.fromkeys(s["device"] for s in sittings))
+        times = {"started": sittings[0]["started"], "finished": stamp(time.time())}
+        return {**provenance(self.device), "device": " + ".join(devices), **times, "sittings": sittings}
 
 
 @dataclass(frozen=True)
@@ -136,13 +211,14 @@ def _seconds(metric: str, seconds: float) -> Measurement:
     return Measurement(metric, Estimate(seconds, 0.0, "exact", "seconds", 1))
 
 
-def _model(spec: RunSpec, device: torch.device) -> _Found:
-    model, _, history, evaluator = run(spec, device)
+def _model(spec: RunSpec, sitting: Sitting) -> _Found:
+    model, _, history, evaluator = run(spec, sitting.device)
     begin = time.perf_counter()
     measurements = list(evaluator.measurements())
     arrays = evaluator.arrays() if spec.seed == 0 else {}
     measurements.append(_seconds("train_seconds", history.seconds))
-    measurements.append(_seconds("evaluate_seconds", time.perf_counter() - begin))
+    evaluating = max(time.perf_counter() - begin, sitting.seconds_before() and sitting.seconds() - history.seconds)
+    measurements.append(_seconds("evaluate_seconds", evaluating))
     weights = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     packed = safetensors.torch.save(weights)
     entry = model_entry(spec.model)
@@ -160,96 +236,27 @@ def _model(spec: RunSpec, device: torch.device) -> _Found:
     return _Found(measurements, record, arrays, packed)
 
 
-def _experiment(spec: ExperimentSpec, device: torch.device) -> _Found:
+def _experiment(spec: ExperimentSpec, sitting: Sitting) -> _Found:
     what = experiment(spec.model, spec.task)
     # designs and tolerances were settled on the streams of the bare name; what is judged is drawn afresh
-    streams = Streams(f"judged/{spec.task}", spec.model, spec.seed, device.type)
+    streams = Streams(f"judged/{spec.task}", spec.model, spec.seed, sitting.device.type)
     begin = time.perf_counter()
-    outcome = what.run(Context(spec.params, streams, device))
-    seconds = time.perf_counter() - begin
+    outcome = what.run(Context(spec.params, streams, sitting.device))
+    seconds = time.perf_counter() - begin + sitting.seconds_before()
     measurements = [Measurement(name, e) for name, e in outcome.estimates.items()]
     measurements += [na(name, reason) for name, reason in outcome.missing.items()]
     record = {"about": what.about, "paper": spec.model, "plots": [plot.as_dict() for plot in outcome.plots]}
     return _Found([*measurements, _seconds("evaluate_seconds", seconds)], record)
 
 
-def failure(spec: AnySpec, error: BaseException | str) -> dict[str, Any]:
-    """The record of a run that did not end."""
-    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}".splitlines()[0]
-    tail = [] if isinstance(error, str) else traceback.format_exception(error)[-6:]
-    return {"run_id": spec.run_id(), "spec": spec.as_dict(), "error": text, "traceback_tail": "".join(tail)}
+def failure(spec: AnySpec, error: BaseException | str, stderr: str = "") -> dict[str, Any]:
+    """The record of a run that did not end.
 
-
-@cache
-def source_version() -> tuple[str, str]:
-    """(commit, sha256 of what differs from it beside the results; "" for a clean tree).
-
-    Outside a repository both are "unknown".
+    Args:
+        error: what was raised, or a line.
+        stderr: the end of what the run's process printed there.
     """
-    root = Path(__file__).resolve().parents[2]
-    where = ("--", ".", ":(exclude)results", ":(exclude)README.md")
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout
-
-    try:
-        changes = git("status", "--porcelain", *where) + git("diff", "HEAD", *where)
-        return git("rev-parse", "HEAD").strip(), hashlib.sha256(changes.encode()).hexdigest() if changes else ""
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown", "unknown"
-
-
-def device_name(device: torch.device) -> str:
-    """The device's model, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def provenance(device: torch.device, started: float) -> dict[str, Any]:
-    """Where and with what a run was made."""
-    commit, dirty = source_version()
-    stamp = lambda t: datetime.datetime.fromtimestamp(t, datetime.UTC).isoformat(timespec="seconds")  # noqa: E731
-    return {
-        "commit": commit,
-        "dirty": dirty,
-        "device": device_name(device),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
-        "started": stamp(started),
-        "finished": stamp(time.time()),
-    }
-
-
-def worker(spec_json: str, folder: str, device: str) -> None:
-    """A child process's whole life: one run, and a failure record if it does not end well."""
-    from multiprocessing import parent_process
-    from multiprocessing.connection import wait
-    from signal import SIG_IGN, SIGINT, signal
-    from threading import Thread
-
-    signal(SIGINT, SIG_IGN)  # Ctrl-C is the parent's to handle
-    parent = parent_process()
-    if parent is not None:
-
-        def die_with_parent() -> None:
-            wait([parent.sentinel])
-            os._exit(1)
-
-        Thread(target=die_with_parent, daemon=True).start()
-    spec = spec_from_dict(json.loads(spec_json))
-    try:
-        execute(spec, Path(folder), prepare_process(device))
-    except Exception as error:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_json(Path(folder) / "failure.json", failure(spec, error))
-        raise SystemExit(1) from None
+    text = error if isinstance(error, str) else (f"{type(error).__name__}: {error}".splitlines() or [""])[0]
+    tail = [] if isinstance(error, str) else traceback.format_exception(error)[-6:]
+    head = {"run_id": spec.run_id(), "spec": spec.as_dict(), "error": text}
+    return {**head, "traceback_tail": "".join(tail), "stderr_tail": stderr}

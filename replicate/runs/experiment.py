@@ -9,15 +9,14 @@ whose name begins with "time_" differs from run to run and is left out where run
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
+from replicate.data.files import find, where
 from replicate.model import Estimate, Family
-from replicate.runs.files import find
 from replicate.runs.seeds import Streams
 
 Style = Literal["line", "points"]
@@ -148,11 +147,7 @@ class Experiment:
     def absent(self) -> str:
         """Why this machine cannot run it: the first of its files that is not there; "" where all are."""
         missing = [name for name in self.files if find(name) is None]
-        if not missing:
-            return ""
-        folder = os.environ.get("REPLICATE_DATA")
-        where = f"which is not in {folder} (REPLICATE_DATA)" if folder else "and REPLICATE_DATA names no folder"
-        return f"it reads {missing[0]}, {where}"
+        return f"it reads {missing[0]}, which is not there: {where()}" if missing else ""
 
     def settings(self, profile: str) -> dict[str, Any]:
         """The settings of a profile."""

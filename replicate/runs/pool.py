@@ -1,32 +1,43 @@
 """A pool of child processes, one run each, forked from a clean server that has imported torch once.
 
 Every run starts from the same state whatever ran before it and however many run beside it, so that the number of
-workers cannot change a number.
+workers cannot change a number. On GPUs a slot is a device, or a share of one, and a child sees that device alone.
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing as mp
 import os
-import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
-from replicate.runs.execute import failure, worker
+from replicate.runs.child import ONE_THREAD, job, make_ready, worker
+from replicate.runs.executor import Listener, Runs, outcome
+from replicate.runs.limits import DEFAULT, Limits
 from replicate.runs.spec import AnySpec
-from replicate.runs.store import read_record, write_json
 
-#: threads of every numerical library in a child; more would make results depend on the machine's cores
-ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
-Outcome = Literal["started", "done", "failed"]
-Listener = Callable[[Outcome, AnySpec, str], None]
+def slots(device: str, jobs: int, runs_per_gpu: int = 1) -> list[str | None]:
+    """What each child that runs at a time may see of the GPUs: a device's number, or None on the CPU.
+
+    Args:
+        device: "cpu" or "cuda".
+        jobs: children at a time; 0 for one a core, on GPUs for as many as these offer.
+        runs_per_gpu: children that share a GPU.
+    """
+    if device == "cpu":
+        return [None] * (jobs or len(os.sched_getaffinity(0)))
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+    offered: list[str | None] = [gpu for _ in range(runs_per_gpu) for gpu in gpus]
+    return offered[: jobs or len(offered)]
 
 
 @dataclass
@@ -34,6 +45,9 @@ class _Child:
     process: BaseProcess
     spec: AnySpec
     folder: Path
+    slot: str | None
+    ends: float
+    timed_out: bool = False
 
 
 def _context() -> mp.context.ForkServerContext:
@@ -41,69 +55,86 @@ def _context() -> mp.context.ForkServerContext:
         os.environ[name] = "1"
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "replicate.runs.execute", "replicate.runs.warm"])
+    context.set_forkserver_preload(["__main__", "replicate.runs.child", "replicate.runs.warm"])
     return context
 
 
-def run_all(
-    specs: Sequence[AnySpec],
-    runs: Path,
-    jobs: int,
-    listen: Listener,
-    deadline: float | None = None,
-) -> bool:
-    """Run the specs whose records are missing under runs/RUN_ID.
+class Pool:
+    """Runs in child processes on this machine.
 
     Args:
-        jobs: children at a time.
-        listen: called with "started", "done" or "failed", the spec, and the error's line.
-        deadline: monotonic time after which nothing is started and what runs is stopped.
-
-    Returns:
-        True if every spec has been tried; False if the deadline came first.
+        slots: one entry a child that may run at a time, see `slots`.
+        limits: of each run.
     """
-    context = _context()
-    waiting = [s for s in specs if read_record(runs / s.run_id()) is None]
-    children: dict[int, _Child] = {}
-    try:
-        while waiting or children:
-            if deadline is not None and time.monotonic() >= deadline:
-                return False
-            while waiting and len(children) < jobs:
-                child = _start(context, waiting.pop(0), runs)
-                children[child.process.sentinel] = child
-                listen("started", child.spec, "")
-            timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-            for sentinel in wait(list(children), timeout):
-                child = children.pop(cast(int, sentinel))
-                child.process.join()
-                error = _outcome(child)
-                listen("failed" if error else "done", child.spec, error)
-        return True
-    finally:
-        for child in children.values():
+
+    def __init__(self, slots: Sequence[str | None], limits: Limits = DEFAULT) -> None:
+        self.slots, self.limits = list(slots), limits
+
+    @property
+    def jobs(self) -> int:
+        """Runs at a time."""
+        return len(self.slots)
+
+    def run_all(self, specs: Sequence[AnySpec], runs: Runs, listen: Listener, deadline: float | None = None) -> bool:
+        """See `Executor`."""
+        context = _context()
+        waiting = list(runs.missing(specs))
+        free = list(self.slots)
+        children: dict[int, _Child] = {}
+        try:
+            while waiting or children:
+                if deadline is not None and time.monotonic() >= deadline:
+                    return False
+                while waiting and free:
+                    child = self._start(context, waiting.pop(0), runs, free.pop(0))
+                    children[child.process.sentinel] = child
+                    listen("started", child.spec, "")
+                for sentinel in wait(list(children), _until(children, deadline)):
+                    child = children.pop(cast(int, sentinel))
+                    child.process.join()
+                    free.append(child.slot)
+                    error = self._error(child)
+                    listen("failed" if error else "done", child.spec, error)
+                for child in children.values():
+                    self._enforce(child)
+            return True
+        finally:
+            self._stop(list(children.values()))
+
+    def _start(self, context: mp.context.ForkServerContext, spec: AnySpec, runs: Runs, slot: str | None) -> _Child:
+        folder = runs.folder(spec)
+        make_ready(folder)
+        told = job(spec, folder, self.limits, slot)
+        process = context.Process(target=worker, args=(told,), name=f"{spec.model} on {spec.task} seed {spec.seed}")
+        process.start()
+        return _Child(process, spec, folder, slot, time.monotonic() + self.limits.seconds)
+
+    def _error(self, child: _Child) -> str:
+        return outcome(child.spec, child.folder, child.process.exitcode, self.limits if child.timed_out else None)
+
+    def _enforce(self, child: _Child) -> None:
+        """Ask a child that has used up its time to save and stop; kill it when it has not."""
+        if time.monotonic() < child.ends:
+            return
+        if child.timed_out:
             child.process.kill()
-            child.process.join()
+        else:
+            child.process.terminate()
+        child.timed_out, child.ends = True, time.monotonic() + self.limits.grace
+
+    def _stop(self, children: list[_Child]) -> None:
+        """Let children save and stop, then kill what is left of them."""
+        for child in children:
+            child.process.terminate()
+        end = time.monotonic() + self.limits.grace
+        for child in children:
+            child.process.join(max(0.0, end - time.monotonic()))
+            if child.process.exitcode is None:
+                child.process.kill()
+                child.process.join()
 
 
-def _start(context: mp.context.ForkServerContext, spec: AnySpec, runs: Path) -> _Child:
-    folder = runs / spec.run_id()
-    if folder.exists():
-        shutil.rmtree(folder)  # a half-written or failed attempt
-    arguments = (json.dumps(spec.as_dict()), str(folder), spec.device)
-    process = context.Process(target=worker, args=arguments, name=f"{spec.model} on {spec.task} seed {spec.seed}")
-    process.start()
-    return _Child(process, spec, folder)
-
-
-def _outcome(child: _Child) -> str:
-    """The error's line, or "" where the record is there and whole."""
-    if read_record(child.folder) is not None:
-        return ""
-    try:
-        return str(json.loads((child.folder / "failure.json").read_text())["error"])
-    except (OSError, ValueError, KeyError):
-        error = f"the run's process ended with code {child.process.exitcode} and left no record"
-        child.folder.mkdir(parents=True, exist_ok=True)
-        write_json(child.folder / "failure.json", failure(child.spec, error))
-        return error
+def _until(children: dict[int, _Child], deadline: float | None) -> float:
+    """Seconds until the next thing that may have to be done without any child's ending."""
+    ends = [c.ends for c in children.values()] + ([] if deadline is None else [deadline])
+    return max(0.0, min(ends) - time.monotonic())

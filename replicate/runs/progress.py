@@ -60,8 +60,10 @@ class Progress:
         self._show(force=False)
 
     def event(self, outcome: str, run_id: str, label: str, error: str) -> None:
-        """A run was started, done or failed."""
-        if outcome == "started":
+        """A run was started, done or failed, or its worker was lost."""
+        if outcome == "lost":
+            self.say(f"lost: {label}: {error}")
+        elif outcome == "started":
             self.running[run_id] = label
         else:
             self.running.pop(run_id, None)

@@ -4,24 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar
 
 import torch
 
-from replicate.model import ModelEntry, Training
+from replicate.data.files import sha256
+from replicate.model import FAMILIES, ModelEntry, Training
 from replicate.registry import TRAINING_FIELDS, UsageError, load_task, model_entry, unknown, unsupported
 from replicate.runs.effort import EVALUATION, Evaluation
 from replicate.runs.experiment import Experiment
-from replicate.runs.files import sha256
 from replicate.tasks.base import Task
+from replicate.validation import (
+    CELL,
+    COUNT,
+    DIGEST,
+    MOST,
+    NAME,
+    Param,
+    Problems,
+    Range,
+    Rule,
+    Scalar,
+    brief,
+    check_table,
+    check_value,
+    rules_of,
+)
 
 #: raised by hand when a change of code changes results without changing any spec
 RESULTS_VERSION = 1
 PROFILES = ("smoke", "standard", "full")
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
+DEVICES = ("cpu", "cuda")
 #: the suite's own settings, beside the model's parameters and the training's
 PREPROCESSINGS = ("logit", "gaussianise")
 DEFAULT_PREPROCESSING = "gaussianise"
@@ -60,12 +76,6 @@ class RunSpec:
         """sha256 of the canonical JSON."""
         return spec_hash(self.as_dict())
 
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> RunSpec:
-        """The inverse of `as_dict`."""
-        training = Training(**{**data["training"], "betas": tuple(data["training"]["betas"])})
-        return RunSpec(**{**data, "training": training, "evaluation": Evaluation(**data["evaluation"])})
-
 
 @dataclass(frozen=True)
 class ExperimentSpec:
@@ -94,17 +104,109 @@ class ExperimentSpec:
 
 
 AnySpec = RunSpec | ExperimentSpec
+T = TypeVar("T")
 
 
-def spec_from_dict(data: Mapping[str, Any]) -> AnySpec:
-    """The inverse of `as_dict`, of either kind."""
-    return ExperimentSpec(**data) if data.get("kind") == "experiment" else RunSpec.from_dict(data)
+#: what a training setting may be, whoever asks for it
+_TRAINING = rules_of(
+    Training,
+    ranges={
+        "steps": COUNT,
+        "batch_size": Range(1, MOST),
+        "lr": Range(above=0),
+        "betas": Range(low=0, below=1),
+        "warmup": COUNT,
+        "weight_decay": Range(low=0),
+        "grad_clip": Range(low=0),
+        "ema": Range(low=0, below=1),
+        "validate_every": COUNT,
+    },
+    complete=True,
+)
+_EVALUATION = rules_of(Evaluation, ranges=dict.fromkeys(rules_of(Evaluation), COUNT), complete=True)
+_SHARED_RANGES = {"seed": Range(0, MAX_SEED), "results_version": Range(1, MOST)}
+_SHARED_CHOICES = {"family": FAMILIES, "profile": PROFILES, "precision": PRECISIONS, "device": DEVICES}
+_RUN = {
+    **rules_of(
+        RunSpec,
+        ranges=_SHARED_RANGES,
+        choices={**_SHARED_CHOICES, "preprocessing": ("none", "affine", *PREPROCESSINGS)},
+        complete=True,
+    ),
+    "model": Rule(str, pattern=CELL),
+    "task": Rule(str, pattern=CELL),
+    "training": Rule(Mapping),
+    "evaluation": Rule(Mapping),
+    "data_sha256": Rule(str, pattern=DIGEST),
+}
+_EXPERIMENT = {
+    **rules_of(
+        ExperimentSpec,
+        ranges=_SHARED_RANGES,
+        choices={**_SHARED_CHOICES, "kind": ("experiment",)},
+        complete=True,
+    ),
+    "model": Rule(str, pattern=NAME),
+    "task": Rule(str, pattern=NAME),
+    "data_sha256": Rule(str, pattern=DIGEST, blank=True),  # of an experiment that reads no data
+}
+_PARAM = Rule(Param, blank=True)
+
+
+def check_spec(data: object, problems: Problems, name: str = "the spec") -> None:
+    """Note everything in which data is not what `as_dict` of a spec gives.
+
+    Args:
+        name: of the data, in words or as a path of keys.
+    """
+    wrong = lambda _, problem: problems.add(problem)  # noqa: E731
+    is_experiment = isinstance(data, Mapping) and data.get("kind") == "experiment"
+    if not check_table(data, _EXPERIMENT if is_experiment else _RUN, name, wrong):
+        return
+    assert isinstance(data, Mapping)
+    tables = {} if is_experiment else {"training": _TRAINING, "evaluation": _EVALUATION}
+    for key, rules in tables.items():
+        if isinstance(data.get(key), Mapping):
+            check_table(data[key], rules, f"{key} of {name}", wrong)
+    if isinstance(data.get("params"), Mapping):
+        for key, value in data["params"].items():
+            if isinstance(key, str) and key:
+                check_value(brief(key), value, _PARAM, wrong, f"params of {name}")
+            else:
+                problems.add(f"params of {name} has a key {brief(key)}; it must be text")
+
+
+def spec_from_dict(data: object) -> AnySpec:
+    """The inverse of `as_dict`, of either kind.
+
+    Raises:
+        UsageError: all that is wrong with the data, one problem a line. Whether the model, the task or the paper
+            exists here is not asked.
+    """
+    problems = Problems()
+    check_spec(data, problems)
+    problems.refuse(UsageError)
+    assert isinstance(data, Mapping)
+    params = _frozen(data["params"])
+    if data.get("kind") == "experiment":
+        return ExperimentSpec(**{**data, "params": params})
+    training = Training(**{**data["training"], "betas": tuple(data["training"]["betas"])})
+    return RunSpec(**{**data, "params": params, "training": training, "evaluation": Evaluation(**data["evaluation"])})
+
+
+def _frozen(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with tuples for lists: the same whether they come from an entry, a command line or a file."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in params.items()}
+
+
+def canonical(data: Mapping[str, Any]) -> bytes:
+    """The one JSON form of data whose hash means something: sorted keys, no spaces, ASCII."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
 def spec_hash(spec: Mapping[str, Any]) -> str:
-    """sha256 of a spec's canonical JSON (sorted keys, no spaces, ASCII)."""
-    text = json.dumps(spec, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    """sha256 of a spec's canonical JSON."""
+    return hashlib.sha256(canonical(spec)).hexdigest()
 
 
 def preprocessing_of(entry: ModelEntry, task: Task) -> str:
@@ -114,35 +216,54 @@ def preprocessing_of(entry: ModelEntry, task: Task) -> str:
     return "affine" if task.info.domain == "continuous" else DEFAULT_PREPROCESSING
 
 
-def _number(name: str, value: Any, default: Any) -> Any:
-    """Check a value against the type of the default it replaces."""
-    wanted = type(default)
-    if isinstance(default, bool) or default is None or isinstance(default, (list, tuple)):
-        ok = default is None or isinstance(value, bool if isinstance(default, bool) else (list, tuple))
-        value = tuple(value) if ok and isinstance(default, tuple) else value
-    elif isinstance(default, float):
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        value = float(value) if ok else value
-    else:
-        ok = isinstance(value, wanted) and not (isinstance(value, bool) and wanted is int)
-    if not ok:
-        raise UsageError(f"{name} is {value!r}; it must be of type {wanted.__name__}, as in its default {default!r}.")
-    return value
+def _rule_of(key: str, default: Any) -> Rule:
+    """What may be asked of a setting: for a model's parameter a value of its default's type."""
+    if key in _TRAINING:
+        return _TRAINING[key]
+    if key == "preprocessing":
+        return Rule(str, choices=PREPROCESSINGS)
+    if isinstance(default, (list, tuple)):
+        return Rule(tuple[Scalar, ...])
+    return Rule(type(default), blank=True) if isinstance(default, (bool, int, float, str)) else _PARAM
 
 
-def _check_training(training: Training) -> None:
-    hints = get_type_hints(Training)
-    for name in ("optimizer", "schedule"):
-        allowed = get_args(hints[name])
-        if getattr(training, name) not in allowed:
-            raise UsageError(f"{name} is {getattr(training, name)!r}; it must be one of {', '.join(allowed)}.")
-    for name, low in (("steps", 0), ("batch_size", 1), ("warmup", 0), ("validate_every", 0), ("grad_clip", 0)):
-        if getattr(training, name) < low:
-            raise UsageError(f"{name} is {getattr(training, name)}; it must be at least {low}.")
-    if training.lr <= 0:
-        raise UsageError(f"lr is {training.lr}; it must be above 0.")
-    if not 0 <= training.ema < 1:
-        raise UsageError(f"ema is {training.ema}; it must be in [0, 1).")
+def _check_setting(problems: Problems, key: str, value: Any, default: Any) -> None:
+    hint = " (which is its default)." if value is default else f" (its default is {brief(default)})."
+    check_value(key, value, _rule_of(key, default), lambda _, problem: problems.add(problem + hint))
+
+
+def _typed(value: Any, default: Any) -> Any:
+    """A setting in the type of its default: a float where an integer was given, a tuple where a list was."""
+    if isinstance(default, float):
+        return float(value)
+    return tuple(value) if isinstance(default, tuple) else value
+
+
+def _found(problems: Problems, find: Callable[[str], T], name: str) -> T | None:
+    """find(name), or None and its problem."""
+    try:
+        return find(name)
+    except UsageError as error:
+        problems.add(str(error))
+        return None
+
+
+def _defaults(
+    entry: ModelEntry | None, task: Task | None, task_name: str, profile: str
+) -> tuple[dict[str, Any], Training, str]:
+    """A model's parameters, training and preprocessing on a task, as far as both are known."""
+    if entry is None:
+        return {}, Training(), "none"
+    params, training = dict(entry.params), entry.training
+    if task is None:
+        return params, training, "none"
+    for layer in (entry.overrides.get(k, {}) for k in (task.info.domain, task_name, f"{task_name}@{profile}")):
+        params.update({k: v for k, v in layer.items() if k not in TRAINING_FIELDS})
+        training = replace(training, **{k: v for k, v in layer.items() if k in TRAINING_FIELDS})
+    if profile == "smoke":
+        steps = min(training.steps, SMOKE_STEPS)
+        training = replace(training, steps=steps, validate_every=steps if training.validate_every else 0)
+    return params, training, preprocessing_of(entry, task)
 
 
 def make_spec(
@@ -157,41 +278,37 @@ def make_spec(
     """The spec of one run: the entry's defaults, its overrides for the task and profile, then `settings`.
 
     Raises:
-        UsageError: an unknown name, a value of the wrong type or out of range, or a model that cannot run here.
+        UsageError: every unknown name, every value of the wrong type or out of range, one a line; or a model that
+            cannot run here.
     """
-    entry, task = model_entry(model), load_task(task_name)
-    if profile not in PROFILES:
-        raise unknown("profile", profile, PROFILES, f"It is one of {', '.join(PROFILES)}.")
-    if not 0 <= seed <= MAX_SEED:
-        raise UsageError(f"seed is {seed}; it must be from 0 to {MAX_SEED}.")
-    if precision not in PRECISIONS:
-        raise unknown("precision", precision, PRECISIONS, f"It is one of {', '.join(PRECISIONS)}.")
-    reason = unsupported(entry, task)
+    problems = Problems()
+    entry, task = _found(problems, model_entry, model), _found(problems, load_task, task_name)
+    for key, value in (("seed", seed), ("profile", profile), ("precision", precision), ("device", device)):
+        check_value(key, value, _RUN[key], lambda _, problem: problems.add(f"{problem}."))
+    reason = unsupported(entry, task) if entry and task else None
     if reason:
-        raise UsageError(f"{model} cannot run on {task_name}: {reason}.")
-
-    params, training = dict(entry.params), entry.training
-    preprocessing = preprocessing_of(entry, task)
-    layers = [entry.overrides.get(k, {}) for k in (task.info.domain, task_name, f"{task_name}@{profile}")]
-    for layer in layers:
-        params.update({k: v for k, v in layer.items() if k not in TRAINING_FIELDS})
-        training = replace(training, **{k: v for k, v in layer.items() if k in TRAINING_FIELDS})
-    if profile == "smoke":
-        steps = min(training.steps, SMOKE_STEPS)
-        training = replace(training, steps=steps, validate_every=steps if training.validate_every else 0)
-    for key, value in (settings or {}).items():
+        problems.add(f"{model} cannot run on {task_name}: {reason}.")
+    params, training, preprocessing = _defaults(entry, task, task_name, profile)
+    asked = {} if settings is None else settings
+    for key, value in {**params, **vars(training)}.items():  # a plug-in's own defaults are no better than a user's
+        if key not in asked:
+            _check_setting(problems, key, value, value)
+    for key, value in asked.items():
         if key in TRAINING_FIELDS:
-            training = replace(training, **{key: _number(key, value, getattr(training, key))})
+            _check_setting(problems, key, value, getattr(training, key))
         elif key in params:
-            params[key] = _number(key, value, params[key])
-        elif key == "preprocessing" and preprocessing in PREPROCESSINGS:
-            if value not in PREPROCESSINGS:
-                raise unknown("preprocessing", str(value), PREPROCESSINGS, f"One of {', '.join(PREPROCESSINGS)}.")
-            preprocessing = value
-        else:
+            _check_setting(problems, key, value, params[key])
+        elif key == "preprocessing" and (task is None or preprocessing in PREPROCESSINGS):
+            _check_setting(problems, key, value, DEFAULT_PREPROCESSING)
+        elif entry is not None:
             known = [*params, *TRAINING_FIELDS]
-            raise unknown("setting", key, known, f"{model} takes {', '.join(known)}.")
-    _check_training(training)
+            problems.add(str(unknown("setting", key, known, f"{model} takes {', '.join(known)}.")))
+    problems.refuse(UsageError)
+    assert entry is not None
+    assert task is not None
+
+    params = _frozen({key: _typed(asked.get(key, value), value) for key, value in params.items()})
+    chosen = {k: _typed(v, getattr(training, k)) for k, v in asked.items() if k in TRAINING_FIELDS}
     return RunSpec(
         model=model,
         family=entry.family,
@@ -200,9 +317,9 @@ def make_spec(
         profile=profile,
         precision=precision,
         device=device,
-        preprocessing=preprocessing,
+        preprocessing=asked.get("preprocessing", preprocessing),
         params=params,
-        training=training,
+        training=replace(training, **chosen),
         evaluation=EVALUATION[profile],
         data_sha256=task.sha256(),
     )

@@ -8,12 +8,12 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from replicate.registry import UsageError
-from replicate.runs.spec import spec_hash
+from replicate.runs.record import RecordError, parse_record
 
 
 def default_runs_folder() -> Path:
@@ -21,14 +21,25 @@ def default_runs_folder() -> Path:
     return Path(os.environ.get("REPLICATE_RUNS") or ".runs")
 
 
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A handle whose bytes become the file when all are on disk; nothing is left of them where that fails."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file whole: a temporary one beside it, flushed to disk, then renamed over it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as handle:
+    with _replacing(path) as handle:
         handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -38,20 +49,17 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write an npz atomically."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as handle:
+    with _replacing(path) as handle:
         np.savez_compressed(handle, allow_pickle=False, **arrays)
-    os.replace(temporary, path)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """A run's record, or None where there is no whole record that belongs to this folder."""
     try:
-        record: dict[str, Any] = json.loads((folder / "record.json").read_text())
-        whole = record["run_id"] == folder.name == spec_hash(record["spec"]) and "measurements" in record
-    except (OSError, ValueError, KeyError, TypeError):
+        record = parse_record((folder / "record.json").read_bytes())
+    except (OSError, RecordError):
         return None
-    return record if whole else None
+    return record if record["run_id"] == folder.name else None
 
 
 def writable(folder: Path) -> Path:
@@ -70,6 +78,17 @@ def writable(folder: Path) -> Path:
             f"cannot write to {folder}: {error.strerror}. Choose another folder or mend its rights."
         ) from None
     return folder
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Inside, nobody else is inside for this folder; waits for whoever is."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

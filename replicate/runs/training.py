@@ -1,17 +1,18 @@
-"""The one training loop that every gradient-trained model goes through."""
+"""The one training loop that every gradient-trained model goes through, and that a killed run goes on with."""
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from replicate.model import Model, Training
+from replicate.resume import State, resumable
 from replicate.runs.seeds import Streams
 
 
@@ -27,7 +28,7 @@ class History:
         train: (step, loss) pairs, the loss averaged since the pair before.
         valid: (step, validation loss) pairs.
         best_step: the step whose weights were kept.
-        seconds: wall time of initialisation and training.
+        seconds: wall time of initialisation and training, over all sittings.
     """
 
     train: list[tuple[int, float]]
@@ -55,18 +56,49 @@ def make_optimizer(parameters: Sequence[nn.Parameter], settings: Training) -> to
     )
 
 
-def batches(n: int, size: int, generator: torch.Generator) -> Callable[[], Tensor]:
-    """A source of index batches that walks through fresh permutations of n examples, without remainders lost."""
-    queue = torch.empty(0, dtype=torch.int64, device=generator.device)
+class Stopwatch:
+    """Wall seconds, those of earlier sittings included."""
 
-    def draw() -> Tensor:
-        nonlocal queue
-        while queue.numel() < size:
-            queue = torch.cat([queue, torch.randperm(n, generator=generator, device=generator.device)])
-        head, queue = queue[:size], queue[size:]
+    def __init__(self) -> None:
+        self._before, self._start = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds up to now."""
+        return self._before + time.perf_counter() - self._start
+
+    def state_dict(self) -> dict[str, Any]:
+        """Seconds up to now."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Count on from an earlier sitting."""
+        self._before, self._start = state["seconds"], time.perf_counter()
+
+
+class Batches:
+    """A source of index batches that walks through fresh permutations of n examples, without remainders lost."""
+
+    def __init__(self, n: int, size: int, generator: torch.Generator) -> None:
+        self.n, self.size, self.generator = n, size, generator
+        self.queue = torch.empty(0, dtype=torch.int64, device=generator.device)
+
+    def draw(self) -> Tensor:
+        """The next `size` indices."""
+        while self.queue.numel() < self.size:
+            fresh = torch.randperm(self.n, generator=self.generator, device=self.generator.device)
+            self.queue = torch.cat([self.queue, fresh])
+        head, self.queue = self.queue[: self.size], self.queue[self.size :]
         return head
 
-    return draw
+    def state_dict(self) -> dict[str, Any]:
+        """What is left of the permutation, and the generator."""
+        return {"queue": self.queue, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.queue = state["queue"].to(self.generator.device)
+        self.generator.set_state(state["generator"].cpu())
 
 
 @torch.no_grad()
@@ -86,7 +118,6 @@ def train(
     valid_data: Tensor,
     settings: Training,
     streams: Streams,
-    on_step: Callable[[int], None] | None = None,
 ) -> History:
     """Train in place and leave the selected weights in the model.
 
@@ -96,64 +127,76 @@ def train(
     Raises:
         TrainingError: the loss became nan or infinite.
     """
-    start = time.perf_counter()
+    watch = Stopwatch()
     model.train()
     model.initialise(train_data, streams.get("initialise"))
-    history_train: list[tuple[int, float]] = []
-    history_valid: list[tuple[int, float]] = []
     parameters = [p for p in model.parameters() if p.requires_grad]
-    best_step = 0
-    if settings.steps and parameters:
-        optimizer = make_optimizer(parameters, settings)
-        average = copy.deepcopy(parameters) if settings.ema else None
-        best: dict[str, Tensor] | None = None
-        best_value = math.inf
-        noise = streams.get("noise")
-        draw = batches(len(train_data), min(settings.batch_size, len(train_data)), streams.get("batches"))
-        log_every = max(1, settings.steps // 50)
-        running, counted = torch.zeros((), device=train_data.device), 0
-        for step in range(settings.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, settings)
-            loss = model.loss(train_data[draw()], noise)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if settings.grad_clip:
-                torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
-            optimizer.step()
-            model.after_step(noise)
-            if average is not None:
-                decay = min(settings.ema, (1 + step) / (10 + step))
-                torch._foreach_lerp_([a.data for a in average], [p.data for p in parameters], 1 - decay)
-            running += loss.detach()
-            counted += 1
-            last = step + 1 == settings.steps
-            if (step + 1) % log_every == 0 or last:
-                value = float(running) / counted
-                if not math.isfinite(value):
-                    raise TrainingError(f"the training loss is {value} at step {step + 1}; lower lr or set grad_clip")
-                history_train.append((step + 1, value))
-                running.zero_()
-                counted = 0
-                if on_step:
-                    on_step(step + 1)
-            if settings.validate_every and ((step + 1) % settings.validate_every == 0 or last):
-                model.eval()
-                swap(parameters, average)
-                value = validation_loss(model, valid_data, streams)
-                history_valid.append((step + 1, value))
-                if value < best_value:
-                    best_value, best_step = value, step + 1
-                    best = {k: v.clone() for k, v in model.state_dict().items()}
-                swap(parameters, average)
-                model.train()
-        if best is not None:
-            model.load_state_dict(best)
-        else:
+    if not (settings.steps and parameters):
+        model.eval()
+        return History([], [], 0, watch.seconds)
+    optimizer = make_optimizer(parameters, settings)
+    noise = streams.get("noise")
+    batches = Batches(len(train_data), min(settings.batch_size, len(train_data)), streams.get("batches"))
+    log_every = max(1, settings.steps // 50)
+    state: State = {
+        "model": model,
+        "optimizer": optimizer,
+        "batches": batches,
+        "noise": noise,
+        "watch": watch,
+        "average": [p.detach().clone() for p in parameters] if settings.ema else None,
+        "best": None,
+        "best_value": math.inf,
+        "best_step": settings.steps,
+        "running": torch.zeros((), device=train_data.device),
+        "counted": 0,
+        "train": [],
+        "valid": [],
+    }
+    for step in resumable("training", settings.steps, state):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings)
+        loss = model.loss(train_data[batches.draw()], noise)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if settings.grad_clip:
+            torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
+        optimizer.step()
+        model.after_step(noise)
+        average = state["average"]
+        if average is not None:
+            decay = min(settings.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(average, [p.data for p in parameters], 1 - decay)
+        state["running"] += loss.detach()
+        state["counted"] += 1
+        last = step + 1 == settings.steps
+        if (step + 1) % log_every == 0 or last:
+            value = float(state["running"]) / state["counted"]
+            if not math.isfinite(value):
+                raise TrainingError(f"the training loss is {value} at step {step + 1}; lower lr or set grad_clip")
+            state["train"].append((step + 1, value))
+            state["running"].zero_()
+            state["counted"] = 0
+        if settings.validate_every and ((step + 1) % settings.validate_every == 0 or last):
+            model.eval()
             swap(parameters, average)
-            best_step = settings.steps
+            value = validation_loss(model, valid_data, streams)
+            state["valid"].append((step + 1, value))
+            if value < state["best_value"]:
+                state["best_value"], state["best_step"] = value, step + 1
+                state["best"] = {k: v.clone() for k, v in model.state_dict().items()}
+            swap(parameters, average)
+            model.train()
+        if last:
+            if state["best"] is not None:
+                model.load_state_dict(state["best"])
+            else:
+                swap(parameters, average)
+                state["best_step"] = settings.steps
+            # what a checkpoint of the evaluation need not carry
+            state |= {"optimizer": None, "average": None, "best": None}
     model.eval()
-    return History(history_train, history_valid, best_step, time.perf_counter() - start)
+    return History(state["train"], state["valid"], state["best_step"], watch.seconds)
 
 
 def swap(parameters: Sequence[Tensor], average: Sequence[Tensor] | None) -> None:

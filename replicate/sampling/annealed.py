@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from replicate.resume import State, resumable
 from replicate.sampling.langevin import Chain, Recorder, check_settings, langevin_step, standard_normal_like
 
 ScoreAt = Callable[[Tensor, Tensor], Tensor]
@@ -54,14 +55,15 @@ def annealed_langevin(
         raise ValueError(f"sigmas must be positive and decreasing; got {levels}")
     recorder = Recorder(record_every)
     recorder.see(0, x)
-    step = 0
-    for level in levels:
+    state: State = {"x": x, "generator": generator, "recorder": recorder}
+    steps = len(levels) * steps_per_level
+    for step in resumable("annealed Langevin", steps, state):
+        level, x = levels[step // steps_per_level], state["x"]
         alpha = step_size * (level / levels[-1]) ** 2
-        sigma = x.new_full((len(x),), level)
-        for _ in range(steps_per_level):
-            x = langevin_step(x, score_at(x, sigma), alpha, standard_normal_like(x, generator), temperature)
-            step += 1
-            recorder.see(step, x)
+        score = score_at(x, x.new_full((len(x),), level))
+        state["x"] = langevin_step(x, score, alpha, standard_normal_like(x, generator), temperature)
+        recorder.see(step + 1, state["x"])
+    x = state["x"]
     if denoise:
         x = x + levels[-1] ** 2 * score_at(x, x.new_full((len(x),), levels[-1]))
-    return Chain(x, recorder.path(), nfe=step + int(denoise))
+    return Chain(x, recorder.path(), nfe=steps + int(denoise))

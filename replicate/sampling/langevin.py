@@ -15,9 +15,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from replicate.resume import State, resumable
 
 Score = Callable[[Tensor], Tensor]
 LogDensity = Callable[[Tensor], Tensor]
@@ -55,6 +58,14 @@ class Recorder:
     def path(self) -> Tensor | None:
         """The states kept, shape (r, n, D)."""
         return torch.stack(self._states) if self._states else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states kept so far."""
+        return {"states": self._states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._states = list(state["states"])
 
 
 def standard_normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -121,10 +132,12 @@ def ula(
     check_settings(steps, step_size, temperature)
     recorder = Recorder(record_every)
     recorder.see(0, x)
-    for step in range(1, steps + 1):
-        x = langevin_step(x, score(x), step_size, standard_normal_like(x, generator), temperature)
-        recorder.see(step, x)
-    return Chain(x, recorder.path(), nfe=steps)
+    state: State = {"x": x, "generator": generator, "recorder": recorder}
+    for step in resumable("ula", steps, state):
+        x = state["x"]
+        state["x"] = langevin_step(x, score(x), step_size, standard_normal_like(x, generator), temperature)
+        recorder.see(step + 1, state["x"])
+    return Chain(state["x"], recorder.path(), nfe=steps)
 
 
 @torch.no_grad()
@@ -155,9 +168,16 @@ def mala(
     check_settings(steps, step_size, temperature)
     recorder = Recorder(record_every)
     recorder.see(0, x)
-    log_p, grad = log_density(x).detach(), score(x)
-    accepted = torch.zeros((), dtype=torch.float64, device=x.device)
-    for step in range(1, steps + 1):
+    state: State = {
+        "x": x,
+        "log_p": log_density(x).detach(),
+        "grad": score(x),
+        "accepted": torch.zeros((), dtype=torch.float64, device=x.device),
+        "generator": generator,
+        "recorder": recorder,
+    }
+    for step in resumable("mala", steps, state):
+        x, log_p, grad = state["x"], state["log_p"], state["grad"]
         proposal = langevin_step(x, grad, step_size, standard_normal_like(x, generator), temperature)
         log_p_new, grad_new = log_density(proposal).detach(), score(proposal)
         # log of p(y)^(1/T) q(x | y) / (p(x)^(1/T) q(y | x)) with q(. | x) = N(x + eps / 2T score(x), eps I)
@@ -166,9 +186,10 @@ def mala(
         log_ratio = (log_p_new - log_p) / temperature + (there - back) / (2 * step_size)
         u = torch.rand(log_ratio.shape, generator=generator, device=x.device, dtype=log_ratio.dtype)
         accept = u.log() < log_ratio
-        x = torch.where(accept[:, None], proposal, x)
-        grad = torch.where(accept[:, None], grad_new, grad)
-        log_p = torch.where(accept, log_p_new, log_p)
-        accepted += accept.double().mean()
-        recorder.see(step, x)
-    return Chain(x, recorder.path(), nfe=steps + 1, acceptance=float(accepted) / steps if steps else math.nan)
+        state["x"] = torch.where(accept[:, None], proposal, x)
+        state["grad"] = torch.where(accept[:, None], grad_new, grad)
+        state["log_p"] = torch.where(accept, log_p_new, log_p)
+        state["accepted"] = state["accepted"] + accept.double().mean()
+        recorder.see(step + 1, state["x"])
+    rate = float(state["accepted"]) / steps if steps else math.nan
+    return Chain(state["x"], recorder.path(), nfe=steps + 1, acceptance=rate)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from replicate.resume import State, resumable
 from replicate.sampling.grid import time_grid
 from replicate.sampling.langevin import Chain, Recorder, langevin_step, standard_normal_like
 
@@ -97,7 +98,9 @@ def predictor_corrector(
     times = times.to(x.dtype)
     recorder = Recorder(record_every)
     recorder.see(0, x)
-    for i in range(steps):
+    state: State = {"x": x, "generator": generator, "recorder": recorder}
+    for i in resumable("predictor-corrector", steps, state):
+        x = state["x"]
         if predict:
             score = score_at(x, times[i].expand(n))
             mean = (2 - ratio[i]) * x + variance[i] * score
@@ -105,7 +108,9 @@ def predictor_corrector(
         for _ in range(corrector_steps):
             score = score_at(x, times[i + 1].expand(n))
             x = corrector_step(x, score, snr, standard_normal_like(x, generator))
+        state["x"] = x
         recorder.see(i + 1, x)
+    x = state["x"]
     if denoise:
         x = tweedie(x, score_at(x, times[-1].expand(n)), scale[-1], std[-1])
     return Chain(x, recorder.path(), nfe=steps * (int(predict) + corrector_steps) + int(denoise))

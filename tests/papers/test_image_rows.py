@@ -63,6 +63,7 @@ def context(experiment: Experiment, seed: int = 0, **changes: object) -> Context
 def small_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A REPLICATE_DATA with 40 rows a part: static bits with and without .gz, and MNIST's IDX files."""
     monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
+    monkeypatch.setattr("replicate.data.files.expected", lambda path: None)  # made-up content under real names
     for folder in ("mnist", "mnist-static"):
         (tmp_path / folder).mkdir()
     digests = {}
@@ -101,6 +102,7 @@ def test_a_missing_file_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_p
     for word in ("binarized_mnist_train.amat", "larocheh", "REPLICATE_DATA", str(tmp_path)):
         assert word in text
     monkeypatch.delenv("REPLICATE_DATA")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(UsageError, match="REPLICATE_DATA is not set"):
         static_bits.static_mnist()
 

@@ -122,6 +122,7 @@ def test_missing_images_are_named_in_one_line(case: str, tmp_path, monkeypatch) 
     monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
     if case == "unset":
         monkeypatch.delenv("REPLICATE_DATA")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if case == "other":
         (tmp_path / "cifar-10").mkdir()
         (tmp_path / ncsnv2.IMAGE_FILE).write_bytes(b"not images")
@@ -129,7 +130,8 @@ def test_missing_images_are_named_in_one_line(case: str, tmp_path, monkeypatch) 
         FIRST_LEVEL.run(context(FIRST_LEVEL))
     message = str(error.value)
     assert "\n" not in message
-    for word in ("cifar-10/test_batch.bin", "REPLICATE_DATA", "cs.toronto.edu"):
+    words = ("10 bytes", "are expected") if case == "other" else ("REPLICATE_DATA", "cs.toronto.edu")
+    for word in ("cifar-10/test_batch.bin", "replicate data fetch", *words):
         assert word in message
 
 
@@ -140,6 +142,7 @@ def test_images_are_read_past_their_labels(packed: bool, tmp_path, monkeypatch) 
     data, suffix = (lzma.compress(rows.tobytes()), ".xz") if packed else (rows.tobytes(), "")
     (tmp_path / (ncsnv2.IMAGE_FILE + suffix)).write_bytes(data)
     monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
+    monkeypatch.setattr("replicate.data.files.expected", lambda path: None)  # made-up content under real names
     monkeypatch.setattr(ncsnv2, "IMAGE_SHA256", hashlib.sha256(rows.tobytes()).hexdigest())
     np.testing.assert_allclose(read_images(), rows[:, 1:] / 255, atol=1e-7)
 

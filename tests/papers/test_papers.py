@@ -69,13 +69,15 @@ def test_experiments_whose_files_are_absent_are_named_with_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("REPLICATE_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     unset = {s.experiment: s.reason for s in ledger_plan("full")[1]}
-    assert "REPLICATE_DATA names no folder" in unset["static-rbm-cd25"]
+    assert "REPLICATE_DATA is not set" in unset["static-rbm-cd25"]
     monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
     missing = {s.experiment: s.reason for s in ledger_plan("full")[1]}
     assert missing.keys() == unset.keys()
-    assert f"is not in {tmp_path}" in missing["static-rbm-cd25"]
+    assert f"REPLICATE_DATA={tmp_path}" in missing["static-rbm-cd25"]
     (tmp_path / "mnist-static").mkdir()
+    monkeypatch.setattr("replicate.data.files.expected", lambda path: None)  # made-up content under real names
     for part in ("train", "valid", "test"):
         (tmp_path / "mnist-static" / f"binarized_mnist_{part}.amat.gz").write_bytes(b"")
     assert "static-rbm-cd25" not in {s.experiment for s in ledger_plan("full")[1]}

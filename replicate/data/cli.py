@@ -1,0 +1,171 @@
+"""The command `replicate data`: the tasks' data, and the data files: what is there, is it right, fetch the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Column, Table
+
+from replicate.data.catalog import Entry, catalog
+from replicate.data.fetch import FetchError, Show, fetch, silent
+from replicate.data.files import damage, data_folder, find
+
+data_app = typer.Typer(
+    help="Show the data: tasks' sizes and sha256, and the files that papers' experiments read.",
+    invoke_without_command=True,
+    rich_markup_mode=None,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+
+
+def _consoles() -> tuple[Console, Console]:
+    """Those of the whole command, for results and for errors."""
+    from replicate.cli import console, errors
+
+    return console, errors
+
+
+def _say(line: str, error: bool = False) -> None:
+    _consoles()[error].print(line, style="red" if error else None, markup=False, highlight=False, soft_wrap=True)
+
+
+@data_app.callback()
+def tasks(context: typer.Context, as_json: AsJson = False) -> None:
+    """Show each task's sizes, the sha256 that enters a run's hash; `files`, `fetch` and `check` for data files."""
+    if context.invoked_subcommand is not None:
+        return
+    from replicate import registry
+
+    rows = {}
+    for name in sorted(registry.tasks()):
+        task = registry.load_task(name)
+        rows[name] = {
+            "train": len(task.train),
+            "valid": len(task.valid),
+            "test": len(task.test),
+            "dim": task.info.dim,
+            "domain": task.info.domain,
+            "sha256": task.sha256(),
+        }
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table("task", "train", "valid", "test", "dim", "domain", "sha256")
+    for name, row in rows.items():
+        table.add_row(name, *(str(v)[:16] for v in row.values()))
+    _consoles()[0].print(table)
+    _say("Every one of these is made on this machine. `replicate data files` shows what papers' experiments read.")
+
+
+def _status(entry: Entry) -> tuple[str, Path | None, str]:
+    """present, absent or damaged; where it is; and what is wrong with it."""
+    path = find(entry.name)
+    if path is None:
+        return "absent", None, ""
+    wrong = damage(path, entry)
+    return ("damaged" if wrong else "present"), path, wrong
+
+
+@data_app.command("files")
+def files_(as_json: AsJson = False) -> None:
+    """Show every data file that the suite knows: is it there, is it right, its size and licence."""
+    rows = {}
+    for name, entry in catalog().items():
+        status, path, wrong = _status(entry)
+        rows[name] = {
+            "status": status,
+            "problem": wrong,
+            "path": str(path) if path else None,
+            "size": entry.size,
+            "sha256": entry.sha256,
+            "licence": entry.licence,
+            "urls": entry.urls,
+            "note": entry.note,
+        }
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table(Column("file", no_wrap=True), "status", Column("bytes", justify="right"), "licence")
+    for name, row in rows.items():
+        table.add_row(name, str(row["status"]), f"{row['size']:,}", str(row["licence"]).partition(";")[0])
+    _consoles()[0].print(table)
+    _say(f"They are read from {data_folder()}; `replicate data fetch` gets those that are not there.")
+
+
+def _chosen(names: list[str]) -> list[Entry]:
+    """The entries of these names or folders.
+
+    Raises:
+        UsageError: no such file or folder.
+    """
+    from replicate.registry import unknown
+
+    known = catalog()
+    found: dict[str, Entry] = {}
+    for name in names:
+        inside = {n: e for n, e in known.items() if n == name or n.startswith(name.rstrip("/") + "/")}
+        if not inside:
+            folders = {n.rsplit("/", 1)[0] for n in known}
+            raise unknown("data file", name, [*known, *folders], "`replicate data files` shows all.")
+        found |= inside
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def _bar(name: str) -> Iterator[Show]:
+    """A progress bar on a terminal, nothing elsewhere."""
+    console = _consoles()[0]
+    if not console.is_terminal:
+        yield silent
+        return
+    with Progress(
+        TextColumn(name, markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=console
+    ) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total or None)
+
+
+@data_app.command("fetch")
+def fetch_(
+    names: Annotated[list[str] | None, typer.Argument(help="Files or folders; all that can be had if none.")] = None,
+) -> None:
+    """Download data files that are not there or damaged, each checked by its sha256."""
+    folder = data_folder()
+    failed = False
+    for entry in _chosen(names) if names else [e for e in catalog().values() if e.urls]:
+        status, path, wrong = _status(entry)
+        if status == "present":
+            _say(f"{entry.name} is there: {path}")
+            continue
+        if wrong:
+            _say(f"{entry.name} is damaged: {wrong}")
+        try:
+            with _bar(entry.name) as show:
+                _say(f"{entry.name} is fetched: {fetch(entry, folder, show=show)}")
+        except FetchError as error:
+            failed = True
+            _say(f"replicate: {error}", error=True)
+    if not names and (others := [e.name for e in catalog().values() if not e.urls and find(e.name) is None]):
+        _say(f"not to be had by fetching: {', '.join(others)}; `replicate data fetch NAME` says why.")
+    raise typer.Exit(int(failed))
+
+
+@data_app.command("check")
+def check() -> None:
+    """Verify every data file that is there against its published sha256."""
+    found = {entry.name: _status(entry) for entry in catalog().values()}
+    there = {name: told for name, told in found.items() if told[0] != "absent"}
+    damaged = {name: told for name, told in there.items() if told[0] == "damaged"}
+    for name, (_, path, wrong) in damaged.items():
+        again = f"`replicate data fetch {name}` gets it again"
+        _say(f"{path}: {wrong}; {again if catalog()[name].urls else 'get it again'}", error=True)
+    _say(f"{len(there) - len(damaged)} of {len(there)} files in {data_folder()} are as published.")
+    raise typer.Exit(int(bool(damaged)))

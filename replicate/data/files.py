@@ -1,0 +1,247 @@
+"""Files below REPLICATE_DATA that experiments read: found packed or not, checked against the catalogue, and hashed.
+
+A file of the catalogue is used only if its uncompressed content is the published one, byte for byte. What comes from
+disk is not trusted to be small: it is unpacked in pieces, and no further than it may be long.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import lzma
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from gzip import GzipFile
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from replicate.data.catalog import PACKED, Entry, catalog
+from replicate.errors import UsageError
+
+ENDINGS = ("", *PACKED)
+#: bytes read or unpacked at once
+PIECE = 1 << 18
+#: bytes that a file outside the catalogue may have, unpacked
+MOST = 2 << 30
+#: bytes that unpacking .xz may take; its highest preset needs 65 MiB
+XZ_MEMORY = 256 << 20
+
+
+class Unreadable(ValueError):
+    """A file's bytes cannot be unpacked; the message says why, without the file's name."""
+
+
+def data_folder() -> Path:
+    """REPLICATE_DATA, or scoreboard-replicate in the user's cache directory."""
+    folder = os.environ.get("REPLICATE_DATA")
+    if folder:
+        return Path(folder)
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    home = cache if os.path.isabs(cache) else os.path.expanduser("~/.cache")  # a relative one is to be ignored
+    return Path(home, "scoreboard-replicate")
+
+
+def where() -> str:
+    """The folder and how it was chosen, in words."""
+    if os.environ.get("REPLICATE_DATA"):
+        return f"REPLICATE_DATA={data_folder()}"
+    return f"REPLICATE_DATA is not set, so it was looked for in {data_folder()}"
+
+
+def find(name: str) -> Path | None:
+    """A file of the data folder, as it is named or with .gz or .xz after it; None where there is none."""
+    paths = (data_folder() / (name + ending) for ending in ENDINGS)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def data_file(name: str, origin: str) -> Path:
+    """The same, for who needs it.
+
+    Args:
+        name: below the data folder.
+        origin: where it comes from, in words.
+
+    Raises:
+        UsageError: it is not there; one line with the file, where it comes from, the folder and the next step.
+    """
+    found = find(name)
+    if found is not None:
+        return found
+    entry = catalog().get(name)
+    step = f"`replicate data fetch {name}` gets it" if entry and entry.urls else "put it into that folder"
+    raise UsageError(f"{name} (or {name}.gz) is missing: {where()}. It comes from {origin}; {step}.")
+
+
+def expected(path: Path) -> Entry | None:
+    """The catalogue's entry of a file of the data folder; None for a file that the catalogue does not know."""
+    name = os.path.relpath(path, data_folder()).replace(os.sep, "/")
+    known = catalog()
+    return next((known[name.removesuffix(e)] for e in ENDINGS if name.removesuffix(e) in known), None)
+
+
+def pieces(path: Path, ending: str, limit: int) -> Iterator[bytes]:
+    """The uncompressed bytes of a file, piece by piece.
+
+    Args:
+        ending: how it is packed: "", ".gz" or ".xz".
+        limit: bytes that may come out.
+
+    Raises:
+        Unreadable: it cannot be read or unpacked, or more than `limit` bytes come out.
+    """
+    total = 0
+    try:
+        with open(path, "rb") as raw:
+            for piece in _unpacked(raw, ending):
+                total += len(piece)
+                if total > limit:
+                    raise Unreadable(f"more than {limit} bytes come out of it")
+                yield piece
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise Unreadable(f"it cannot be read ({error})") from None
+
+
+def _unpacked(raw: BinaryIO, ending: str) -> Iterator[bytes]:
+    if ending == ".xz":
+        yield from _unpacked_xz(raw)
+        return
+    stream = GzipFile(fileobj=raw) if ending == ".gz" else raw
+    while piece := stream.read(PIECE):
+        yield piece
+
+
+def _unpacked_xz(raw: BinaryIO) -> Iterator[bytes]:
+    """One stream of .xz; lzma.open has no limit to the memory that a hostile header can ask for."""
+    decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY)
+    while not decoder.eof:
+        packed = raw.read(PIECE) if decoder.needs_input else b""
+        if decoder.needs_input and not packed:
+            raise EOFError("it ends before its end marker")
+        yield decoder.decompress(packed, PIECE)
+    if decoder.unused_data or raw.read(1):
+        raise lzma.LZMAError("something follows its end marker")
+
+
+def mismatch(content: Iterable[bytes], entry: Entry) -> str:
+    """How content differs from what the catalogue says of an entry, in words; "" where it does not."""
+    digest, size = hashlib.sha256(), 0
+    try:
+        for piece in content:
+            digest.update(piece)
+            size += len(piece)
+    except Unreadable as error:
+        return str(error)
+    return _difference(digest.hexdigest(), size, entry)
+
+
+def _difference(sha256: str, size: int, entry: Entry) -> str:
+    if (sha256, size) == (entry.sha256, entry.size):
+        return ""
+    wanted = f"{entry.size} bytes with sha256 {entry.sha256[:12]}.."
+    return f"it has {size} bytes with sha256 {sha256[:12]}.., and {wanted} are expected"
+
+
+def damage(path: Path, entry: Entry) -> str:
+    """What is wrong with a file of the catalogue, in words; "" where nothing is. It is read whole, every time."""
+    return mismatch(pieces(path, _packing(path), entry.size), entry)
+
+
+def _packing(path: Path) -> str:
+    return path.suffix if path.suffix in PACKED else ""
+
+
+_State = tuple[Path, int, int]
+#: sha256 of the content of files that were read and found right, by path, time of last change and size on disk
+_seen: dict[_State, str] = {}
+
+
+def _state(path: Path) -> _State:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror})") from None
+    return path, status.st_mtime_ns, status.st_size
+
+
+def contents(path: Path) -> bytes:
+    """The uncompressed bytes of a file; those of a file of the catalogue are the published ones.
+
+    They are hashed once a process, as long as the file does not change.
+
+    Raises:
+        UsageError: it cannot be read or unpacked, is too large, or is not what the catalogue says.
+    """
+    return _checked(path)[0]
+
+
+def _checked(path: Path) -> tuple[bytes, str]:
+    """The same, with their sha256."""
+    entry, state, whole = expected(path), _state(path), io.BytesIO()
+    try:
+        for piece in pieces(path, _packing(path), MOST if entry is None else entry.size):
+            whole.write(piece)
+        content = whole.getvalue()
+        if state not in _seen:
+            digest = hashlib.sha256(content).hexdigest()
+            if entry is not None and (wrong := _difference(digest, len(content), entry)):
+                raise Unreadable(wrong)
+            _seen[state] = digest
+    except Unreadable as error:
+        raise UsageError(f"{path} cannot be used: {error}; {_again(entry)}") from None
+    return content, _seen[state]
+
+
+def _again(entry: Entry | None) -> str:
+    if entry is None:
+        return "get it again."
+    return f"`replicate data fetch {entry.name}` gets it again." if entry.urls else f"get it again. {entry.note}"
+
+
+def sha256(name: str) -> str:
+    """sha256 of a file's uncompressed content; "" where it is absent.
+
+    Raises:
+        UsageError: as in `contents`.
+    """
+    path = find(name)
+    if path is None:
+        return ""
+    return _seen.get(_state(path)) or _checked(path)[1]
+
+
+def parse_idx(content: bytes, what: str) -> Tensor:
+    """The images of an IDX file as uint8, shape (n, rows * columns).
+
+    Args:
+        content: the file's bytes, from anywhere.
+        what: its name, for the message.
+
+    Raises:
+        UsageError: these are not the bytes of an IDX file of images.
+    """
+    if len(content) < 16:
+        raise UsageError(f"{what} is no IDX file of images: it has {len(content)} bytes, its header alone 16.")
+    magic, n, rows, columns = struct.unpack(">4I", content[:16])
+    if magic != 0x803 or not n * rows * columns:
+        raise UsageError(f"{what} is no IDX file of images: its header is {content[:16].hex()}.")
+    if n * rows * columns != len(content) - 16:
+        header = f"{n} images of {rows} x {columns} pixels"
+        raise UsageError(f"{what} is no IDX file of images: {header} are announced, {len(content) - 16} bytes follow.")
+    pixels = np.frombuffer(content, dtype=np.uint8, offset=16).reshape(n, rows * columns)
+    return torch.from_numpy(pixels.copy())  # frombuffer's is read-only
+
+
+def read_idx(name: str, origin: str) -> Tensor:
+    """The images of an IDX file as uint8, shape (n, rows * columns).
+
+    Raises:
+        UsageError: the file is missing, damaged or no IDX file of images.
+    """
+    path = data_file(name, origin)
+    return parse_idx(contents(path), f"{path} (from {origin})")

@@ -1,0 +1,143 @@
+"""A run in a process of its own: what every executor starts, whoever watches over it.
+
+The local pool forks it from a warm server (`worker`); a cluster's worker starts it as a program that reads its job from
+standard input (`python -m replicate.runs.child`). Either way the run sees the same process: one thread, deterministic
+kernels, standard error in a file of the run's folder, an end when the process that watches it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from replicate.resume import Stopped, stop_current
+from replicate.runs.execute import execute, failure, prepare_process
+from replicate.runs.limits import Limits
+from replicate.runs.spec import AnySpec, spec_from_dict
+from replicate.runs.store import write_json
+
+#: threads of every numerical library in a child; more would make results depend on the machine's cores
+ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+#: exit codes of a child beside 0: it failed and said why; it was stopped and saved; it could not write why it failed
+FAILED, STOPPED, UNWRITABLE = 1, 3, 73
+#: how much of a failed run's standard error its record keeps
+STDERR_TAIL = 2_000
+STDERR = "stderr.txt"
+
+
+def job(spec: AnySpec, folder: Path, limits: Limits, visible: str | None) -> dict[str, Any]:
+    """What a child is told, JSON-ready.
+
+    Args:
+        visible: the GPU it may see (CUDA_VISIBLE_DEVICES); None leaves that as it is.
+    """
+    return {"spec": spec.as_dict(), "folder": str(folder), "limits": limits.as_dict(), "visible": visible}
+
+
+def make_ready(folder: Path) -> None:
+    """Empty a run's folder of everything but its checkpoints: a half-written or failed attempt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir() and path.name != "checkpoints":
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
+    for path in folder.glob("checkpoints/*.tmp"):
+        path.unlink()
+
+
+def stderr_tail(folder: Path) -> str:
+    """The end of what a run's process printed on standard error."""
+    try:
+        data = (folder / STDERR).read_bytes()
+    except OSError:
+        return ""
+    return data[-STDERR_TAIL:].decode("utf-8", "replace").strip()
+
+
+def attempt(spec: AnySpec, folder: Path, limits: Limits) -> int:
+    """Run a spec in this process and leave a record or a failure in its folder; returns the exit code."""
+    try:
+        execute(spec, folder, prepare_process(spec.device), limits)
+    except Stopped:
+        return STOPPED
+    except Exception as error:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "failure.json", failure(spec, error, stderr_tail(folder)))
+        except OSError:
+            return UNWRITABLE
+        return FAILED
+    return 0
+
+
+def run_job(told: dict[str, Any]) -> int:
+    """A child's whole life after it was told its job."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, _stop)
+    limits, folder = Limits(**told["limits"]), Path(told["folder"])
+    if told["visible"] is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = told["visible"]
+    if limits.memory_mb is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (limits.memory_mb * 2**20, limits.memory_mb * 2**20))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        log = os.open(folder / STDERR, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 2)
+    except OSError:
+        return UNWRITABLE
+    return attempt(spec_from_dict(told["spec"]), folder, limits)
+
+
+def _stop(number: int, frame: Any) -> None:
+    if not stop_current():
+        raise Stopped
+
+
+def die_when(watcher_ends: Callable[[], Any]) -> None:
+    """End this process as soon as `watcher_ends` returns; a half-done run helps nobody, and its checkpoint stays."""
+
+    def watch() -> None:
+        watcher_ends()
+        os._exit(FAILED)
+
+    Thread(target=watch, daemon=True).start()
+
+
+def worker(told: dict[str, Any]) -> None:
+    """The target of a forked child."""
+    from multiprocessing import parent_process
+    from multiprocessing.connection import wait
+
+    parent = parent_process()
+    if parent is not None:
+        die_when(lambda: wait([parent.sentinel]))
+    try:
+        code = run_job(told)
+    except Stopped:  # between two safe points
+        code = STOPPED
+    raise SystemExit(code)
+
+
+def main() -> None:
+    """Read one job, a line of JSON, from standard input and run it; the end of standard input is the end of the run."""
+    told = json.loads(sys.stdin.readline())
+    die_when(sys.stdin.read)
+    try:
+        code = run_job(told)
+    except Stopped:
+        code = STOPPED
+    sys.stdout.flush()
+    os._exit(code)  # the watching thread still reads
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,589 @@
+"""Runs on the workers of a Dask cluster, one a task.
+
+Dask decides which worker takes a run and gives it to another when that worker goes away; `Cluster` hands it no more
+runs than there are slots, tells what happens to each, and writes what comes back. No disk is shared: a run is computed
+in a child program of its worker, in a folder of that worker, and its files come back as bytes.
+
+What a run needs to go on comes back too. A run that is stopped, by the deadline, by an interrupt or by its time limit,
+saves itself and sends its newest checkpoint, and the next call sends that out again. When a worker dies its run's
+checkpoints die with it, and the run starts from its beginning.
+
+Dask's own messages are pickles, on both sides; whoever can reach the scheduler can run code on its workers and in this
+process. The suite itself sends JSON and bytes, and takes nothing from a worker but bytes under names that it knows.
+
+`distributed` is an optional extra, so it is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from queue import SimpleQueue
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from replicate.errors import UsageError
+from replicate.registry import load_task
+from replicate.runs.child import ONE_THREAD, STDERR, STDERR_TAIL, STOPPED, job, make_ready
+from replicate.runs.execute import check_data, failure
+from replicate.runs.executor import Listener, Runs, outcome
+from replicate.runs.limits import DEFAULT, Limits
+from replicate.runs.provenance import LIBRARIES, source_sha256, source_version
+from replicate.runs.spec import AnySpec, ExperimentSpec, spec_from_dict
+from replicate.runs.store import read_record, write_atomic, write_json
+
+if TYPE_CHECKING:
+    from distributed import Client, Future, Worker
+
+#: seconds that a scheduler has to answer
+CONNECT = 10.0
+#: seconds that the workers have to say what they are; reading and hashing the data is in it
+INSPECT = 300.0
+#: seconds that a cluster may be without any worker; one that is started again by its nanny is back in less
+PATIENCE = 30.0
+#: seconds between two looks at what came back, and at a child
+TICK = 0.1
+#: seconds, beyond a run's own grace, in which what a stopped run saved must have come back
+RETURN = 10.0
+#: files of a run's folder that come back, in the order in which they are written: the record last
+FILES = (STDERR, "failure.json", "arrays.npz", "model.safetensors", "record.json")
+CHECKPOINT = re.compile(r"\d{8}\.checkpoint")
+
+
+class ClusterLost(OSError):
+    """The scheduler or its last worker went away in the middle of a sweep; what is finished is kept."""
+
+
+# -- what must be the same on both sides
+
+
+def versions(device: str) -> dict[str, str]:
+    """What must not differ between this process and any that computes for it, by name.
+
+    Args:
+        device: with "cuda" the build of torch may differ: a machine without a GPU may lead those that have one.
+    """
+    commit, dirty = source_version()
+    found = {"commit": commit[:12], "uncommitted changes": dirty[:12], "source files": source_sha256()[:12]}
+    found["Python"] = platform.python_version()
+    for name in LIBRARIES:
+        found[name] = metadata.version(name)
+    if device == "cuda":
+        found["torch"] = found["torch"].partition("+")[0]
+    for group in ("replicate.models", "replicate.tasks", "replicate.papers"):
+        for entry in metadata.entry_points(group=group):
+            if entry.dist is not None:
+                found[f"plug-in {entry.dist.name}"] = entry.dist.version
+    return found
+
+
+def differences(here: dict[str, str], there: dict[str, str]) -> list[str]:
+    """What differs between two sides, a phrase each that names both."""
+    names = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    return [f"{name} {there.get(name) or 'none'} there, {here.get(name) or 'none'} here" for name in names]
+
+
+async def inspect_worker(device: str, specs: list[dict[str, Any]]) -> tuple[dict[str, str], list[str]]:
+    """On a worker: its versions, and what is wrong with its data of these specs.
+
+    In a thread, because the worker must go on answering meanwhile.
+    """
+    return await asyncio.to_thread(lambda: (versions(device), _data_problems(specs)))
+
+
+def _data_problems(specs: list[dict[str, Any]]) -> list[str]:
+    problems = []
+    for spec in specs:
+        try:
+            check_data(spec_from_dict(spec))
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    load_task.cache_clear()  # a worker computes in child programs and must not keep the data itself
+    return problems
+
+
+# -- on a worker
+
+#: sweeps whose runs are to save themselves and stop
+_ended: set[str] = set()
+
+
+def end_session(session: str) -> None:
+    """On a worker: let every run of a sweep save itself and stop."""
+    _ended.add(session)
+
+
+def compute(told: str, checkpoint: bytes) -> dict[str, Any]:
+    """The task: one run, in a child program of this worker, in a folder of its own.
+
+    Args:
+        told: JSON of what `_Sweep` asks for.
+        checkpoint: where an earlier sitting left off, or nothing.
+
+    Returns:
+        worker: its address. refused: why nothing was computed, or "". code: the child's exit code. timed_out: whether
+        it was stopped for the time it took. files: what the run left, by name.
+    """
+    from distributed import get_worker
+
+    worker, asked = get_worker(), json.loads(told)
+    found: dict[str, Any] = {"worker": worker.address, "refused": "", "code": STOPPED, "timed_out": False, "files": {}}
+    wrong = differences(asked["versions"], versions(asked["device"]))
+    if wrong:
+        return {**found, "refused": "; ".join(wrong)}
+    if asked["session"] in _ended:
+        return found
+    limits = Limits(**asked["limits"])
+    with TemporaryDirectory(prefix="run-", dir=worker.local_directory) as folder:
+        root = Path(folder)
+        if checkpoint:
+            (root / "checkpoints").mkdir()
+            write_atomic(root / "checkpoints" / asked["checkpoint"], checkpoint)
+        child = _start(job(spec_from_dict(asked["spec"]), root, limits, None), root)
+        worker.log_event(asked["session"], {"key": asked["key"], "worker": worker.address})
+        code, timed_out = _watch(child, limits, lambda: _wanted(worker, asked["key"], asked["session"]))
+        return {**found, "code": code, "timed_out": timed_out, "files": _left(root)}
+
+
+def _start(told: dict[str, Any], folder: Path) -> subprocess.Popen[bytes]:
+    """A child that has its job.
+
+    It imports what this process does, whose files were compared, and not what lies in the current folder. Its standard
+    input stays open: the child ends when this process does.
+    """
+    environment = {**os.environ, **dict.fromkeys(ONE_THREAD, "1"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    with open(folder / STDERR, "ab") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "replicate.runs.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            env=environment,
+        )
+    assert child.stdin is not None
+    with suppress(BrokenPipeError):  # it has ended already; its exit code says so
+        child.stdin.write(json.dumps(told).encode() + b"\n")
+        child.stdin.flush()
+    return child
+
+
+def _watch(child: subprocess.Popen[bytes], limits: Limits, wanted: Callable[[], bool]) -> tuple[int, bool]:
+    """Wait for a child; when it has used up its time or is no longer wanted, let it save itself, then kill it.
+
+    Returns:
+        Its exit code, and whether it was stopped for the time it took.
+    """
+    ends, asked, timed_out = time.monotonic() + limits.seconds, False, False
+    try:
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return child.wait(TICK), timed_out
+            if asked and time.monotonic() >= ends:
+                child.kill()
+            elif not asked and (time.monotonic() >= ends or not wanted()):
+                timed_out = time.monotonic() >= ends
+                asked, ends = True, time.monotonic() + limits.grace
+                child.terminate()
+    finally:
+        child.kill()
+        child.wait()
+        assert child.stdin is not None
+        with suppress(BrokenPipeError):
+            child.stdin.close()
+
+
+def _wanted(worker: Worker, key: str, session: str) -> bool:
+    """Whether anybody still waits for a task: its client may be gone, the worker closing, or the sweep at its end."""
+    task = worker.state.tasks.get(key)
+    closing = worker.status.name in ("closing", "closed", "failed")
+    return not closing and session not in _ended and task is not None and task.state != "cancelled"
+
+
+def _left(folder: Path) -> dict[str, bytes]:
+    """What a run left: its files and, where it is not finished, its newest checkpoint."""
+    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    if STDERR in files:
+        files[STDERR] = files[STDERR][-STDERR_TAIL:]
+    for path in sorted(folder.glob("checkpoints/*.checkpoint"))[-1:]:
+        files[path.name] = path.read_bytes()
+    return files
+
+
+# -- in this process
+
+
+class Cluster:
+    """See `Executor`. Connects anew for each sweep; the cluster itself stays up.
+
+    Args:
+        address: of the scheduler, such as tcp://127.0.0.1:8786.
+        device: "cpu", where a worker takes as many runs at a time as it has threads, or "cuda", where it takes as many
+            as it has of the resource GPU.
+        limits: of each run.
+
+    Raises:
+        UsageError: `distributed` is not installed, nothing answers at the address, or no worker there can take a run.
+    """
+
+    def __init__(self, address: str, device: str, limits: Limits = DEFAULT) -> None:
+        self.address, self.device, self.limits = address, device, limits
+        with _connected(address) as client:
+            self._jobs = _wait_for_slots(client, address, device)
+
+    @property
+    def jobs(self) -> int:
+        """Runs at a time, with the workers that were there at first."""
+        return self._jobs
+
+    def run_all(self, specs: Sequence[AnySpec], runs: Runs, listen: Listener, deadline: float | None = None) -> bool:
+        """See `Executor`.
+
+        Raises:
+            UsageError: a worker has other code, libraries or data than this process, or no scheduler answers.
+            ClusterLost: the scheduler or the last worker went away.
+            OSError: the runs' folder cannot be written.
+        """
+        waiting = list(runs.missing(specs))
+        if not waiting:
+            return True
+        with _connected(self.address) as client:
+            try:
+                _wait_for_slots(client, self.address, self.device)
+                _check_workers(client, self.device, waiting)
+                sweep = _Sweep(client, self, runs, listen)
+                try:
+                    return sweep.run(waiting, deadline)
+                finally:
+                    sweep.stop()
+            except OSError as error:
+                if error.errno is not None or isinstance(error, ClusterLost):  # the disk's errors have a number
+                    raise
+                raise ClusterLost(f"the cluster at {self.address} does not answer ({_first_line(error)})") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def _library() -> Any:
+    """The module `distributed`, its log kept for itself: what matters of it is said here, and once.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        import distributed
+    except ImportError:
+        raise UsageError(
+            "a cluster needs Dask, which is not installed; `pip install 'scoreboard-replicate[cluster]'`."
+        ) from None
+    for name in ("distributed", "distributed.client", "tornado.application", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    return distributed
+
+
+async def _who_answers(address: str) -> str:
+    """The kind of Dask server at an address."""
+    from distributed import Security, rpc
+
+    async with rpc(address, connection_args=Security().get_connection_args("client")) as server:
+        return str((await server.identity())["type"])
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[Client]:
+    """A client of the scheduler for a while.
+
+    Raises:
+        UsageError: none answers there.
+    """
+    distributed = _library()
+    try:  # asked first: a client that cannot connect is never quite closed again
+        found = asyncio.run(asyncio.wait_for(_who_answers(address), CONNECT))
+        reason = "" if found == "Scheduler" else f"a {found} does"
+    except Exception as error:  # what is raised depends on who, other than Dask, answers there
+        reason = _first_line(error) or f"none within {CONNECT:g} seconds"
+    if reason:
+        raise UsageError(
+            f"no Dask scheduler answers at {address} ({reason}); start one with `dask scheduler`, or mend --scheduler."
+        )
+    client = distributed.Client(address, timeout=CONNECT, set_as_default=False, name="replicate")
+    try:
+        yield client
+    finally:
+        with suppress(OSError):
+            client.close(timeout=CONNECT)
+
+
+def _slots(client: Client, device: str) -> dict[str, int]:
+    """Runs that each worker takes at a time, by its address."""
+    offered = {}
+    for address, worker in client.scheduler_info(n_workers=-1).get("workers", {}).items():
+        threads = int(worker["nthreads"])
+        offered[address] = min(threads, int(worker["resources"].get("GPU", 0))) if device == "cuda" else threads
+    return offered
+
+
+def _wait_for_slots(client: Client, address: str, device: str) -> int:
+    """Runs that the cluster takes at a time; waits for the first worker.
+
+    Raises:
+        UsageError: there is none, or none with what the runs want.
+    """
+    end, gpu = time.monotonic() + PATIENCE, " --resources GPU=1" if device == "cuda" else ""
+    while True:
+        offered = _slots(client, device)
+        if sum(offered.values()):
+            return sum(offered.values())
+        if offered:
+            raise UsageError(
+                f"none of the {len(offered)} workers at {address} offers the resource GPU; start one for each GPU with "
+                f"`CUDA_VISIBLE_DEVICES=0 dask worker {address} --nthreads 1{gpu}`, or take --device cpu."
+            )
+        if time.monotonic() >= end:
+            raise UsageError(
+                f"the scheduler at {address} has no workers; start some with `dask worker {address} --nthreads 1{gpu}`."
+            )
+        time.sleep(TICK)
+
+
+def _check_workers(client: Client, device: str, specs: Sequence[AnySpec]) -> None:
+    """Compare code, libraries and data of every worker with those of this process.
+
+    Raises:
+        UsageError: every worker that differs, a line each, and in what.
+    """
+    data = {(s.task, s.model if isinstance(s, ExperimentSpec) else ""): s.as_dict() for s in specs}
+    here = versions(device)
+    found = client.run(inspect_worker, device, list(data.values()), on_error="return", callback_timeout=INSPECT)
+    problems = []
+    for worker, answer in sorted(found.items()):
+        if isinstance(answer, Exception):
+            if _gone(client, worker, device):  # it died while it was asked; what it left will be told as any loss
+                continue
+            problems.append(f"{worker}: it cannot say what it has ({type(answer).__name__}: {answer})")
+            continue
+        there, wrong = answer
+        if wrong := [*differences(here, there), *wrong]:
+            problems.append(f"{worker}: {'; '.join(wrong)}")
+    if problems:
+        advice = "give every worker the same checkout, lock file and data, and start it again"
+        raise UsageError("\n".join([f"workers differ from this program; {advice}:", *problems]))
+
+
+def _gone(client: Client, worker: str, device: str) -> bool:
+    """Whether the scheduler has lost this worker, or notices it within seconds."""
+    end = time.monotonic() + CONNECT
+    while worker in _slots(client, device):
+        if time.monotonic() >= end:
+            return False
+        time.sleep(TICK)
+    return True
+
+
+@dataclass
+class _Flight:
+    """A run that Dask has.
+
+    Attributes:
+        worker: on which it runs; "" where it has not begun.
+    """
+
+    spec: AnySpec
+    folder: Path
+    future: Future
+    worker: str = ""
+
+
+class _Sweep:
+    """One call of `Cluster.run_all`."""
+
+    def __init__(self, client: Client, cluster: Cluster, runs: Runs, listen: Listener) -> None:
+        from distributed import as_completed
+
+        self.client, self.cluster, self.runs, self.listen = client, cluster, runs, listen
+        self.session = f"replicate-{uuid.uuid4().hex}"
+        self.versions = versions(cluster.device)
+        self.flights: dict[str, _Flight] = {}
+        self.slots = 0
+        self.lonely_since: float | None = None
+        self.done = as_completed(loop=client.loop, with_results=True, raise_errors=False)
+        self.events: SimpleQueue[tuple[str, dict[str, Any]]] = SimpleQueue()
+        client.subscribe_topic(self.session, lambda event: self.events.put(("begin", event[1])))
+        # where the scheduler tells of workers that come and go
+        client.subscribe_topic("all", lambda event: self.events.put((event[1].get("action", ""), event[1])))
+
+    def run(self, specs: Sequence[AnySpec], deadline: float | None) -> bool:
+        """All of `Cluster.run_all` but its ends."""
+        waiting = deque(specs)
+        self._count_slots()
+        while waiting or self.flights:
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+            self._check_scheduler()
+            self._hear()
+            self._check_slots()
+            while waiting and len(self.flights) < self.slots:
+                self._submit(waiting.popleft())
+            for future, result in self._back():
+                self._finish(future, result)
+        return True
+
+    def stop(self) -> None:
+        """Let what still runs save itself, keep what it saved, and take the rest back from the cluster."""
+        try:
+            if self.flights and self.slots and self.client.status == "running":
+                self._save()
+        finally:
+            for flight in self.flights.values():
+                flight.future.release()
+
+    def _save(self) -> None:
+        try:
+            self.client.run(end_session, self.session, on_error="ignore", callback_timeout=CONNECT)
+        except OSError:
+            return  # who cannot be told is stopped when this client is gone, and what it saved is lost
+        end = time.monotonic() + self.cluster.limits.grace + RETURN
+        while self.flights and time.monotonic() < end and self.client.status == "running":
+            for future, result in self._back():
+                flight = self.flights.pop(str(future.key), None)
+                if flight is not None and future.status == "finished":
+                    _keep(flight.folder, result["files"])
+
+    def _back(self) -> Iterator[tuple[Future, Any]]:
+        """The tasks that have ended since the last look, with their results; waits a moment where there are none."""
+        if not self.done.has_ready():
+            time.sleep(TICK)
+        while self.done.has_ready():  # one by one, so that none is forgotten where the reader leaves off
+            yield next(self.done)
+
+    def _submit(self, spec: AnySpec) -> None:
+        folder, key = self.runs.folder(spec), f"replicate-{spec.run_id()}-{self.session[-32:]}"
+        make_ready(folder)
+        newest = sorted(folder.glob("checkpoints/*.checkpoint"))[-1:]
+        told = {
+            "key": key,
+            "session": self.session,
+            "device": self.cluster.device,
+            "spec": spec.as_dict(),
+            "limits": self.cluster.limits.as_dict(),
+            "versions": self.versions,
+            "checkpoint": newest[0].name if newest else "",
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a checkpoint is large, and meant to be
+            future = self.client.submit(
+                compute,
+                json.dumps(told),
+                newest[0].read_bytes() if newest else b"",
+                key=key,
+                resources={"GPU": 1} if self.cluster.device == "cuda" else None,
+                retries=0,
+                pure=False,
+            )
+        self.flights[key] = _Flight(spec, folder, future)
+        self.done.add(future)
+
+    def _hear(self) -> None:
+        """Tell what the workers and the scheduler have told."""
+        moved = False
+        while not self.events.empty():
+            action, event = self.events.get()
+            moved = moved or action in ("add-worker", "remove-worker")
+            if action == "begin":
+                self._begin(event["key"], event["worker"])
+            elif action == "remove-worker":
+                self._lose(event["worker"], [*event["processing-tasks"], *event["lost-computed-tasks"]])
+        if moved:
+            self._count_slots()
+
+    def _begin(self, key: str, worker: str) -> None:
+        flight = self.flights.get(key)
+        if flight is not None and not flight.worker:
+            flight.worker = worker
+            self.listen("started", flight.spec, f"on {worker}")
+
+    def _lose(self, worker: str, keys: Sequence[str]) -> None:
+        for key in keys:
+            flight = self.flights.get(key)
+            if flight is not None and flight.worker == worker:
+                flight.worker = ""
+                self.listen("lost", flight.spec, f"worker {worker} went away; given to another")
+
+    def _count_slots(self) -> None:
+        self.slots = sum(_slots(self.client, self.cluster.device).values())
+
+    def _check_slots(self) -> None:
+        """Be patient for a while when no worker is left."""
+        if self.slots:
+            self.lonely_since = None
+            return
+        self.lonely_since = self.lonely_since or time.monotonic()
+        if time.monotonic() - self.lonely_since > PATIENCE:
+            raise ClusterLost(f"the scheduler at {self.cluster.address} has no workers left; start some")
+
+    def _check_scheduler(self, cancelled: bool = False) -> None:
+        """Raise when the connection to the scheduler broke, even if it was made again: its tasks are cancelled then."""
+        if cancelled or self.client.status != "running":
+            raise ClusterLost(f"the scheduler at {self.cluster.address} is gone; start it and its workers again")
+
+    def _finish(self, future: Future, result: Any) -> None:
+        """A task has ended: write what it sent and tell."""
+        self._check_scheduler(future.status == "cancelled")
+        flight = self.flights.pop(str(future.key))
+        if future.status == "error":
+            error = self._explain(result[1])
+            write_json(flight.folder / "failure.json", failure(flight.spec, error))
+        else:
+            if result["refused"]:
+                raise UsageError(
+                    f"worker {result['worker']} differs from this program: {result['refused']}. Give it the same "
+                    "checkout and lock file, and start it again."
+                )
+            if not flight.worker:  # the word of it is still on its way
+                self.listen("started", flight.spec, f"on {result['worker']}")
+            _keep(flight.folder, result["files"])
+            exceeded = self.cluster.limits if result["timed_out"] else None
+            error = outcome(flight.spec, flight.folder, result["code"], exceeded)
+        future.release()
+        self.listen("failed" if error else "done", flight.spec, error)
+
+    def _explain(self, error: BaseException) -> str:
+        """The line of a run whose task itself broke."""
+        from distributed import KilledWorker
+
+        if isinstance(error, KilledWorker):
+            workers = error.allowed_failures + 1
+            return f"it was given up: {workers} workers died while they had it, the last at {error.last_worker.address}"
+        return f"its worker could not run it: {type(error).__name__}: {_first_line(error)}"
+
+
+def _keep(folder: Path, files: dict[str, bytes]) -> None:
+    """Write what a run sent into its folder, the record last; files of other names are not taken."""
+    for name in FILES:
+        if name in files:
+            write_atomic(folder / name, files[name])
+    checkpoints = folder / "checkpoints"
+    if read_record(folder) is not None:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        return
+    for name in filter(CHECKPOINT.fullmatch, files):
+        checkpoints.mkdir(exist_ok=True)
+        write_atomic(checkpoints / name, files[name])

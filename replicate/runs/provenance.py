@@ -1,0 +1,252 @@
+"""Where and with what a run was made, and whether another run may be expected to repeat it to the bit.
+
+A record's provenance names the code (commit, what differs from it, the sources' own hash, the lock), the libraries, the
+machine and the settings of the numerical kernels. It holds no name of a host or a user and no path. What cannot change
+while a process lives is asked for once, and a forked child inherits the answer.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+import platform
+import resource
+import subprocess
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from threadpoolctl import threadpool_info
+
+#: raised when keys of a record's provenance are added or change their meaning; records from before it carry none
+FORMAT = 2
+#: where the packages lie: a checkout, or what they were installed into
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("replicate", "baselines")
+#: the distributions that compute what is measured
+LIBRARIES = ("torch", "numpy", "scipy", "scikit-learn", "POT", "safetensors")
+UNKNOWN = "unknown"
+#: seconds that a question to another program may take
+PATIENCE = 10.0
+
+#: what must be the same for two runs of one spec to have the same bits, in words
+MACHINE = {
+    "device": "device",
+    "cpu_model": "CPU model",
+    "cpu_capability": "CPU instructions",
+    "libc": "C library",
+    "python": "Python",
+    "libraries": "libraries",
+    "cuda": "CUDA",
+    "cudnn": "cuDNN",
+    "threads": "threads",
+    "blas_threads": "threads of numpy and scipy",
+    "deterministic": "deterministic kernels",
+    "cudnn_deterministic": "deterministic cuDNN",
+    "cudnn_benchmark": "cuDNN's choice by speed",
+    "cublas_workspace": "cuBLAS workspace",
+    "tf32": "TF32 in products",
+    "cudnn_tf32": "TF32 in convolutions",
+    "matmul_precision": "float32 precision of products",
+}
+
+
+def ask(*words: str) -> str | None:
+    """What a program prints, or None where it is absent, fails or does not answer."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=PATIENCE, errors="replace")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+@cache
+def source_version() -> tuple[str, str]:
+    """(commit, sha256 of what differs from it beside the results; "" for a clean tree).
+
+    Both are "unknown" where the packages do not lie in a checkout of their own: the repository around a virtual
+    environment is somebody else's.
+    """
+    where = ("--", ".", ":(exclude)results", ":(exclude)README.md")
+
+    def git(*words: str) -> str | None:
+        # without a lock: runs side by side must not be in each other's way, nor in the user's
+        return ask("git", "--no-optional-locks", "-C", str(ROOT), *words)
+
+    status = git("status", "--porcelain=v2", "--branch", *where) if (ROOT / ".git").exists() else None
+    if status is None:
+        return UNKNOWN, UNKNOWN
+    lines = status.splitlines()
+    commit = next((line.split()[-1] for line in lines if line.startswith("# branch.oid")), UNKNOWN)
+    changes = "\n".join(line for line in lines if not line.startswith("#"))
+    if changes:
+        changes += git("diff", "HEAD", *where) or ""
+    return commit, hashlib.sha256(changes.encode()).hexdigest() if changes else ""
+
+
+def source_sha256() -> str:
+    """sha256 over the packages' own modules and tables, names included, as they lie on disk now: in git or not."""
+    files = (p for package in PACKAGES for p in (ROOT / package).rglob("*") if p.suffix in (".py", ".toml"))
+    digest = hashlib.sha256()
+    for path in sorted(files, key=lambda p: p.relative_to(ROOT).as_posix()):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(f"{content} {path.relative_to(ROOT).as_posix()}\n".encode())
+    return digest.hexdigest()
+
+
+def lock_sha256() -> str:
+    """sha256 of requirements.lock; "" where there is none, as in a wheel."""
+    lock = ROOT / "requirements.lock"
+    return hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else ""
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = UNKNOWN
+    return found
+
+
+@cache
+def _cpuinfo() -> dict[str, str]:
+    """What the kernel says of the first core; empty where it does not."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+@cache
+def cpu_model() -> str:
+    """Maker, family and model by number: a virtual machine may call every CPU of a maker by one name."""
+    found = [_cpuinfo().get(key, "") for key in ("vendor_id", "cpu family", "model")]
+    return " ".join(found) if all(found) else platform.machine()
+
+
+@cache
+def driver_version() -> str:
+    """The GPU driver's version; "" where there is none or it does not say."""
+    lines = (ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "").split()
+    return lines[0] if lines else ""
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    """The device's model, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def blas_threads() -> int:
+    """Threads that the linear algebra of numpy and scipy may use; like torch's own they change the last bits."""
+    return max((pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"), default=1)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory in megabytes: the device's on a GPU, else this process's resident set, libraries included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def stamp(seconds: float) -> str:
+    """Seconds since the epoch as UTC in ISO 8601."""
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
+
+
+@cache
+def _code() -> dict[str, Any]:
+    """What this process was started from."""
+    commit, dirty = source_version()
+    own = {"commit": commit, "dirty": dirty, "source_sha256": source_sha256(), "lock_sha256": lock_sha256()}
+    return {**own, "libraries": _versions()}
+
+
+@cache
+def _fixed(device: torch.device) -> dict[str, Any]:
+    """What cannot change while this process lives."""
+    on_gpu = device.type == "cuda"
+    return {
+        "format": FORMAT,
+        **_code(),
+        "device": device_name(device),
+        "driver": driver_version() if on_gpu else "",
+        "cuda": (torch.version.cuda or "") if on_gpu else "",
+        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
+        "cpu_model": cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "libc": " ".join(platform.libc_ver()).strip(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Code, machine and settings of this process, as a record carries them; JSON-ready.
+
+    Of a run on the CPU `driver` and `cuda` are "" and `cudnn` is null, whatever the machine has.
+    """
+    return {
+        **_fixed(device),
+        "threads": torch.get_num_threads(),
+        "blas_threads": blas_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cudnn_deterministic": torch.backends.cudnn.deterministic,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "cublas_workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""),
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+        "matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def machine(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a provenance that decides whether bits may be expected to agree, as far as it is there.
+
+    The lock is left out, since it also names what computes nothing; of Python's version the patch is. The source is no
+    part of the machine.
+    """
+    found = {key: provenance[key] for key in MACHINE if key in provenance}
+    if "python" in found:
+        found["python"] = ".".join(str(found["python"]).split(".")[:2])
+    return found
+
+
+def machine_differences(a: Mapping[str, Any], b: Mapping[str, Any], a_is: str, b_is: str) -> list[str]:
+    """In what two provenances name different machines, in words; empty where the same bits are due.
+
+    What one of them does not say may differ, and counts.
+
+    Args:
+        a_is, b_is: where each was made, such as "there" and "here".
+    """
+    left, right = machine(a), machine(b)
+    out, silent = [], []
+    for key, name in MACHINE.items():
+        if key not in left or key not in right:
+            silent.append(name)
+        elif key == "libraries" and isinstance(left[key], Mapping) and isinstance(right[key], Mapping):
+            out += _each(left[key], right[key], a_is, b_is)
+        elif left[key] != right[key]:
+            out.append(_differ(name, left[key], right[key], a_is, b_is))
+    return out + ([f"not recorded: {', '.join(silent)}"] if silent else [])
+
+
+def _each(a: Mapping[str, Any], b: Mapping[str, Any], a_is: str, b_is: str) -> list[str]:
+    names = [n for n in dict.fromkeys([*a, *b]) if a.get(n) != b.get(n)]
+    return [_differ(n, a.get(n, "none"), b.get(n, "none"), a_is, b_is) for n in names]
+
+
+def _differ(name: str, a: Any, b: Any, a_is: str, b_is: str) -> str:
+    return f"{name}: {a} {a_is}, {b} {b_is}"

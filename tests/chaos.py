@@ -1,0 +1,276 @@
+"""Kills at random times: every sweep completes on the next call, with the bytes of the undisturbed sweep.
+
+    python tests/chaos.py --kills 200 [--seed N] [--side-by-side 2] [--folder FOLDER]
+
+A sweep of six runs, one a family and more, is started; at random moments random processes of it are killed by
+SIGKILL: the parent, some of the children that compute, or, where a Dask cluster computes, one of its workers. The
+same command is given again, and may be struck again, in up to three calls. The call after the last kill must end
+well, and its measurements.csv, times and memory left out, is compared byte for byte with that of an undisturbed
+sweep. Checkpoints are written every tenth of a second, so that most kills find some.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from threading import Lock
+
+import psutil
+from small_sweep import FAMILIES, ROOT, call, command, environment, untimed
+
+WORDS = (*FAMILIES, "--every", "0.1", "--jobs", "2")
+#: sweeps on a Dask cluster, which has to be started first; all others run in the pool
+ON_A_CLUSTER = 0.2
+MOST_CALLS = 3
+#: a call that loses a child goes on, and may lose more
+MOST_CHILDREN = 3
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One kill.
+
+    Attributes:
+        target: whose process it was: "parent", "child" or "worker".
+        after: seconds after the call's start.
+        phase: what the sweep was doing: "starting", "training or measuring", "reporting".
+    """
+
+    target: str
+    after: float
+    phase: str
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One sweep and what came of it.
+
+    Attributes:
+        kills: in their order.
+        resumed: runs whose record names more than one sitting.
+        problem: "" if it completed on the call after the last kill, with the same bytes.
+    """
+
+    kills: tuple[Kill, ...]
+    resumed: int
+    problem: str
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether there is still something to kill."""
+    return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+
+
+def computing(parent: psutil.Process) -> list[psutil.Process]:
+    """The children that compute: those that have opened their standard error in a run's folder."""
+    found = []
+    for process in parent.children(recursive=True):
+        try:
+            if os.readlink(f"/proc/{process.pid}/fd/2").endswith("stderr.txt"):
+                found.append(process)
+        except OSError:
+            continue
+    return found
+
+
+@contextmanager
+def cluster(folder: Path) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """A Dask scheduler and two workers on this machine's loopback; yields the address and the workers."""
+    told = folder / "scheduler.json"
+    log = open(folder / "cluster.log", "wb")  # noqa: SIM115
+    own = ("--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0")
+    dask = [sys.executable, "-m", "dask"]
+
+    def start(*words: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*dask, *words], cwd=folder, env=environment(), stdout=log, stderr=log)
+
+    started = [start("scheduler", "--port", "0", "--scheduler-file", str(told), *own)]
+    try:
+        places = [folder / f"worker{i}" for i in (1, 2)]
+        one = ("--nthreads", "1", "--nworkers", "1", "--no-nanny", "--scheduler-file", str(told))
+        started += [start("worker", *one, "--local-directory", str(place), *own) for place in places]
+        while not told.exists():
+            time.sleep(0.05)
+        yield json.loads(told.read_text())["address"], started[1:]
+    finally:
+        for process in reversed(started):
+            process.kill()
+            process.wait()
+        log.close()
+
+
+def strike(
+    rng: random.Random, target: str, sweep: subprocess.Popen[bytes], workers: list[subprocess.Popen[bytes]]
+) -> bool:
+    """Kill one process of the kind; False if there is none, for the sweep has ended."""
+    parent = psutil.Process(sweep.pid)
+    while alive(parent):
+        victims = {"parent": [parent], "worker": [psutil.Process(w.pid) for w in workers]}.get(target)
+        if victims is None:
+            victims = computing(parent)
+        if victims:
+            try:
+                rng.choice(victims).send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def phase(runs: Path) -> str:
+    """What a sweep is doing, as its folder tells."""
+    current = runs / "smoke" / "current"
+    records, started = len(list(current.glob("*/record.json"))), len(list(current.glob("*/stderr.txt")))
+    if not started:
+        return "starting"
+    return "reporting" if records == len(FAMILIES) else "training or measuring"
+
+
+def disturbed(number: int, seed: int, folder: Path, want: str, seconds: float) -> Sweep:
+    """One sweep, struck in up to MOST_CALLS calls and called again each time.
+
+    Args:
+        want: the measurements of the undisturbed sweep.
+        seconds: how long that took.
+    """
+    rng = random.Random(f"{seed}/{number}")
+    folder.mkdir(parents=True)
+    if rng.random() >= ON_A_CLUSTER:
+        targets = [rng.choice(("parent", "child")) for _ in range(rng.randint(1, MOST_CALLS))]
+        return _disturbed(rng, targets, folder, want, seconds, [], ())
+    with cluster(folder) as (address, workers):  # of whose two workers one must be left
+        targets = rng.sample(("worker", "parent"), rng.randint(1, 2))
+        return _disturbed(rng, targets, folder, want, seconds, workers, ("--scheduler", address))
+
+
+def _disturbed(
+    rng: random.Random,
+    targets: list[str],
+    folder: Path,
+    want: str,
+    seconds: float,
+    workers: list[subprocess.Popen[bytes]],
+    more: tuple[str, ...],
+) -> Sweep:
+    kills: list[Kill] = []
+    done = False
+    for target in targets:
+        struck, code = _killed(rng, target, folder, seconds, workers, more)
+        kills += struck
+        expected = {"parent": (-signal.SIGKILL, 0), "child": (0, 1), "worker": (0,)}[target]
+        if code not in expected:
+            return Sweep(tuple(kills), 0, f"a call ended with exit code {code} although only a {target} was killed")
+        if done := code == 0:
+            break
+    if not done:
+        again = call(folder, *WORDS, *more)
+        if again.returncode != 0:
+            return Sweep(tuple(kills), 0, f"the next call ended with {again.returncode}: {again.stdout[-500:]}")
+    records = [json.loads(p.read_text()) for p in (folder / "runs" / "smoke" / "finished").glob("*/record.json")]
+    resumed = sum(len(r["provenance"]["sittings"]) > 1 for r in records)
+    same = untimed(folder) == want
+    return Sweep(tuple(kills), resumed, "" if same else "its measurements are not those of the undisturbed sweep")
+
+
+def _killed(
+    rng: random.Random,
+    target: str,
+    folder: Path,
+    seconds: float,
+    workers: list[subprocess.Popen[bytes]],
+    more: tuple[str, ...],
+) -> tuple[list[Kill], int]:
+    """One call of the sweep, the kills that it suffered before it ended, and its exit code."""
+    quiet, begin, kills = subprocess.DEVNULL, time.monotonic(), list[Kill]()
+    sweep = subprocess.Popen(command(folder, *WORDS, *more), cwd=ROOT, env=environment(), stdout=quiet, stderr=quiet)
+    waits = [rng.uniform(0.3, seconds)]
+    if target == "child":
+        waits += [rng.uniform(0.1, 2.0) for _ in range(rng.randint(0, MOST_CHILDREN - 1))]
+    for wait in waits:
+        try:
+            return kills, sweep.wait(wait)
+        except subprocess.TimeoutExpired:
+            doing = phase(folder / "runs")
+        if strike(rng, target, sweep, workers):
+            kills.append(Kill(target, time.monotonic() - begin, doing))
+    return kills, sweep.wait(300)
+
+
+def chaos(kills: int, seed: int, side_by_side: int, folder: Path) -> list[Sweep]:
+    """Disturbed sweeps with at least so many kills in all; every one is printed as it ends."""
+    begin = time.monotonic()
+    first = call(folder / "undisturbed", *WORDS)
+    seconds = time.monotonic() - begin
+    if first.returncode != 0:
+        raise SystemExit(f"the undisturbed sweep failed: {first.stdout}{first.stderr}")
+    want = untimed(folder / "undisturbed")
+    print(f"{len(FAMILIES)} runs, {want.count(chr(10)) - 1} measurements, {seconds:.1f} s undisturbed; seed {seed}")
+    numbers, sweeps, lock = count(), [], Lock()
+
+    def work() -> None:
+        while sum(len(s.kills) for s in sweeps) < kills and not any(s.problem for s in sweeps):
+            with lock:
+                number = next(numbers)
+            place = folder / f"sweep-{number}"
+            sweep = disturbed(number, seed, place, want, seconds)
+            shutil.rmtree(place)
+            with lock:
+                sweeps.append(sweep)
+                told = (
+                    ", ".join(f"{k.target} after {k.after:.1f} s while {k.phase}" for k in sweep.kills) or "not killed"
+                )
+                end = sweep.problem or f"same bytes, {sweep.resumed} runs went on from a checkpoint"
+                print(f"{sum(len(s.kills) for s in sweeps)} kills: sweep {number}: {told}: {end}", flush=True)
+
+    with ThreadPoolExecutor(side_by_side) as pool:
+        for ended in [pool.submit(work) for _ in range(side_by_side)]:
+            ended.result()
+    return sweeps
+
+
+def summary(sweeps: list[Sweep]) -> str:
+    """The figures of a whole test, in lines."""
+    kills = [kill for sweep in sweeps for kill in sweep.kills]
+    targets = ", ".join(f"{n} of a {target}" for target, n in sorted(Counter(k.target for k in kills).items()))
+    phases = ", ".join(f"{n} while {what}" for what, n in sorted(Counter(k.phase for k in kills).items()))
+    killed = [s for s in sweeps if s.kills]
+    good = sum(not s.problem for s in killed)
+    return (
+        f"{len(kills)} kills in {len(killed)} sweeps ({targets}; {phases})\n"
+        f"{sum(s.resumed for s in sweeps)} runs went on from a checkpoint\n"
+        f"{good} of {len(killed)} killed sweeps completed on the next call with the bytes of the undisturbed one"
+    )
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("--side-by-side", type=int, default=2)
+    parser.add_argument("--folder", type=Path)
+    told = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
+        sweeps = chaos(told.kills, told.seed, told.side_by_side, told.folder or Path(temporary))
+    print(summary(sweeps))
+    sys.exit(any(s.problem for s in sweeps))
+
+
+if __name__ == "__main__":
+    main()
