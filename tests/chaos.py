@@ -2,11 +2,11 @@
 
     python tests/chaos.py --kills 200 [--seed N] [--side-by-side 2] [--folder FOLDER]
 
-A sweep of six runs, one a family and more, is started; at random moments random processes of it are killed by
-SIGKILL: the parent, some of the children that compute, or, where a Dask cluster computes, one of its workers. The
-same command is given again, and may be struck again, in up to three calls. The call after the last kill must end
-well, and its measurements.csv, times and memory left out, is compared byte for byte with that of an undisturbed
-sweep. Checkpoints are written every tenth of a second, so that most kills find some.
+A sweep of ten runs, two a family, is started, and random processes of it are killed by SIGKILL at random moments:
+children that compute, one after the other; or the parent, in up to three calls; or, where a Dask cluster computes,
+one of its workers. Then the same command is given once more. It must end well, and its measurements.csv, times and
+memory left out, is compared byte for byte with that of an undisturbed sweep. Checkpoints are written every tenth of a
+second, so that most kills find some.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ from threading import Lock
 import psutil
 from small_sweep import FAMILIES, ROOT, call, command, environment, untimed
 
-WORDS = (*FAMILIES, "--every", "0.1", "--jobs", "2")
-#: sweeps on a Dask cluster, which has to be started first; all others run in the pool
-ON_A_CLUSTER = 0.2
+RUNS = (*FAMILIES, *(f"{name}:two-moons:100" for name in ("realnvp", "vae", "causal-conv", "sde-vp")))
+WORDS = (*RUNS, "--every", "0.1", "--jobs", "2")
+#: what is killed, and in how many of a hundred sweeps; a cluster has to be started first
+MODES = {"children": 50, "parent": 35, "cluster": 15}
+#: calls of a sweep whose parent is killed
 MOST_CALLS = 3
-#: a call that loses a child goes on, and may lose more
-MOST_CHILDREN = 3
+#: longest time in seconds from one child's end to the next one's
+BETWEEN = 1.5
 
 
 @dataclass(frozen=True)
@@ -139,11 +141,11 @@ def phase(runs: Path) -> str:
     records, started = len(list(current.glob("*/record.json"))), len(list(current.glob("*/stderr.txt")))
     if not started:
         return "starting"
-    return "reporting" if records == len(FAMILIES) else "training or measuring"
+    return "reporting" if records == len(RUNS) else "training or measuring"
 
 
 def disturbed(number: int, seed: int, folder: Path, want: str, seconds: float) -> Sweep:
-    """One sweep, struck in up to MOST_CALLS calls and called again each time.
+    """One sweep, disturbed and called again.
 
     Args:
         want: the measurements of the undisturbed sweep.
@@ -151,12 +153,13 @@ def disturbed(number: int, seed: int, folder: Path, want: str, seconds: float) -
     """
     rng = random.Random(f"{seed}/{number}")
     folder.mkdir(parents=True)
-    if rng.random() >= ON_A_CLUSTER:
-        targets = [rng.choice(("parent", "child")) for _ in range(rng.randint(1, MOST_CALLS))]
-        return _disturbed(rng, targets, folder, want, seconds, [], ())
-    with cluster(folder) as (address, workers):  # of whose two workers one must be left
-        targets = rng.sample(("worker", "parent"), rng.randint(1, 2))
-        return _disturbed(rng, targets, folder, want, seconds, workers, ("--scheduler", address))
+    mode = rng.choices(list(MODES), list(MODES.values()))[0]
+    if mode == "cluster":
+        with cluster(folder) as (address, workers):  # of whose two workers one must be left
+            targets = rng.sample(("worker", "parent"), rng.randint(1, 2))
+            return _disturbed(rng, targets, folder, want, seconds, workers, ("--scheduler", address))
+    targets = ["child"] if mode == "children" else ["parent"] * rng.randint(1, MOST_CALLS)
+    return _disturbed(rng, targets, folder, want, seconds, [], ())
 
 
 def _disturbed(
@@ -169,16 +172,16 @@ def _disturbed(
     more: tuple[str, ...],
 ) -> Sweep:
     kills: list[Kill] = []
-    done = False
+    code = 1
     for target in targets:
         struck, code = _killed(rng, target, folder, seconds, workers, more)
         kills += struck
         expected = {"parent": (-signal.SIGKILL, 0), "child": (0, 1), "worker": (0,)}[target]
         if code not in expected:
             return Sweep(tuple(kills), 0, f"a call ended with exit code {code} although only a {target} was killed")
-        if done := code == 0:
+        if code == 0:
             break
-    if not done:
+    if code != 0:
         again = call(folder, *WORDS, *more)
         if again.returncode != 0:
             return Sweep(tuple(kills), 0, f"the next call ended with {again.returncode}: {again.stdout[-500:]}")
@@ -199,17 +202,15 @@ def _killed(
     """One call of the sweep, the kills that it suffered before it ended, and its exit code."""
     quiet, begin, kills = subprocess.DEVNULL, time.monotonic(), list[Kill]()
     sweep = subprocess.Popen(command(folder, *WORDS, *more), cwd=ROOT, env=environment(), stdout=quiet, stderr=quiet)
-    waits = [rng.uniform(0.3, seconds)]
-    if target == "child":
-        waits += [rng.uniform(0.1, 2.0) for _ in range(rng.randint(0, MOST_CHILDREN - 1))]
-    for wait in waits:
+    wait = rng.uniform(0.3, seconds if target != "child" else BETWEEN)
+    while True:
         try:
             return kills, sweep.wait(wait)
         except subprocess.TimeoutExpired:
             doing = phase(folder / "runs")
         if strike(rng, target, sweep, workers):
             kills.append(Kill(target, time.monotonic() - begin, doing))
-    return kills, sweep.wait(300)
+        wait = rng.uniform(0.1, BETWEEN) if target == "child" else 300.0
 
 
 def chaos(kills: int, seed: int, side_by_side: int, folder: Path) -> list[Sweep]:
@@ -220,7 +221,7 @@ def chaos(kills: int, seed: int, side_by_side: int, folder: Path) -> list[Sweep]
     if first.returncode != 0:
         raise SystemExit(f"the undisturbed sweep failed: {first.stdout}{first.stderr}")
     want = untimed(folder / "undisturbed")
-    print(f"{len(FAMILIES)} runs, {want.count(chr(10)) - 1} measurements, {seconds:.1f} s undisturbed; seed {seed}")
+    print(f"{len(RUNS)} runs, {want.count(chr(10)) - 1} measurements, {seconds:.1f} s undisturbed; seed {seed}")
     numbers, sweeps, lock = count(), [], Lock()
 
     def work() -> None:

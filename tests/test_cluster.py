@@ -33,7 +33,7 @@ from replicate.runs.store import read_record
 pytest.importorskip("distributed", reason="Dask is not installed; `pip install 'scoreboard-replicate[cluster]'`")
 import psutil  # comes with it
 
-MODELS = ("marginals", "causal-conv", "realnvp", "vae", "neural-ebm", "dsm")
+MODELS = ("marginals", "causal-conv", "vae", "neural-ebm")
 SPECS = [make_spec(model, "two-moons", profile="smoke") for model in MODELS]
 DIVERGES = make_spec("realnvp", "two-moons", profile="smoke", settings={"lr": 1e30})
 LONG = make_spec("realnvp", "two-moons", profile="smoke", settings={"steps": 200})
