@@ -157,7 +157,8 @@ def disturbed(number: int, seed: int, folder: Path, want: str, seconds: float) -
     if mode == "cluster":
         with cluster(folder) as (address, workers):  # of whose two workers one must be left
             targets = rng.sample(("worker", "parent"), rng.randint(1, 2))
-            return _disturbed(rng, targets, folder, want, seconds, workers, ("--scheduler", address))
+            # whose runs start an interpreter each
+            return _disturbed(rng, targets, folder, want, 2 * seconds, workers, ("--scheduler", address))
     targets = ["child"] if mode == "children" else ["parent"] * rng.randint(1, MOST_CALLS)
     return _disturbed(rng, targets, folder, want, seconds, [], ())
 
