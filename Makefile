@@ -49,6 +49,7 @@ verify: $(STAMP) ## check committed results against their records and manifest
 	$(BIN)/replicate verify --profile $(PROFILE)
 
 chaos: $(STAMP) ## kill KILLS sweeps at random times; each must complete on the next call with the same bytes
+	$(BIN)/python -m pytest -m slow
 	$(BIN)/python tests/chaos.py --kills $(KILLS)
 
 fuzz: $(STAMP) ## feed FUZZ_CASES damaged files to every reader

@@ -36,7 +36,7 @@ import psutil  # comes with it
 MODELS = ("marginals", "causal-conv", "vae", "neural-ebm")
 SPECS = [make_spec(model, "two-moons", profile="smoke") for model in MODELS]
 DIVERGES = make_spec("realnvp", "two-moons", profile="smoke", settings={"lr": 1e30})
-LONG = make_spec("realnvp", "two-moons", profile="smoke", settings={"steps": 200})
+LONG = make_spec("realnvp", "two-moons", profile="smoke", settings={"steps": 600})
 LIMITS = Limits(seconds=300.0, checkpoint_every=0.1)
 #: also for the pages with which scheduler and workers show themselves
 LOOPBACK = ("--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0")
@@ -180,6 +180,7 @@ def test_the_same_specs_give_the_same_bytes_on_a_cluster_in_a_pool_and_inline_an
     assert same(inline, reference, SPECS)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_sends_its_checkpoint_back_and_goes_on_from_it(
     shared: Dask, reference: Runs, tmp_path: Path
 ) -> None:
@@ -265,6 +266,7 @@ def test_when_the_scheduler_is_killed_what_is_finished_is_kept_and_a_new_one_goe
     assert same(runs, reference, SPECS[:2])
 
 
+@pytest.mark.slow
 def test_a_run_that_kills_its_worker_again_and_again_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,6 +322,7 @@ def test_workers_with_other_data_are_refused_before_any_work_is_sent(shared: Das
         Cluster(shared.address, "cpu", LIMITS).run_all([other], Runs(tmp_path), pytest.fail)
 
 
+@pytest.mark.slow
 def test_a_worker_that_comes_later_with_other_code_ends_the_sweep(
     shared: Dask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,6 +336,7 @@ def test_a_worker_that_comes_later_with_other_code_ends_the_sweep(
     assert not list(tmp_path.rglob("*.json"))
 
 
+@pytest.mark.slow
 def test_a_run_that_wants_a_gpu_goes_to_the_worker_that_offers_one(shared: Dask, tmp_path: Path) -> None:
     (gpu,) = (address for address, offered in offers(shared.address).items() if "GPU" in offered)
     cluster, told = Cluster(shared.address, "cuda", LIMITS), []

@@ -50,6 +50,7 @@ class Sick(Model):
         if self.kind == "endless":
             time.sleep(0.01)
         if self.kind == "stuck":
+            print("stuck", file=sys.stderr, flush=True)
             while True:
                 time.sleep(0.01)
         if self.kind == "exits":
@@ -194,7 +195,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     return untimed(folder)
 
 
-@pytest.mark.parametrize(("number", "words"), [(signal.SIGINT, ()), (signal.SIGTERM, ("--in-process",))])
+@pytest.mark.parametrize(
+    ("number", "words"), [(signal.SIGINT, ()), pytest.param(signal.SIGTERM, ("--in-process",), marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_stops_and_the_next_call_ends_with_the_same_bytes(
     tmp_path: Path, undisturbed: str, number: signal.Signals, words: tuple[str, ...]
 ) -> None:
@@ -213,6 +216,7 @@ def test_a_signal_saves_stops_and_the_next_call_ends_with_the_same_bytes(
     assert len(quick["provenance"]["sittings"]) == 2
 
 
+@pytest.mark.slow
 def test_the_time_budget_saves_too(tmp_path: Path, undisturbed: str) -> None:
     first = call(tmp_path, QUICK, GOOD, "--in-process", "--every", "60", "--time-budget", "0.7")
     assert first.returncode == 3, first.stdout
@@ -225,7 +229,7 @@ def test_the_time_budget_saves_too(tmp_path: Path, undisturbed: str) -> None:
 def test_a_second_interrupt_stops_at_once_and_leaves_no_process(tmp_path: Path, plug_ins: Path) -> None:
     first = start(tmp_path, "sick-stuck:two-gaussians:60", plug_ins=plug_ins)
     log = tmp_path / "runs" / "smoke" / "current"
-    until(lambda: list(log.glob("*/stderr.txt")), first)
+    until(lambda: any("stuck" in path.read_text() for path in log.glob("*/stderr.txt")), first)
     family = psutil.Process(first.pid).children(recursive=True)
     first.send_signal(signal.SIGINT)
     time.sleep(1.0)
@@ -237,6 +241,7 @@ def test_a_second_interrupt_stops_at_once_and_leaves_no_process(tmp_path: Path, 
     assert alive == []
 
 
+@pytest.mark.slow
 def test_an_interrupted_single_run_goes_on_with_the_command_it_names(tmp_path: Path) -> None:
     words = ["run", "realnvp", "two-gaussians", "--profile", "smoke", "--set", "steps=120"]
     full = [sys.executable, "-m", "replicate", *words, "--checkpoint-every", "0.2", "--json"]
@@ -281,7 +286,7 @@ def mounted(folder: Path, options: str) -> Iterator[Callable[[str], None]]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("words", [("--jobs", "2"), ("--in-process",)])
+@pytest.mark.parametrize("words", [pytest.param(("--jobs", "2"), marks=pytest.mark.slow), ("--in-process",)])
 def test_a_disk_that_fills_up_under_the_runs_is_told_and_the_next_call_goes_on(
     tmp_path: Path, undisturbed: str, words: tuple[str, ...]
 ) -> None:
@@ -296,6 +301,7 @@ def test_a_disk_that_fills_up_under_the_runs_is_told_and_the_next_call_goes_on(
         assert untimed(tmp_path) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_under_the_report_loses_neither_runs_nor_the_earlier_results(
     tmp_path: Path, undisturbed: str
 ) -> None:
@@ -339,6 +345,7 @@ def test_a_clock_that_jumps_changes_no_number_and_no_limit(tmp_path: Path, undis
     assert untimed(tmp_path) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_damaged_record_is_computed_again(tmp_path: Path, undisturbed: str) -> None:
     """A bit of one number flips on disk between two calls: the record is not believed."""
     first = start(tmp_path, GOOD, QUICK, "--every", "60")
