@@ -200,8 +200,7 @@ def _read_run(path: Path) -> Run:
         if path.name == "failure.json":
             lost = parse_failure(text)
             tail = lost.get("traceback_tail", "")
-            error = lost["error"] or "unknown error"
-            return Run(lost["run_id"], lost["spec"], path.parent, error=error, traceback_tail=tail)
+            return Run(lost["run_id"], lost["spec"], path.parent, error=lost["error"], traceback_tail=tail)
         data = parse_record(text)
     except (OSError, RecordError) as error:
         why = "; ".join(str(error).splitlines())

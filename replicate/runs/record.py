@@ -193,7 +193,7 @@ def parse_failure(text: bytes) -> dict[str, Any]:
         if not problems and spec_hash(data["spec"]) != data["run_id"]:
             problems.add(f"run_id is {data['run_id'][:12]}.., which is not the sha256 of the spec")
     problems.refuse(RecordError)
-    return dict(data)
+    return {**data, "error": data["error"] or "unknown error"}  # it stands in tables, where nothing would say nothing
 
 
 def _parsed(text: bytes) -> Any:
