@@ -63,8 +63,15 @@ class Dask:
         """Start a scheduler on a free port."""
         self.file.unlink(missing_ok=True)
         program = self.start("scheduler", "--port", "0", "--scheduler-file", str(self.file))
-        until(self.file.exists)
+        until(self.announced)
         return program
+
+    def announced(self) -> bool:
+        """Whether the file is there and written to its end: dask opens it before it writes."""
+        try:
+            return bool(self.address)
+        except (FileNotFoundError, json.JSONDecodeError):
+            return False
 
     def worker(self, *words: str) -> subprocess.Popen[bytes]:
         """Start a worker of one thread."""
