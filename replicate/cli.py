@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from replicate.data.cli import data_app
+from replicate.errors import UsageError
 from replicate.papers.claims import ClaimError
-from replicate.registry import UsageError
 from replicate.validation import harmless, parse_settings
 
 if TYPE_CHECKING:
@@ -204,6 +204,10 @@ def reproduce(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and stop.")] = False,
 ) -> None:
     """Compute a profile afresh and write its tables, figures and report."""
+    from replicate.runs import server
+
+    if not (scheduler or in_process or dry_run):
+        server.start()
     from replicate import registry
     from replicate.papers.plan import whole_plan
     from replicate.reproduce import expected_seconds, read_reference, reproduce

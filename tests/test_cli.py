@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -108,3 +109,8 @@ def test_dry_run_lists_and_computes_nothing(call, tmp_path: Path) -> None:  # ty
     assert code == 0
     assert "realnvp two-gaussians seed 0" in out
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_command_comes_up_without_importing_torch() -> None:
+    code = "import sys, replicate.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

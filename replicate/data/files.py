@@ -15,14 +15,15 @@ import zlib
 from collections.abc import Iterable, Iterator
 from gzip import GzipFile
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from replicate.data.catalog import PACKED, Entry, catalog
 from replicate.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ENDINGS = ("", *PACKED)
 #: bytes read or unpacked at once
@@ -233,6 +234,8 @@ def parse_idx(content: bytes, what: str) -> Tensor:
     if n * rows * columns != len(content) - 16:
         header = f"{n} images of {rows} x {columns} pixels"
         raise UsageError(f"{what} is no IDX file of images: {header} are announced, {len(content) - 16} bytes follow.")
+    import torch  # here alone: the command looks at files before it has use for torch
+
     pixels = np.frombuffer(content, dtype=np.uint8, offset=16).reshape(n, rows * columns)
     return torch.from_numpy(pixels.copy())  # frombuffer's is read-only
 

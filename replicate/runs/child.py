@@ -24,8 +24,6 @@ from replicate.runs.limits import Limits
 from replicate.runs.spec import AnySpec, spec_from_dict
 from replicate.runs.store import write_json
 
-#: threads of every numerical library in a child; more would make results depend on the machine's cores
-ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 #: exit codes of a child beside 0: it failed and said why; it was stopped and saved; it could not write why it failed
 FAILED, STOPPED, UNWRITABLE = 1, 3, 73
 #: how much of a failed run's standard error its record keeps

@@ -40,11 +40,12 @@ from typing import TYPE_CHECKING, Any
 
 from replicate.errors import UsageError
 from replicate.registry import load_task
-from replicate.runs.child import ONE_THREAD, STDERR, STDERR_TAIL, STOPPED, job, make_ready
+from replicate.runs.child import STDERR, STDERR_TAIL, STOPPED, job, make_ready
 from replicate.runs.execute import check_data, failure
 from replicate.runs.executor import Listener, Runs, outcome
 from replicate.runs.limits import DEFAULT, Limits
 from replicate.runs.provenance import LIBRARIES, source_sha256, source_version
+from replicate.runs.server import ONE_THREAD
 from replicate.runs.spec import AnySpec, ExperimentSpec, spec_from_dict
 from replicate.runs.store import read_record, write_atomic, write_json
 

@@ -16,7 +16,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import cast
 
-from replicate.runs.child import ONE_THREAD, job, make_ready, worker
+from replicate.runs import server
+from replicate.runs.child import job, make_ready, worker
 from replicate.runs.executor import Listener, Runs, outcome
 from replicate.runs.limits import DEFAULT, Limits
 from replicate.runs.spec import AnySpec
@@ -50,15 +51,6 @@ class _Child:
     timed_out: bool = False
 
 
-def _context() -> mp.context.ForkServerContext:
-    for name in ONE_THREAD:
-        os.environ[name] = "1"
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "replicate.runs.child", "replicate.runs.warm"])
-    return context
-
-
 class Pool:
     """Runs in child processes on this machine.
 
@@ -77,7 +69,7 @@ class Pool:
 
     def run_all(self, specs: Sequence[AnySpec], runs: Runs, listen: Listener, deadline: float | None = None) -> bool:
         """See `Executor`."""
-        context = _context()
+        context = server.context()
         waiting = list(runs.missing(specs))
         free = list(self.slots)
         children: dict[int, _Child] = {}

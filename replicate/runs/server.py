@@ -1,0 +1,30 @@
+"""The clean process that the pool's children are forked from.
+
+It imports torch and the suite once. Nothing here imports torch, so that a command can start it before it does so
+itself: the two then import side by side.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+from multiprocessing import forkserver
+
+#: threads of every numerical library in a child; more would make results depend on the machine's cores
+ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+def context() -> mp.context.ForkServerContext:
+    """How a child is started."""
+    for name in ONE_THREAD:
+        os.environ[name] = "1"
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    found = mp.get_context("forkserver")
+    found.set_forkserver_preload(["__main__", "replicate.runs.child", "replicate.runs.warm"])
+    return found
+
+
+def start() -> None:
+    """Start the process now if it is not there yet; it ends with this one."""
+    context()
+    forkserver.ensure_running()
