@@ -195,13 +195,15 @@ def write_experiment(folder: Path, seed: int, value: float) -> None:
         "levels": {"printed": 1.0},
     }
     cloud = {**plot, "name": "cloud", "style": "points"}
+    row = {"label": "two of 1 x 2", "x": [0, 1, 2, 3], "y": [0.0, 0.25, 0.5, 1.0]}
+    sheet = {**plot, "name": "sheet", "style": "images", "image": [1, 2], "lines": [row]}
     record = {
         "run_id": run_id,
         "spec": spec,
         "about": "a toy",
         "paper": "toy",
         "measurements": [{**r, "status": "ok"} for r in rows],
-        "plots": [plot, cloud],
+        "plots": [plot, cloud, sheet],
         "provenance": {"commit": "abc", "device": "cpu"},
     }
     (folder / run_id).mkdir(parents=True)
@@ -257,7 +259,7 @@ def test_a_claim_opens_to_its_figure_seeds_spec_deviations_and_bibtex(results: P
     assert "@article{toy," in inside
     assert "A <b>curve</b>" not in page
     assert "<td><i></td>" not in page
-    for name in ("toy-run-curve", "toy-run-cloud"):
+    for name in ("toy-run-curve", "toy-run-cloud", "toy-run-sheet"):
         for ending in ("png", "svg", "csv"):
             assert (results / "figures" / f"{name}.{ending}").exists()
     for name in ("ledger", "side"):

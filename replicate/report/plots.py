@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ def experiment_drawings(runs: Iterable[Run]) -> Iterator[Drawing]:
         for plot in ordered[0].plots:
             same = [p for r in ordered for p in r.plots if p["name"] == plot["name"]]
             name = figure_name(paper, experiment, str(plot["name"]))
-            yield (_clouds if plot["style"] == "points" else _curves)(name, ordered[0].about, same)
+            yield _DRAW[plot["style"]](name, ordered[0].about, same)
 
 
 def _array(values: Sequence[float | None]) -> Array:
@@ -124,3 +124,42 @@ def _clouds(name: str, about: str, seeds: Sequence[Mapping[str, Any]]) -> Drawin
         ax.text(0, 1.03, plain(label), transform=ax.transAxes, fontsize=7.2, va="bottom", wrap=True)
     caption = f"{about[:1].upper()}{about[1:]}. {plot['title']}; first seed."
     return Drawing(name, plot["title"], caption, figure, _csv(seeds[:1], (plot["x_label"], plot["y_label"])))
+
+
+def _images(name: str, about: str, seeds: Sequence[Mapping[str, Any]]) -> Drawing:
+    """Rows of images of the first seed, a row a line of the plot."""
+    plot = seeds[0]
+    height, width = plot["image"]
+    rows = [(line["label"], _array(line["y"]).reshape(-1, height, width)) for line in plot["lines"]]
+    side, margin, head = 0.62, 1.75, 0.42
+    columns = max(len(images) for _, images in rows)
+    size = (margin + columns * side + 0.08, head + len(rows) * side * height / width + 0.08)
+    figure = new_figure(*size)
+    figure.text(0.08 / size[0], 1 - 0.28 / size[1], plain(plot["title"]), fontsize=8.5)
+    for row, (label, images) in enumerate(rows):
+        sheet = np.full((height + 1, columns * (width + 1)), np.nan)
+        for column, image in enumerate(images):
+            sheet[:height, column * (width + 1) : column * (width + 1) + width] = image
+        up = side * height / width
+        box = (margin / size[0], 1 - (head + (row + 1) * up) / size[1], columns * side / size[0], up / size[1])
+        ax = figure.add_axes(box)
+        ax.imshow(sheet, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest", aspect="auto", rasterized=True)
+        ax.set_axis_off()
+        ax.text(
+            -0.08 / (columns * side), 0.5, plain(label), transform=ax.transAxes, fontsize=7.2, ha="right", va="center"
+        )
+    head_line = ("line", "image", *(f"pixel_{i}" for i in range(height * width)))
+    pixels = (
+        (label, i, *(significant(float(v), 3) for v in image.flatten()))
+        for label, images in rows
+        for i, image in enumerate(images)
+    )
+    caption = f"{about[:1].upper()}{about[1:]}. {plot['title']}; first seed, unselected."
+    return Drawing(name, plot["title"], caption, figure, csv_text(head_line, pixels))
+
+
+_DRAW: Mapping[str, Callable[[str, str, Sequence[Mapping[str, Any]]], Drawing]] = {
+    "line": _curves,
+    "points": _clouds,
+    "images": _images,
+}

@@ -14,23 +14,25 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from replicate.data.files import find, where
 from replicate.model import Estimate, Family
 from replicate.runs.seeds import Streams
 
-Style = Literal["line", "points"]
-#: points of one line of a plot that a record keeps
-MAX_POINTS = 500
+Style = Literal["line", "points", "images"]
+#: points of one line of a plot that a record keeps, and pixels of one row of images
+MAX_POINTS, MAX_PIXELS = 500, 4096
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a plot, or one cloud of points.
+    """One line of a plot, one cloud of points, or one row of images.
 
     Attributes:
-        label: in the legend; for points, over the panel.
-        x, y: coordinates, of one length.
+        label: in the legend; for points, over the panel; for images, before the row.
+        x, y: coordinates, of one length; for images the index and the grey value (0 white, 1 black) of each pixel, the
+            images one after the other in row-major order.
     """
 
     label: str
@@ -40,14 +42,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Plot:
-    """What the report draws of an experiment. Lines share one panel; clouds of points stand side by side.
+    """What the report draws of an experiment. Lines share one panel; clouds of points and images stand side by side.
 
     Attributes:
         name: letters, digits and dashes; unique within the experiment.
         title, x_label, y_label: in words, with units.
-        style: "line", or "points" for samples in the plane.
+        style: "line", "points" for samples in the plane, or "images".
         log_x, log_y: logarithmic axes.
         levels: horizontal lines by label, such as a printed value.
+        image: height and width of each image, where the style is "images".
     """
 
     name: str
@@ -59,11 +62,23 @@ class Plot:
     log_x: bool = False
     log_y: bool = False
     levels: Mapping[str, float] = field(default_factory=dict)
+    image: tuple[int, int] | None = None
+
+    @staticmethod
+    def row_of_images(label: str, pixels: Tensor) -> Line:
+        """A row of images (k, height, width) with grey values from 0 to 1."""
+        flat = pixels.detach().flatten().tolist()
+        return Line(label, range(len(flat)), flat)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready form, at most MAX_POINTS evenly chosen points a line, six significant digits."""
-        lines = [{"label": line.label, "x": _thinned(line.x), "y": _thinned(line.y)} for line in self.lines]
+        """JSON-ready form: at most MAX_POINTS evenly chosen points a line with six digits; every pixel with three."""
+        digits, most = (3, MAX_PIXELS) if self.image else (6, MAX_POINTS)
+        lines = [
+            {"label": line.label, "x": _thinned(line.x, most, 6), "y": _thinned(line.y, most, digits)}
+            for line in self.lines
+        ]
         return {
+            **({"image": list(self.image)} if self.image else {}),
             "name": self.name,
             "title": self.title,
             "x_label": self.x_label,
@@ -76,10 +91,10 @@ class Plot:
         }
 
 
-def _thinned(values: Sequence[float]) -> list[float | None]:
+def _thinned(values: Sequence[float], most: int, digits: int) -> list[float | None]:
     n = len(values)
-    chosen = range(n) if n <= MAX_POINTS else (i * (n - 1) // (MAX_POINTS - 1) for i in range(MAX_POINTS))
-    return [float(f"{float(values[i]):.6g}") if math.isfinite(values[i]) else None for i in chosen]
+    chosen = range(n) if n <= most else (i * (n - 1) // (most - 1) for i in range(most))
+    return [float(f"{float(values[i]):.{digits}g}") if math.isfinite(values[i]) else None for i in chosen]
 
 
 @dataclass(frozen=True)

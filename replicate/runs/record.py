@@ -14,7 +14,7 @@ from types import NoneType
 from typing import Any
 
 from replicate.model import KINDS, Estimate
-from replicate.runs.experiment import MAX_POINTS, Plot
+from replicate.runs.experiment import MAX_PIXELS, MAX_POINTS, Plot
 from replicate.runs.spec import canonical, check_spec, spec_hash
 from replicate.validation import (
     CELL,
@@ -84,6 +84,7 @@ _PLOT = {
     "x_label": _AXIS_LABEL,
     "y_label": _AXIS_LABEL,
     "lines": _LIST,
+    "image": Rule(tuple[int, int], Range(1), required=False),
 }
 _LINE = {"label": _AXIS_LABEL, "x": Rule(tuple[float | None, ...]), "y": Rule(tuple[float | None, ...])}
 
@@ -143,12 +144,15 @@ def _check_plot(plot: object, name: str, problems: Problems) -> None:
     if not check_table(plot, _PLOT, name, wrong):
         return
     assert isinstance(plot, Mapping)
+    if ("image" in plot) != (plot["style"] == "images"):
+        problems.add(f'{name} must give the height and width of its images, "image", where its style is "images" alone')
+    most = MAX_PIXELS if "image" in plot else MAX_POINTS
     for at, line in _items(plot.get("lines"), f"{name}.lines"):
         if check_table(line, _LINE, at, wrong):
             assert isinstance(line, Mapping)
             x, y = line.get("x"), line.get("y")
-            if isinstance(x, list) and isinstance(y, list) and not len(x) == len(y) <= MAX_POINTS:
-                problems.add(f"{at} has {len(x)} x and {len(y)} y; it must be as many of both, at most {MAX_POINTS}")
+            if isinstance(x, list) and isinstance(y, list) and not len(x) == len(y) <= most:
+                problems.add(f"{at} has {len(x)} x and {len(y)} y; it must be as many of both, at most {most}")
     levels = plot.get("levels")
     if isinstance(levels, Mapping):
         check_json(list(levels), f"{name}.levels", wrong)
