@@ -66,6 +66,15 @@ FAMILY_TABLE = (
     ("score", "models grad log p, where Z drops out", "probability-flow ODE", "the model itself"),
     ("reference", "needs none: closed forms and kernels, and the truth itself where it is known", "exact", "autograd"),
 )
+#: the notebooks by file name, as a reader finds them
+NOTEBOOKS = (
+    ("1-energies-and-z", "Energies and Z"),
+    ("2-two-compromises", "The two compromises: restrict the model, or approximate the likelihood"),
+    ("3-score-matching-and-langevin", "Score matching and Langevin dynamics"),
+    ("4-noise-levels-and-sdes", "Many noise levels, and SDEs"),
+    ("5-five-families-side-by-side", "The five families side by side"),
+    ("6-your-own-model", "Your own model in the comparison"),
+)
 METRIC_NOTES: dict[str, str] = {
     "nll": "Mean negative log-likelihood of the test split.",
     "bits_per_dim": "NLL divided by the number of dimensions and by ln 2.",
@@ -418,6 +427,7 @@ def render(
         metrics=_metric_rows(results),
         failures=failures(runs),
         models=models(runs.comparison),
+        notebooks=NOTEBOOKS,
         provenance=provenance(runs),
         counts={
             "models": len(results.models()),

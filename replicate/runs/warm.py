@@ -1,6 +1,9 @@
-"""Imported once by the pool's server: whatever every run would import or ask again, it inherits instead."""
+"""Imported once by the pool's server: whatever every run would import, ask or train again, it inherits instead."""
+
+import torch
 
 from replicate import registry
+from replicate.runs.evaluate import digit_features
 from replicate.runs.execute import prepare_process
 from replicate.runs.provenance import driver_version, provenance
 
@@ -9,3 +12,6 @@ registry.tasks()
 registry.papers()
 provenance(prepare_process("cpu"))  # switching deterministic kernels on imports a second's worth of torch
 driver_version()
+if not torch.cuda.is_available():  # with a GPU, autograd starts threads that a child would not have
+    for task in ("digits", "digits-binary"):
+        digit_features(registry.load_task(task))
