@@ -42,8 +42,8 @@ lint: $(STAMP) ## format, lint and type checks
 report: $(STAMP) ## write report, tables and README headline again from the last runs
 	$(BIN)/replicate report --profile $(PROFILE) $(if $(filter standard,$(PROFILE)),--readme README.md)
 
-notebooks: $(STAMP) ## execute every notebook into results/notebooks
-	$(BIN)/python -m nbconvert --to html --execute --output-dir results/notebooks notebooks/*.ipynb
+notebooks: $(STAMP) ## execute every notebook on results/PROFILE into results/notebooks, as pages that need no network
+	PROFILE=$(PROFILE) $(BIN)/python -m nbconvert --to replicate.report.notebooks.OfflineHTML --execute --output-dir results/notebooks notebooks/*.ipynb
 
 verify: $(STAMP) ## check committed results against their records and manifest
 	$(BIN)/replicate verify --profile $(PROFILE)

@@ -207,7 +207,7 @@ def reproduce(
     from replicate.runs import server
 
     if not (scheduler or in_process or dry_run):
-        server.start()
+        server.start(("digits", "digits-binary"))  # of every profile
     from replicate import registry
     from replicate.papers.plan import whole_plan
     from replicate.reproduce import expected_seconds, read_reference, reproduce

@@ -172,12 +172,12 @@ SMALL = replace(
 )
 #: on data: one model for each kind of estimator, and those whose chains go on from step to step
 ON_DATA = (
-    ("gated-pixelcnn", "digits"),
     ("spline-flow", "digits"),
     ("sde-vp", "digits"),
-    ("neural-ebm", "digits"),
-    ("iwae", "digits-binary"),
     ("rbm-pcd", "digits-binary"),
+    pytest.param("gated-pixelcnn", "digits", marks=pytest.mark.slow),
+    pytest.param("neural-ebm", "digits", marks=pytest.mark.slow),
+    pytest.param("iwae", "digits-binary", marks=pytest.mark.slow),
 )
 
 

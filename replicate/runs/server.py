@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+from collections.abc import Iterable
 from multiprocessing import forkserver
 
 #: threads of every numerical library in a child; more would make results depend on the machine's cores
 ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+#: names tasks to the process, which takes no arguments
+CLASSIFY = "REPLICATE_CLASSIFY"
 
 
 def context() -> mp.context.ForkServerContext:
@@ -24,7 +27,12 @@ def context() -> mp.context.ForkServerContext:
     return found
 
 
-def start() -> None:
-    """Start the process now if it is not there yet; it ends with this one."""
+def start(classify: Iterable[str] = ()) -> None:
+    """Start the process now if it is not there yet; it ends with this one.
+
+    Args:
+        classify: tasks whose feature classifier it shall train, for every run to inherit.
+    """
+    os.environ[CLASSIFY] = ",".join(classify)
     context()
     forkserver.ensure_running()

@@ -1,11 +1,14 @@
 """Imported once by the pool's server: whatever every run would import, ask or train again, it inherits instead."""
 
+import os
+
 import torch
 
 from replicate import registry
 from replicate.runs.evaluate import digit_features
 from replicate.runs.execute import prepare_process
 from replicate.runs.provenance import driver_version, provenance
+from replicate.runs.server import CLASSIFY
 
 registry.models()
 registry.tasks()
@@ -13,5 +16,5 @@ registry.papers()
 provenance(prepare_process("cpu"))  # switching deterministic kernels on imports a second's worth of torch
 driver_version()
 if not torch.cuda.is_available():  # with a GPU, autograd starts threads that a child would not have
-    for task in ("digits", "digits-binary"):
+    for task in filter(None, os.environ.get(CLASSIFY, "").split(",")):
         digit_features(registry.load_task(task))

@@ -1,0 +1,309 @@
+"""F(x, y), the compatibility of an observation x with an answer y, and inference y* = argmin_y F(x, y).
+
+LeCun, Chopra, Hadsell, Ranzato and Huang 2006, "A Tutorial on Energy-Based Learning" (in Predicting Structured Data):
+training gives right answers lower energies than wrong ones, inference searches for the answer of lowest energy, and
+exp(-F / T) / Z(x) is a law of answers where one is wanted. Two losses, neither of which needs Z(x):
+
+- ranking noise contrast (Ma and Collins 2018, 1809.01812; the same loss is called InfoNCE by van den Oord et al.
+  2018, 1807.03748): the right answer against those of all other rows of the batch. Its minimiser is
+  F = log p(y) - log p(y | x) + c(x): the pointwise mutual information, which is the best test of right against wrong.
+- denoising score matching in y (Vincent 2011, Neural Computation 23) at one noise level sigma. Its minimiser is
+  F = -log p_sigma(y | x) + c(x) with the noised density p_sigma, whose wells are about sigma wide: what descent needs.
+
+The sum is a compromise, and `weight` says which: the two minimisers differ by log p(y), so that a model with much
+denoising ranks worse and one with little of it has its least energy at a caricature, where y is surprising without x.
+
+Answers lie in the box [0, 1]^b: descent is projected on it, Langevin dynamics is reflected at its walls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from replicate.energies.objectives import score_of
+from replicate.model import Estimate, Family, Model
+from replicate.resume import State, resumable
+from replicate.sampling.langevin import check_settings, langevin_step, standard_normal_like
+from replicate.score_based.matching import denoising_score_matching
+
+#: wrong answers for observations: (x (n, a), generator) -> (n, k, b)
+Distractors = Callable[[Tensor, torch.Generator], Tensor]
+
+
+class PairEnergy(nn.Module):
+    """An energy of pairs in nats, differentiable in y.
+
+    What depends on x alone is computed once (`observe`); inference then moves y.
+    """
+
+    def observe(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What the energy needs of x (n, a): tensors whose first dimension is n."""
+        raise NotImplementedError
+
+    def energy(self, seen: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        """F(x_i, y_ij) of k answers to each observation, y (n, k, b), shape (n, k)."""
+        raise NotImplementedError
+
+    def pairs(self, seen: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        """F(x_i, y_j) of every observation and every answer y (m, b), shape (n, m)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """F(x_i, y_i) of x (n, a) and y (n, b), shape (n,)."""
+        return self.energy(self.observe(x), y.unsqueeze(1)).squeeze(1)
+
+
+class ProductEnergy(PairEnergy):
+    """F(x, y) = U(y) - a(x)'b(y) / sqrt(rank), with networks a, b and U.
+
+    a and b have a linear path beside the networks, and U a quadratic form whose eigenvalues are positive: at the
+    least, F is the energy of a Gaussian whose mean is linear in x. All pairs of n and m cost n + m evaluations.
+
+    Args:
+        of_x: network (.., a) -> (.., rank).
+        of_y: network (.., b) -> (.., rank + 1); its last output is U beside the quadratic form.
+        observed: a, numbers in x.
+        answer: b, numbers in y.
+        rank: width of a(x) and b(y).
+    """
+
+    def __init__(self, of_x: nn.Module, of_y: nn.Module, observed: int, answer: int, rank: int) -> None:
+        super().__init__()
+        self.of_x, self.of_y, self.rank = of_x, of_y, rank
+        self.straight_x = nn.Linear(observed, rank, bias=False)
+        self.straight_y = nn.Linear(answer, rank, bias=False)
+        self.root = nn.Parameter(0.1 * torch.randn(answer, answer))
+        self.raw_curvature = nn.Parameter(torch.tensor(2.0))
+
+    def observe(self, x: Tensor) -> tuple[Tensor, ...]:
+        """a(x) / sqrt(rank), (n, rank)."""
+        return ((self.of_x(x) + self.straight_x(x)) / math.sqrt(self.rank),)
+
+    def _answers(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """b(y) (.., rank) and U(y) (..) of y (.., b)."""
+        out = self.of_y(y)
+        curvature = nn.functional.softplus(self.raw_curvature)
+        bowl = curvature * y.square().sum(-1) + (y @ self.root).square().sum(-1)
+        return out[..., :-1] + self.straight_y(y), out[..., -1] + 0.5 * bowl
+
+    def energy(self, seen: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        answer, alone = self._answers(y)
+        return alone - (answer @ seen[0].unsqueeze(-1)).squeeze(-1)
+
+    def pairs(self, seen: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        answer, alone = self._answers(y)
+        return alone - seen[0] @ answer.T
+
+
+class WellsEnergy(PairEnergy):
+    """F(x, y) = -log sum_z exp(-E(x, y, z)), E(x, y, z) = |y - c_z(x)|^2 / (2 width^2) + G_z(x).
+
+    The free energy of a latent variable z with K values (LeCun et al. 2006; z summed out at temperature 1):
+    a well round each candidate answer c_z, as deep as z is likely.
+
+    Args:
+        width: standard deviation of a well, in units of y.
+    """
+
+    def __init__(self, width: float) -> None:
+        super().__init__()
+        self.width = width
+
+    def candidates(self, x: Tensor) -> Tensor:
+        """c_z(x) of x (n, a), shape (n, K, b)."""
+        raise NotImplementedError
+
+    def costs(self, x: Tensor) -> Tensor:
+        """G_z(x) in nats of x (n, a), shape (n, K)."""
+        raise NotImplementedError
+
+    def observe(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(c (n, K, b), G (n, K))."""
+        return self.candidates(x), self.costs(x)
+
+    def _summed_out(self, y: Tensor, products: Tensor, c: Tensor, costs: Tensor) -> Tensor:
+        """F from |y|^2 of y, the products y'c_z (n, k, K), c (n, K, b) and G (n, K); no (n, k, K, b) tensor is made."""
+        squared = y.square().sum(-1, keepdim=True) - 2 * products + c.square().sum(-1).unsqueeze(1)
+        return -(-squared / (2 * self.width**2) - costs.unsqueeze(1)).logsumexp(-1)
+
+    def energy(self, seen: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        c, costs = seen
+        return self._summed_out(y, y @ c.mT, c, costs)
+
+    def pairs(self, seen: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        c, costs = seen
+        return self._summed_out(y, (c.flatten(0, 1) @ y.T).view(*costs.shape, len(y)).mT, c, costs)
+
+
+def ranking_loss(energies: Tensor, right: Tensor) -> Tensor:
+    """Mean -log of the right answer's share of exp(-F) in nats, from energies (n, m) and its column (n,) int64."""
+    return nn.functional.cross_entropy(-energies, right)
+
+
+class ConditionalEnergy(Model):
+    """A pair energy and its training, as the training loop of the suite takes it: rows are (x, y) side by side.
+
+    Args:
+        network: F.
+        observed: how many of a row's numbers are x.
+        sigma: noise level of the denoising, in units of y.
+        weight: of the denoising loss beside the ranking loss.
+        jitter: standard deviation of noise on both parts in the ranking and on x in the denoising.
+        distractors: wrong answers to rank against beside those of the other rows.
+    """
+
+    family: ClassVar[Family] = "ebm"
+    capabilities = frozenset({"energy"})
+
+    def __init__(
+        self,
+        network: PairEnergy,
+        observed: int,
+        sigma: float,
+        weight: float,
+        jitter: float = 0.0,
+        distractors: Distractors | None = None,
+    ) -> None:
+        super().__init__()
+        self.network, self.observed = network, observed
+        self.sigma, self.weight, self.jitter, self.distractors = sigma, weight, jitter, distractors
+
+    def energy(self, x: Tensor) -> Tensor:
+        """F of rows (n, a + b), nats, shape (n,)."""
+        out: Tensor = self.network(x[:, : self.observed], x[:, self.observed :])
+        return out
+
+    def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        jittered = batch + self.jitter * standard_normal_like(batch, generator)
+        x, y = jittered[:, : self.observed], batch[:, self.observed :]
+        seen = self.network.observe(x)
+        energies = self.network.pairs(seen, jittered[:, self.observed :])
+        if self.distractors is not None:
+            wrong = self.network.energy(seen, self.distractors(x, generator))
+            energies = torch.cat([energies, wrong], dim=1)
+        ranking = ranking_loss(energies, torch.arange(len(batch), device=batch.device))
+        if not self.weight:
+            return ranking
+        z = standard_normal_like(y, generator)
+        denoising = denoising_score_matching(
+            score_of(lambda at: self.network.energy(seen, at[:, None])), y, self.sigma, z
+        )
+        return ranking + self.weight * denoising.mean()
+
+
+# -- inference
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What descent found.
+
+    Attributes:
+        y: the answer of lowest energy over the starts, shape (n, b).
+        energy: F there in nats, shape (n,).
+        start: which start it came from, shape (n,).
+        spread: standard deviation over the starts of the final energies in nats, shape (n,).
+    """
+
+    y: Tensor
+    energy: Tensor
+    start: Tensor
+    spread: Tensor
+
+
+@torch.no_grad()
+def descend(network: PairEnergy, x: Tensor, starts: Tensor, steps: int, step_size: float) -> Inference:
+    """argmin_y F(x, y) over the box by projected gradient descent from several starts; the lowest energy wins.
+
+    Args:
+        network: F.
+        x: observations, shape (n, a).
+        starts: s for each, shape (n, s, b), within the box.
+        steps: of each descent.
+        step_size: in squared units of y; stable below 2 over the largest curvature.
+    """
+    seen = network.observe(x)
+    score = score_of(lambda y: network.energy(seen, y))
+    state: State = {"y": starts}
+    for _ in resumable("descent", steps, state):
+        state["y"] = (state["y"] + step_size * score(state["y"])).clamp(0, 1)
+    energies = network.energy(seen, state["y"])
+    energy, start = energies.min(1)
+    y = state["y"][torch.arange(len(x), device=x.device), start]
+    return Inference(y, energy, start, energies.std(1, unbiased=False))
+
+
+def reflected(y: Tensor) -> Tensor:
+    """y folded into [0, 1] by reflection at 0 and 1."""
+    return 1 - (1 - y % 2).abs()
+
+
+@torch.no_grad()
+def langevin_answers(
+    network: PairEnergy,
+    x: Tensor,
+    starts: Tensor,
+    steps: int,
+    step_size: float,
+    temperature: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Answers (n, s, b) after Langevin steps for exp(-F(x, .) / T) on the box, reflected at its walls.
+
+    y <- reflect(y - (eps / 2T) grad F + sqrt(eps) z), the suite's convention. Reflection leaves the uniform density
+    of the box as it is, so that as eps goes to 0 the chain's law is exp(-F / T) restricted to the box.
+
+    Args:
+        network: F.
+        x: observations, shape (n, a).
+        starts: s for each, shape (n, s, b).
+        steps: number of steps.
+        step_size: eps, in squared units of y.
+        temperature: T.
+        generator: on y's device.
+
+    Raises:
+        ValueError: steps < 0, step_size <= 0 or temperature <= 0.
+    """
+    check_settings(steps, step_size, temperature)
+    seen = network.observe(x)
+    score = score_of(lambda y: network.energy(seen, y))
+    state: State = {"y": starts, "generator": generator}
+    for _ in resumable("Langevin of answers", steps, state):
+        y = state["y"]
+        noise = standard_normal_like(y, generator)
+        state["y"] = reflected(langevin_step(y, score(y), step_size, noise, temperature))
+    out: Tensor = state["y"]
+    return out
+
+
+# -- right against wrong
+
+
+def ranked_right(energies: Tensor, generator: torch.Generator) -> dict[str, Estimate]:
+    """How often wrong pairs have the higher energy; a tie counts as a failure.
+
+    Args:
+        energies: F(x_i, y_j) of test cases, shape (n, n), right pairs on the diagonal.
+        generator: chooses one wrong answer for each x.
+
+    Returns:
+        "random": share of x whose energy with one random other y is higher than with its own; "all": mean share over
+        all other y, which is what "random" estimates; "first": share of x whose own y is the lowest of all n.
+    """
+    n = len(energies)
+    right = energies.diagonal()
+    above = energies > right[:, None]
+    other = (torch.arange(n) + 1 + torch.randint(n - 1, (n,), generator=generator)) % n
+    shares = {
+        "random": above[torch.arange(n), other],
+        "all": above.double().sum(1) / (n - 1),
+        "first": above.sum(1) == n - 1,
+    }
+    return {name: Estimate.mean_of(share.double(), "exact", "probability") for name, share in shares.items()}

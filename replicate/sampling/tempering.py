@@ -1,0 +1,147 @@
+"""Parallel tempering: Langevin chains at several temperatures that exchange their states.
+
+Swendsen and Wang 1986, Phys. Rev. Lett. 57 (replica Monte Carlo) and Geyer 1991, Computing Science and Statistics 23
+(Metropolis-coupled chains). Replica k samples p^(1/T_k); a hot one crosses between modes and hands what it found
+downwards. Neighbours i, i + 1 exchange states x_i, x_{i+1} with probability min(1, r),
+
+    log r = (1/T_i - 1/T_{i+1}) (log p(x_{i+1}) - log p(x_i)),
+
+which is the Metropolis ratio of the exchange under prod_k p(x_k)^(1/T_k). Even and odd pairs are offered in turn
+(Okabe et al. 2001, Chem. Phys. Lett. 335), so that a state can go all the way down without a random walk.
+
+Within a temperature the chain is `mala` with temperature T_k and step size eps T_k: a mode of p^(1/T) is sqrt(T) times
+as wide. All replicas are one call of it: in y = x / sqrt(T) the law is q(y) ~ p(sqrt(T) y)^(1/T), whose score is
+score(x) / sqrt(T), at temperature 1 and step size eps.
+
+Departure: a round's first evaluation of score and density, which the round before could have kept, is made again; it is
+counted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from replicate.resume import State, resumable
+from replicate.sampling.langevin import Chain, LogDensity, Recorder, Score, check_settings, mala
+
+
+@dataclass(frozen=True)
+class Tempered:
+    """Where parallel tempering ended.
+
+    Attributes:
+        coldest: the chains at the first temperature; `nfe` counts the evaluations of all temperatures, `acceptance` is
+            that of all Langevin proposals, and `path` has a state a round.
+        swaps: accepted share of the exchanges offered to each pair of neighbours, shape (K - 1,); nan for none.
+    """
+
+    coldest: Chain
+    swaps: Tensor
+
+
+def exchange(
+    x: Tensor, log_p: Tensor, temperatures: Tensor, first: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Offer an exchange to the pairs (first, first + 1), (first + 2, first + 3), ..
+
+    Args:
+        x: states, shape (K, n, D); not changed.
+        log_p: log p of them at temperature 1, up to a constant, shape (K, n). Where one is nan nothing is exchanged.
+        temperatures: shape (K,).
+        first: 0 or 1.
+        generator: on x's device; one uniform draw a pair and chain.
+
+    Returns:
+        (states afterwards, shape (K, n, D); what was accepted, shape (pairs, n)).
+    """
+    colder = torch.arange(first, len(x) - 1, 2, device=x.device)
+    hotter = colder + 1
+    gain = (1 / temperatures[colder] - 1 / temperatures[hotter])[:, None] * (log_p[hotter] - log_p[colder])
+    u = torch.rand(gain.shape, generator=generator, device=x.device, dtype=gain.dtype)
+    accept = u.log() < gain
+    out = x.clone()
+    out[colder] = torch.where(accept[..., None], x[hotter], x[colder])
+    out[hotter] = torch.where(accept[..., None], x[colder], x[hotter])
+    return out, accept
+
+
+@torch.no_grad()
+def parallel_tempering(
+    log_density: LogDensity,
+    score: Score,
+    x: Tensor,
+    temperatures: Tensor,
+    rounds: int,
+    steps: int,
+    step_size: float,
+    generator: torch.Generator,
+    record_every: int = 0,
+) -> Tempered:
+    """Rounds of `steps` Langevin steps at every temperature and one offer of exchanges; all start from x.
+
+    With the single temperature 1 this is `mala` with rounds * steps steps, bit for bit.
+
+    Args:
+        log_density: log p up to a constant, (m, D) -> (m,).
+        score: its gradient, (m, D) -> (m, D).
+        x: starting states, shape (n, D); not changed.
+        temperatures: increasing, the first one that of the samples asked for, shape (K,).
+        rounds: number of rounds.
+        steps: Langevin steps a round.
+        step_size: eps at temperature 1, in squared units of x; eps T at temperature T.
+        generator: on x's device.
+        record_every: keep the coldest state every so many rounds; 0 keeps none.
+
+    Raises:
+        ValueError: the temperatures are not positive and increasing, or a setting is out of range.
+    """
+    ladder = [float(t) for t in temperatures]
+    if not ladder or ladder[0] <= 0 or any(a >= b for a, b in pairwise(ladder)):
+        raise ValueError(f"temperatures must be positive and increasing; got {ladder}")
+    if rounds < 0:
+        raise ValueError(f"parallel tempering needs rounds >= 0; got {rounds}")
+    check_settings(steps, step_size, ladder[0])
+    k, (n, dim) = len(ladder), x.shape
+    t = temperatures.to(x)
+    root = t.sqrt().repeat_interleave(n)[:, None]
+    row = t.repeat_interleave(n)
+    recorder = Recorder(record_every)
+    recorder.see(0, x)
+    state: State = {
+        "y": x.repeat(k, 1) / root,
+        "accepted": 0.0,
+        "swapped": torch.zeros(k - 1, dtype=torch.float64, device=x.device),
+        "generator": generator,
+        "recorder": recorder,
+    }
+    for r in resumable("parallel tempering", rounds, state):
+        moved = mala(
+            lambda y: log_density(y * root) / row,
+            lambda y: score(y * root) / root,
+            state["y"],
+            steps,
+            step_size,
+            generator,
+        )
+        now = moved.samples * root
+        if k > 1:
+            log_p = log_density(now).detach()
+            swapped, accept = exchange(now.view(k, n, dim), log_p.view(k, n), t, r % 2, generator)
+            now = swapped.view(k * n, dim)
+            state["swapped"][r % 2 :: 2] += accept.double().mean(1)
+        state["y"] = now / root
+        state["accepted"] += moved.acceptance or 0.0
+        recorder.see(r + 1, now[:n])
+    offered = torch.tensor([(rounds + 1 - i % 2) // 2 for i in range(k - 1)], device=x.device)
+    coldest = Chain(
+        (state["y"] * root)[:n],
+        recorder.path(),
+        nfe=k * rounds * (steps + 1),
+        acceptance=state["accepted"] / rounds if rounds and steps else math.nan,
+    )
+    return Tempered(coldest, state["swapped"] / offered)
