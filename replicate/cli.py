@@ -20,7 +20,7 @@ from rich.table import Table
 from replicate.data.cli import data_app
 from replicate.errors import UsageError
 from replicate.papers.claims import ClaimError
-from replicate.validation import harmless, parse_settings
+from replicate.validation import PROFILES, harmless, parse_settings
 
 if TYPE_CHECKING:
     from replicate.report.build import Claims
@@ -206,7 +206,7 @@ def reproduce(
     """Compute a profile afresh and write its tables, figures and report."""
     from replicate.runs import server
 
-    if not (scheduler or in_process or dry_run):
+    if profile in PROFILES and not (scheduler or in_process or dry_run):
         server.start(("digits", "digits-binary"))  # of every profile
     from replicate import registry
     from replicate.papers.plan import whole_plan

@@ -19,6 +19,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from replicate.errors import UsageError
 
 Scalar = bool | int | float | str
+#: the sizes in which the suite is run
+PROFILES = ("smoke", "standard", "full")
+
 #: what a spec may hold as a setting; a list in JSON is a tuple here
 Param = Scalar | tuple[Scalar, ...]
 #: problems that one message tells; a hostile file could make millions

@@ -242,6 +242,7 @@ def test_the_runs_of_a_killed_worker_are_told_lost_and_given_to_another(tmp_path
     assert same(runs, reference, SPECS[:2])
 
 
+@pytest.mark.slow
 def test_when_the_scheduler_is_killed_what_is_finished_is_kept_and_a_new_one_goes_on(
     tmp_path: Path, reference: Runs, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

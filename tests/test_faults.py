@@ -226,6 +226,7 @@ def test_the_time_budget_saves_too(tmp_path: Path, undisturbed: str) -> None:
     assert untimed(tmp_path) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_stops_at_once_and_leaves_no_process(tmp_path: Path, plug_ins: Path) -> None:
     first = start(tmp_path, "sick-stuck:two-gaussians:60", plug_ins=plug_ins)
     log = tmp_path / "runs" / "smoke" / "current"
@@ -334,6 +335,7 @@ def test_a_read_only_results_folder_is_told_before_anything_is_computed(tmp_path
 # -- the clock
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_no_number_and_no_limit(tmp_path: Path, undisturbed: str) -> None:
     """Every look at the clock says another day, forwards and backwards; the monotonic clock goes on."""
     (tmp_path / "sitecustomize.py").write_text(

@@ -222,7 +222,7 @@ def undisturbed(model: str, task: str) -> Any:
 
 
 #: on the plane: one a family in every run of the tests, the others in `make chaos`
-FIRST = ("causal-conv", "realnvp", "vae", "neural-ebm", "sde-vp", "ssm")
+FIRST = ("causal-conv", "realnvp", "vae", "energy", "sde-vp", "ssm")
 TRAINED = [name for name, entry in sorted(models().items()) if "continuous" in entry.domains and entry.training.steps]
 
 

@@ -17,13 +17,13 @@ from replicate.registry import UsageError, unsupported
 from replicate.runs.profiles import COMPARISON, plan
 from replicate.runs.spec import (
     MAX_SEED,
-    PROFILES,
     RunSpec,
     experiment_spec,
     make_spec,
     spec_from_dict,
     spec_hash,
 )
+from replicate.validation import PROFILES
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = make_spec("realnvp", "two-moons")

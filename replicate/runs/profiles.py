@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from replicate.registry import load_task, model_entry, models, unknown, unsupported
-from replicate.runs.spec import PROFILES, RunSpec, make_spec
+from replicate.runs.spec import RunSpec, make_spec
+from replicate.validation import PROFILES
 
 PLANE = ("two-gaussians", "eight-gaussians", "two-moons", "rings")
 PLANE_FULL = (*PLANE, "pinwheel", "spirals", "checkerboard")

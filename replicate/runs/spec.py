@@ -22,6 +22,7 @@ from replicate.validation import (
     DIGEST,
     MOST,
     NAME,
+    PROFILES,
     Param,
     Problems,
     Range,
@@ -35,7 +36,6 @@ from replicate.validation import (
 
 #: raised by hand when a change of code changes results without changing any spec
 RESULTS_VERSION = 1
-PROFILES = ("smoke", "standard", "full")
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 DEVICES = ("cpu", "cuda")
 #: the suite's own settings, beside the model's parameters and the training's
