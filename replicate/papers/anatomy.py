@@ -319,7 +319,7 @@ def energy_plot(density: GaussianMixture, found: dict[str, Findings], params: di
         with torch.no_grad():
             values = scale * energy(circle.float().to(device)).cpu() + z.value
         lines.append(Line(name, angle.tolist(), values.tolist()))
-    return Plot("energy-on-the-ring", "energy along the ring", "angle", "-log density, nats", tuple(lines))
+    return Plot("energy-on-the-ring", "energy along the ring", "angle", "minus log density, nats", tuple(lines))
 
 
 def samples_plot(data: Tensor, found: dict[str, Findings]) -> Plot:

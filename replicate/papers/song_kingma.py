@@ -193,6 +193,13 @@ def objective_of(variant: str, dim: int, params: Mapping[str, Any]) -> Objective
     return build_objective(VARIANTS[variant], dim, **chosen)
 
 
+def told(estimates: Mapping[str, Estimate], *plots: Plot) -> Outcome:
+    """What was found; of a method that diverged, that it did."""
+    finite = {k: e for k, e in estimates.items() if math.isfinite(e.value)}
+    missing = {k: f"the training diverged: it is {e.value}" for k, e in estimates.items() if k not in finite}
+    return Outcome(finite, plots, missing)
+
+
 # -- the plane
 
 
@@ -279,7 +286,7 @@ def compare(context: Context) -> Outcome:
         Plot("samples", "draws from each energy, by inversion", "x", "y", tuple(panels), style="points"),
         curves({name: f.curve for name, f in found.items()}, "KL(truth || model), nats", "one energy, every method"),
     )
-    return Outcome(estimates, plots)
+    return told(estimates, *plots)
 
 
 def curves(found: Mapping[str, list[tuple[int, float]]], y_label: str, title: str) -> Plot:
@@ -402,7 +409,7 @@ def independent_components(context: Context) -> Outcome:
         measured, found[variant] = ica_study(variant, context, problem)
         estimates |= measured
     title = f"linear ICA in {context.params['dim']} dimensions, every method"
-    return Outcome(estimates, (curves(found, "gap to the truth (nats, exact)", title),))
+    return told(estimates, curves(found, "gap to the truth (nats, exact)", title))
 
 
 # -- the bias of contrastive divergence, exactly

@@ -67,9 +67,9 @@ COMPARISON: dict[str, tuple[Part, ...]] = {
         Part(("digits-binary",), 1, ("causal-conv", "iwae", "rbm-cd", "mixture-em")),
     ),
     "standard": (
-        Part(PLANE, 5, without=(*ONE_LEVEL, *SIBLINGS, *ANY_OBJECTIVE, "iwae", "realnvp")),
+        Part(PLANE, 3, without=(*ONE_LEVEL, *SIBLINGS, *ANY_OBJECTIVE, "iwae", "realnvp")),
         Part(("two-gaussians",), 3, ONE_LEVEL),
-        Part(("two-gaussians", "rings"), 5, ("realnvp",)),
+        Part(("two-gaussians", "rings"), 3, ("realnvp",)),
         Part(("mixture-8", "mixture-32"), 3, ACROSS_DIMENSIONS),
         Part(("digits",), 3, without=(*ONE_LEVEL, *SIBLINGS, *ANY_OBJECTIVE)),
         Part(("digits-binary",), 3, OF_BITS),

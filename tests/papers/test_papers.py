@@ -3,12 +3,15 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from replicate import registry
 from replicate.papers.claims import resolved
 from replicate.papers.plan import all_claims, ledger_plan, whole_plan
 from replicate.papers.tables import MeasureCell, measure_tables
-from replicate.runs.spec import AnySpec, ExperimentSpec, spec_from_dict
+from replicate.runs.execute import execute
+from replicate.runs.record import check_record
+from replicate.runs.spec import AnySpec, ExperimentSpec, experiment_spec, spec_from_dict
 
 PAPERS = sorted(registry.papers())
 
@@ -82,6 +85,14 @@ def test_experiments_whose_files_are_absent_are_named_with_the_file(
         (tmp_path / "mnist-static" / f"binarized_mnist_{part}.amat.gz").write_bytes(b"")
     assert "static-rbm-cd25" not in {s.experiment for s in ledger_plan("full")[1]}
     assert ledger_plan("standard")[1] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", PAPERS)
+def test_every_experiment_leaves_a_record_that_can_be_read(key: str) -> None:
+    for what in registry.papers()[key].experiments:
+        if "standard" in what.profiles:
+            check_record(execute(experiment_spec(key, what, 0, "smoke", "cpu"), None, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("key", PAPERS)
