@@ -266,6 +266,18 @@ class CausalConvNet(Autoregressive):
             features = self.embed(x[:, i, None, None])
         return x
 
+    @torch.no_grad()
+    def continued(self, given: Tensor, generator: torch.Generator) -> Tensor:
+        """Exact draws (n, D - m) of what comes after the first m dimensions, which are given, (n, m) with m >= 1."""
+        memory: Memory = {}
+        self._columns(shifted(self.embed(given.unsqueeze(1)), 3), 0, memory, None)
+        last, drawn = given[:, -1], []
+        for i in range(given.shape[1], self.dim):
+            parameters = self._columns(self.embed(last[:, None, None]), i, memory, None).squeeze(1)
+            last = self.head.sample(parameters, generator)
+            drawn.append(last)
+        return torch.stack(drawn, dim=1)
+
 
 def gate(x: Tensor) -> Tensor:
     """tanh(a) sigmoid(b) of the two halves of the channels (1606.05328, eq. 2)."""

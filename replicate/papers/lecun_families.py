@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -176,20 +176,6 @@ def lower_halves(task: Task) -> Task:
     return replace(task, name=f"{task.name}-lower", info=info, **parts)
 
 
-def continue_rows(model: Model, upper: Tensor, generator: torch.Generator) -> Tensor:
-    """Exact draws (n, 32) of p(lower | upper) of a `causal-conv`, from levels (n, 32)."""
-    net: Any = model  # the suite's contract has no draws under a condition; these are the model's own steps
-    memory: dict[Any, Tensor] = {}
-    shifted = torch.nn.functional.pad(net.embed(upper[:, None]), (1, -1))  # each position sees those before it
-    net._columns(shifted, 0, memory, None)
-    last, drawn = upper[:, -1], []
-    for i in range(HALF, 2 * HALF):
-        parameters = net._columns(net.embed(last[:, None, None]), i, memory, None).squeeze(1)
-        last = net.head.sample(parameters, generator)
-        drawn.append(last)
-    return torch.stack(drawn, dim=1)
-
-
 def log_prob_given_upper(model: Model, whole: Tensor) -> Tensor:
     """log p(lower | upper) in nats (n,) of a `causal-conv` at levels (n, 64): the conditionals of the last pixels."""
     net: Any = model
@@ -289,7 +275,7 @@ def completions(context: Context) -> Outcome:
         estimates[f"acceptance:{name}"] = Estimate(found[1], math.nan, "estimate", "share of proposals", len(upper))
         return found[0]
 
-    makers["causal-conv"] = lambda model: continue_rows(model, upper, streams.fresh("causal-conv"))
+    makers["causal-conv"] = lambda model: cast(Any, model).continued(upper, streams.fresh("causal-conv"))
     makers["realnvp"] = lambda model: accepted("realnvp", flow_completions(model, upper, context))
     mean = data.mean * (LEVELS - 1)
     makers["vae"] = lambda model: accepted("vae", vae_completions(model, upper, mean, context))

@@ -131,7 +131,7 @@ def test_rows_are_continued_from_the_model_s_own_conditionals(monkeypatch: pytes
     seen: list[Tensor] = []
     draw = net.head.sample
     monkeypatch.setattr(net.head, "sample", lambda p, g: seen.append(p) or draw(p, g))
-    lower = lecun_families.continue_rows(net, upper, generator())
+    lower = net.continued(upper, generator())
     expected = net.conditionals(torch.cat([upper, lower], dim=1))[:, HALF:]
     torch.testing.assert_close(torch.stack(seen, dim=1), expected, rtol=1e-4, atol=1e-5)
 
