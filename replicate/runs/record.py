@@ -144,7 +144,7 @@ def _check_plot(plot: object, name: str, problems: Problems) -> None:
     if not check_table(plot, _PLOT, name, wrong):
         return
     assert isinstance(plot, Mapping)
-    if ("image" in plot) != (plot["style"] == "images"):
+    if ("image" in plot) != (plot.get("style") == "images"):
         problems.add(f'{name} must give the height and width of its images, "image", where its style is "images" alone')
     most = MAX_PIXELS if "image" in plot else MAX_POINTS
     for at, line in _items(plot.get("lines"), f"{name}.lines"):
