@@ -26,11 +26,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from replicate.energies.objectives import score_of
 from replicate.model import Estimate, Family, Model
 from replicate.resume import State, resumable
 from replicate.sampling.langevin import check_settings, langevin_step, standard_normal_like
 from replicate.score_based.matching import denoising_score_matching
+from replicate.score_based.networks import score_of
 
 #: wrong answers for observations: (x (n, a), generator) -> (n, k, b)
 Distractors = Callable[[Tensor, torch.Generator], Tensor]

@@ -35,9 +35,10 @@ from replicate.likelihood.quadrature import grid
 from replicate.metrics.samples import median_distance
 from replicate.model import Model
 from replicate.resume import State, resumable
-from replicate.sampling.langevin import Score, mala, ula
+from replicate.sampling.langevin import mala, ula
 from replicate.score_based import matching
 from replicate.score_based.contrastive import GaussianNoise, noise_contrastive
+from replicate.score_based.networks import score_of
 
 #: f: (n, D) -> (n,) in nats, differentiable in x and in its parameters
 EnergyFunction = Callable[[Tensor], Tensor]
@@ -49,19 +50,6 @@ BANDWIDTH_EXAMPLES = 1000
 
 
 # -- what the methods share
-
-
-def score_of(energy: EnergyFunction) -> Score:
-    """s = -grad f as a function (n, D) -> (n, D), differentiable again where gradients are on."""
-
-    def score(x: Tensor) -> Tensor:
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            x = x if x.requires_grad else x.detach().requires_grad_(True)
-            (grad,) = torch.autograd.grad(energy(x).sum(), x, create_graph=create_graph)
-        return -grad
-
-    return score
 
 
 class LogDensity:

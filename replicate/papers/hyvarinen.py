@@ -27,7 +27,7 @@ from replicate.runs.experiment import Context, Experiment, Outcome
 from replicate.runs.spec import make_spec
 from replicate.sampling.langevin import ula
 from replicate.score_based.matching import Score, explicit_score_matching, implicit_score_matching
-from replicate.score_based.networks import EnergyScore, FreeScore
+from replicate.score_based.networks import EnergyScore, FreeScore, score_of
 from replicate.tasks.densities import GaussianMixture
 
 # -- sec. 3.1: on a Gaussian model, score matching is maximum likelihood
@@ -151,16 +151,6 @@ class Rescaled(Model):
         return self.rescale(self.inner.energy(x))
 
 
-def score_of(model: Model) -> Score:
-    """-grad f, differentiable in x again, as the implicit objective needs it."""
-
-    def score(x: Tensor) -> Tensor:
-        (grad,) = torch.autograd.grad(model.energy(x).sum(), x, create_graph=True)
-        return -grad
-
-    return score
-
-
 def _relative(change: Tensor, reference: Tensor) -> float:
     return float((change - reference).abs().max() / reference.abs().max())
 
@@ -210,7 +200,7 @@ def _observe(model: Model, x: Tensor, score: Score, context: Context) -> dict[st
     )
     return {
         "score": score(x).detach(),
-        "objective": implicit_score_matching(score_of(model), x).detach(),
+        "objective": implicit_score_matching(score_of(model.energy), x).detach(),
         "samples": chain.samples,
         "unnormalised": -model.energy(x).detach(),
         "log_z": torch.tensor(normaliser.value, dtype=torch.float64),

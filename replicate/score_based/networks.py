@@ -12,10 +12,13 @@ the noise, exp(-(rho |w|)^2 / 2), so that frequencies that the noise has erased 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+
+from replicate.score_based.matching import Score
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "softplus": nn.Softplus}
 
@@ -31,6 +34,19 @@ def mlp(sizes: list[int], activation: str = "silu") -> nn.Sequential:
         layers += [_ACTIVATIONS[activation]()] if i else []
         layers.append(nn.Linear(a, b))
     return nn.Sequential(*layers)
+
+
+def score_of(energy: Callable[[Tensor], Tensor]) -> Score:
+    """s = -grad f of an energy f (n, D) -> (n,), as a function; differentiable again where gradients are on."""
+
+    def score(x: Tensor) -> Tensor:
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_(True)
+            (grad,) = torch.autograd.grad(energy(x).sum(), x, create_graph=create_graph)
+        return -grad
+
+    return score
 
 
 class FreeScore(nn.Module):
@@ -62,11 +78,7 @@ class EnergyScore(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """-grad f, shape (n, D); differentiable again where gradients are on."""
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            x = x if x.requires_grad else x.detach().requires_grad_(True)
-            (grad,) = torch.autograd.grad(self.energy(x).sum(), x, create_graph=create_graph)
-        return -grad
+        return score_of(self.energy)(x)
 
 
 class GaussianFit(nn.Module):

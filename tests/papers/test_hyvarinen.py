@@ -16,12 +16,12 @@ from replicate.papers.hyvarinen import (
     Rescaled,
     minimise_score_matching,
     overlapping_mixture,
-    score_of,
     skewed_sample,
 )
 from replicate.runs.experiment import Context, Experiment
 from replicate.runs.seeds import Streams
 from replicate.score_based.matching import implicit_score_matching
+from replicate.score_based.networks import score_of
 
 TINY = {
     "hyvarinen-gaussian": {"examples": 60, "dim": 3},
@@ -90,7 +90,7 @@ class Bowl(Rescaled):
 
 def test_score_of_a_bowl_and_its_normaliser() -> None:
     x = torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    torch.testing.assert_close(score_of(Bowl(3.0))(x).detach(), -x.detach())
+    torch.testing.assert_close(score_of(Bowl(3.0).energy)(x).detach(), -x.detach())
     seen = hyvarinen._observe(Bowl(3.0), x.detach(), lambda y: -y, context(NORMALISER))
     assert float(seen["log_z"]) == pytest.approx(math.log(2 * math.pi) - 3.0, abs=1e-12)
     torch.testing.assert_close(seen["objective"], 0.5 * x.detach().square().sum(1) - 2)
