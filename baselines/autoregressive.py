@@ -425,6 +425,7 @@ CAUSAL_CONV = ModelEntry(
 )
 
 GATED_PIXELCNN = ModelEntry(
+    needs_image=True,
     family="autoregressive",
     about="2-D causal convolution in two gated stacks, softmax head",
     paper="van den Oord et al. 2016, 1606.05328",

@@ -221,7 +221,7 @@ def reproduce(
     for name, reason in registry.broken().items():
         errors.print(f"replicate: {name} is left out: {reason}", markup=False, highlight=False, soft_wrap=True)
     for what in skipped:
-        console.print(f"{what.experiment} is not run: {what.reason}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{what.name} is not run: {what.reason}", markup=False, highlight=False, soft_wrap=True)
     claims = ledger_claims()
     limits = Limits(run_limit, memory_limit, checkpoint_every)
     executor = make_executor(device, jobs, runs_per_gpu, limits, scheduler, in_process)

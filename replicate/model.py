@@ -267,6 +267,7 @@ class ModelEntry:
         training: default training settings.
         overrides: changes to params and training (one flat mapping) by data domain ("continuous", "levels",
             "bits"), task name, or "TASK@PROFILE"; applied in that order.
+        needs_image: build raises ValueError on data without rows and columns.
         needs_density: build also gets density=task.density (None where the truth is not known, if the model lists
             that domain), and the model sees the data as they are, without preprocessing.
     """
@@ -279,4 +280,5 @@ class ModelEntry:
     params: Mapping[str, Any] = field(default_factory=dict)
     training: Training = field(default_factory=Training)
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    needs_image: bool = False
     needs_density: bool = False

@@ -108,9 +108,8 @@ def model_entry(name: str) -> ModelEntry:
     return models()[name]
 
 
-@cache
-def load_task(name: str) -> Task:
-    """The task's data.
+def task_entry(name: str) -> TaskEntry:
+    """The task's entry.
 
     Raises:
         UsageError: no such task, or it cannot be imported.
@@ -119,7 +118,42 @@ def load_task(name: str) -> Task:
         raise UsageError(f"task {name!r} cannot be used: {_tasks()[1][name]}. Fix or uninstall its package.")
     if name not in tasks():
         raise unknown("task", name, tasks(), "`replicate list` shows all.")
-    return tasks()[name].load()
+    return tasks()[name]
+
+
+def load_task(name: str, seed: int = 0) -> Task:
+    """The task's data as a run of this seed sees them: cross-validated tasks have another fold for each seed.
+
+    Raises:
+        UsageError: no such task, it cannot be imported, or its files are missing or damaged.
+    """
+    return _loaded(name, seed % task_entry(name).folds)
+
+
+@cache
+def _loaded(name: str, fold: int) -> Task:
+    entry = task_entry(name)
+    return entry.load(fold) if entry.folds > 1 else entry.load()
+
+
+def data_sha256(name: str, seed: int = 0) -> str:
+    """`Task.sha256` of what `load_task` gives, computed once a process.
+
+    Raises:
+        UsageError: as in `load_task`.
+    """
+    return _digest(name, seed % task_entry(name).folds)
+
+
+@cache
+def _digest(name: str, fold: int) -> str:
+    return _loaded(name, fold).sha256()
+
+
+def forget_tasks() -> None:
+    """Let the data of every task go."""
+    _loaded.cache_clear()
+    _digest.cache_clear()
 
 
 def unsupported(entry: ModelEntry, task: Task) -> str | None:
@@ -127,6 +161,8 @@ def unsupported(entry: ModelEntry, task: Task) -> str | None:
     domain = task.info.domain
     if entry.needs_density and task.density is None and domain not in entry.domains:
         return "it needs a task whose true density is known"
+    if entry.needs_image and task.info.image is None:
+        return "it needs images"
     if domain in entry.domains or "continuous" in entry.domains:
         return None
     return f"it models {' and '.join(sorted(entry.domains))}, and the data are {domain}"

@@ -124,6 +124,7 @@ def test_what_was_not_measured_says_why() -> None:
     nothing = Measured(frame(b=[1.0]))
     assert judge(asked(needs="the MNIST images"), nothing, "standard").reason == "needs the MNIST images"
     assert judge(asked(judged_at="full"), nothing, "standard").reason == "needs the full profile"
+    assert judge(asked(judged_at="standard"), nothing, "full").reason == "the standard profile measures it"
     assert judge(asked(not_comparable="another split"), nothing, "standard").verdict == "not comparable"
     absent = Measured(frame(status="n/a: no sampler", a=[math.nan]))
     assert judge(asked(), absent, "standard").reason == "n/a: no sampler"

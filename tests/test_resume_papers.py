@@ -149,7 +149,7 @@ def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
     task = Task("bits", "random bits", DataInfo(16, "bits", 2, (4, 4)), bits[:50], bits[50:70], bits[70:])
     table = ssm_kernel.Table(rows[:50], rows[50:70], rows[70:])
     monkeypatch.setattr(burda, "training_and_test", lambda dynamic: (0.5 * bits[:50], bits[50:]))
-    monkeypatch.setattr(pixelcnn, "static_mnist", lambda: task)
+    monkeypatch.setattr(pixelcnn, "mnist_static", lambda: task)
     monkeypatch.setattr(ssm_kernel, "load_table", lambda name, draws: table)
     monkeypatch.setattr(ssm_kernel, "OBJECTIVES", {"ssm": (ssm_kernel.sliced,), "dsm": DENOISING[:2]})
     monkeypatch.setattr(nce, "THEORY_DRAWS", 1000)

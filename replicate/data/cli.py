@@ -44,8 +44,11 @@ def tasks(context: typer.Context, as_json: AsJson = False) -> None:
         return
     from replicate import registry
 
-    rows = {}
-    for name in sorted(registry.tasks()):
+    rows, away = {}, {}
+    for name, entry in sorted(registry.tasks().items()):
+        if missing := entry.absent():
+            away[name] = missing
+            continue
         task = registry.load_task(name)
         rows[name] = {
             "train": len(task.train),
@@ -56,13 +59,15 @@ def tasks(context: typer.Context, as_json: AsJson = False) -> None:
             "sha256": task.sha256(),
         }
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps({**rows, **{name: {"absent": why} for name, why in away.items()}}, indent=1))
         return
     table = Table("task", "train", "valid", "test", "dim", "domain", "sha256")
     for name, row in rows.items():
         table.add_row(name, *(str(v)[:16] for v in row.values()))
     _consoles()[0].print(table)
-    _say("Every one of these is made on this machine. `replicate data files` shows what papers' experiments read.")
+    for name, why in away.items():
+        _say(f"{name} is absent: {why}")
+    _say("`replicate data files` shows the files behind them; densities and digits need none.")
 
 
 def _status(entry: Entry) -> tuple[str, Path | None, str]:
@@ -156,6 +161,27 @@ def fetch_(
     if not names and (others := [e.name for e in catalog().values() if not e.urls and find(e.name) is None]):
         _say(f"not to be had by fetching: {', '.join(others)}; `replicate data fetch NAME` says why.")
     raise typer.Exit(int(failed))
+
+
+@data_app.command("pack-runs")
+def pack_runs_(
+    archive: Path, profile: Annotated[str, typer.Option("--profile", help="smoke, standard or full.")] = "full"
+) -> None:
+    """Put a sweep's records and checkpoints into one file, for another machine of the same sources."""
+    from replicate.archive import pack_runs
+    from replicate.runs.store import default_runs_folder
+
+    moved = pack_runs(default_runs_folder(), profile, archive)
+    _say(f"{archive} ({archive.stat().st_size:,} bytes) has {moved}.")
+
+
+@data_app.command("unpack-runs")
+def unpack_runs_(archive: Path) -> None:
+    """Add the runs of such a file to this machine's sweep, which `replicate reproduce` goes on with."""
+    from replicate.archive import unpack_runs
+    from replicate.runs.store import default_runs_folder
+
+    _say(f"from {archive}: {unpack_runs(archive, default_runs_folder())}.")
 
 
 @data_app.command("check")

@@ -61,6 +61,12 @@ def find(name: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
+def absent(names: Iterable[str]) -> str:
+    """The first of these files that is not there, in words; "" where all are."""
+    missing = next((name for name in names if find(name) is None), "")
+    return f"it reads {missing}, which is not there: {where()}" if missing else ""
+
+
 def data_file(name: str, origin: str) -> Path:
     """The same, for who needs it.
 
@@ -248,3 +254,31 @@ def read_idx(name: str, origin: str) -> Tensor:
     """
     path = data_file(name, origin)
     return parse_idx(contents(path), f"{path} (from {origin})")
+
+
+def parse_idx_labels(content: bytes, what: str) -> Tensor:
+    """The labels of an IDX file as int64, shape (n,).
+
+    Args:
+        content: the file's bytes, from anywhere.
+        what: its name, for the message.
+
+    Raises:
+        UsageError: these are not the bytes of an IDX file of labels.
+    """
+    magic, n = struct.unpack(">2I", content[:8]) if len(content) > 8 else (0, 0)
+    if magic != 0x801 or n != len(content) - 8:
+        raise UsageError(f"{what} is no IDX file of labels: its header is {content[:8].hex()}, {len(content)} bytes.")
+    import torch  # as above
+
+    return torch.from_numpy(np.frombuffer(content, dtype=np.uint8, offset=8).astype(np.int64))
+
+
+def read_idx_labels(name: str, origin: str) -> Tensor:
+    """The labels of an IDX file as int64, shape (n,).
+
+    Raises:
+        UsageError: the file is missing, damaged or no IDX file of labels.
+    """
+    path = data_file(name, origin)
+    return parse_idx_labels(contents(path), f"{path} (from {origin})")

@@ -389,17 +389,6 @@ LEARNING = Experiment(
             "long_run": 100,
             "grid": 100,
         },
-        "full": {
-            "convergent_updates": 200_000,
-            "convergent_steps": 500,
-            "convergent_lr": 0.1,
-            "convergent_anneal": False,
-            "convergent_chains": 10_000,
-            "nonconvergent_updates": 100_000,
-            "nonconvergent_lr": 1e-4,
-            "nonconvergent_anneal": False,
-            "long_run": 100_000,
-        },
     },
 )
 

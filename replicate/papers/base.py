@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from replicate.papers.claims import ClaimError, PaperClaims, read_claims
+from replicate.papers.claims import Claim, ClaimError, PaperClaims, read_claims, resolved
 from replicate.runs.experiment import Experiment
 
 
@@ -56,4 +56,11 @@ class Paper:
                 raise ClaimError(
                     f"{self.claims_file}: claim {claim.id} names experiment {claim.experiment!r}; there are {names}"
                 )
-        return read
+        return replace(read, claims=tuple(self._with_needs(claim) for claim in read.claims))
+
+    def _with_needs(self, claim: Claim) -> Claim:
+        """The claim with what its experiments need; the file says so of what no experiment here measures."""
+        measures = (resolved(m, claim, self.key).split("/")[0] for m in (claim.measure, claim.minus, claim.over))
+        asked = list(dict.fromkeys(measures))
+        found = next((e.needs for name in asked for e in self.experiments if e.name == name and e.needs), "")
+        return replace(claim, needs=found) if found else claim

@@ -78,6 +78,6 @@ BOUNDS = Experiment(
     family="vae",
     run=bounds,
     params={"dim": 6, "latent": 3, "noise": 0.5, "shift": 0.5, "widening": 1.3, "points": 2000},
-    profiles=("smoke", "standard", "full"),
+    profiles=("smoke", "standard"),
     precision="float64",
 )

@@ -139,7 +139,7 @@ TWEEDIE = Experiment(
     # an even number of observations keeps clear of 0, where |z| in the uniform's marginal has no derivative
     params={"from": -5.0, "to": 7.0, "observations": 200, "sigma_small": 0.5, "sigma_large": 1.0, "panels": 200},
     seeds=1,
-    profiles=("smoke", "standard", "full"),
+    profiles=("smoke", "standard"),
     precision="float64",
 )
 

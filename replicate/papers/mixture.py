@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from replicate.model import Estimate
+from replicate.model import LogLikelihood
 from replicate.papers.base import Paper
-from replicate.papers.static_bits import FILES, static_mnist
 from replicate.registry import model_entry
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+from replicate.tasks.images import FILES, mnist_static
 
 COMPONENTS = (10, 100, 500)
 #: rows scored at a time
@@ -28,7 +28,7 @@ CHUNK = 2000
 @torch.no_grad()
 def mixture_of_bernoullis(context: Context) -> Outcome:
     """Fit K Bernoullis by EM and score the test bits exactly."""
-    p, task = context.params, static_mnist()
+    p, task = context.params, mnist_static()
     train = task.train[: p["rows"] or None].to(context.device)
     test = task.test[: p["rows"] or None].to(context.device)
     settings = {name: p[name] for name in ("components", "strength", "iterations")}
@@ -38,7 +38,8 @@ def mixture_of_bernoullis(context: Context) -> Outcome:
     objective = (-torch.as_tensor(model.objective)).tolist()
     line = Line(f"K = {p['components']}", list(range(1, len(objective) + 1)), objective)
     plot = Plot("em", "what EM minimises, a training example", "EM step", "nats", (line,), log_x=True)
-    return Outcome({"nll": -Estimate.mean_of(log_p, "exact", "nats")}, (plot,))
+    exact = LogLikelihood(log_p, "exact")
+    return Outcome({"nll": -exact.mean()}, (plot,), examples={task.name: exact})
 
 
 def mixture(components: int) -> Experiment:
@@ -51,7 +52,7 @@ def mixture(components: int) -> Experiment:
         {"components": components, "strength": 2.0, "iterations": 200, "rows": 0},
         seeds=3,
         profiles=("full",),
-        files=FILES,
+        files=FILES["mnist-static"],
     )
 
 

@@ -346,7 +346,7 @@ GAUSSIAN = Experiment(
     family="ebm",
     run=gaussian_consistency,
     params={"dim": 5, "condition": 10.0, "smallest": 500, "doublings": 4, "repetitions": 100},
-    overrides={"smoke": {"doublings": 1, "repetitions": 10}, "full": {"doublings": 6, "repetitions": 500}},
+    overrides={"smoke": {"doublings": 1, "repetitions": 10}},
     precision="float64",
 )
 NOISE_RATIO = Experiment(
@@ -354,8 +354,8 @@ NOISE_RATIO = Experiment(
     about="1, 10 and 100 noises a datum, against maximum likelihood and the asymptotic covariance",
     family="ebm",
     run=noise_ratio,
-    params={"dim": 5, "condition": 10.0, "examples": 1000, "repetitions": 30, "chunk": 5},
-    overrides={"smoke": {"examples": 200, "repetitions": 5}, "full": {"examples": 4000, "repetitions": 500}},
+    params={"dim": 5, "condition": 10.0, "examples": 4000, "repetitions": 500, "chunk": 5},
+    overrides={"smoke": {"examples": 200, "repetitions": 5}},
     profiles=("full",),
     precision="float64",
 )
@@ -372,8 +372,8 @@ ICA = Experiment(
     about="ICA with Laplacian sources and its log Z by noise-contrastive estimation over sample sizes",
     family="ebm",
     run=laplace_consistency,
-    params={"dim": 4, "condition": 10.0, "smallest": 500, "doublings": 4, "repetitions": 12},
-    overrides={"smoke": {"doublings": 1, "repetitions": 3}, "full": {"doublings": 5, "repetitions": 500}},
+    params={"dim": 4, "condition": 10.0, "smallest": 500, "doublings": 5, "repetitions": 500},
+    overrides={"smoke": {"doublings": 1, "repetitions": 3}},
     profiles=("full",),
     precision="float64",
 )

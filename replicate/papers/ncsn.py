@@ -271,7 +271,7 @@ MANIFOLD = Experiment(
         "block": 50,
     },
     seeds=3,
-    overrides={"smoke": {"steps": 200, "block": 5}, "full": {"steps": 20_000}},
+    overrides={"smoke": {"steps": 200, "block": 5}},
 )
 
 

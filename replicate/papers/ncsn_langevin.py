@@ -270,6 +270,6 @@ ANNEALED = Experiment(
     run=annealed,
     params={"chains": 1280, "steps": 0},
     overrides={"smoke": {"chains": 128, "steps": 10}},
-    profiles=("smoke", "standard", "full"),
+    profiles=("smoke", "standard"),
     precision="float64",
 )

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from replicate.model import Estimate, Model, Training
+from replicate.model import LogLikelihood, Model, Training
 from replicate.papers.base import Paper
-from replicate.papers.static_bits import FILES, static_mnist
 from replicate.registry import model_entry
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 from replicate.runs.training import train
+from replicate.tasks.images import FILES, mnist_static
 
 #: rows scored at a time
 CHUNK = 500
@@ -96,7 +96,7 @@ class PixelCNN(Model):
 
 def build(context: Context) -> Model:
     """The untrained model that the settings name."""
-    p, info = context.params, static_mnist().info
+    p, info = context.params, mnist_static().info
     assert info.image is not None
     with context.streams.initialisation():
         if p["gated"]:
@@ -106,7 +106,7 @@ def build(context: Context) -> Model:
 
 def train_and_score(context: Context) -> Outcome:
     """Train on static bits, keep the best validation step, and score the test bits exactly."""
-    p, task = context.params, static_mnist()
+    p, task = context.params, mnist_static()
     rows = slice(p["rows"] or None)
     parts = [part[rows].to(context.device) for part in (task.train, task.valid, task.test)]
     model = build(context).to(context.device)
@@ -123,7 +123,8 @@ def train_and_score(context: Context) -> Outcome:
         log_p = torch.cat([model.log_prob(part) for part in parts[2].split(CHUNK)])
     line = Line("validation", [step for step, _ in history.valid], [value for _, value in history.valid])
     plot = Plot("validation", "NLL on validation", "optimizer step", "nats", (line,))
-    return Outcome({"nll": -Estimate.mean_of(log_p, "exact", "nats")}, (plot,))
+    exact = LogLikelihood(log_p, "exact")
+    return Outcome({"nll": -exact.mean()}, (plot,), examples={task.name: exact})
 
 
 _TRAINING: dict[str, Any] = {
@@ -143,7 +144,8 @@ MASKED = Experiment(
     {**_TRAINING, "gated": False, "width": 64, "layers": 12, "dropout": 0.0},
     seeds=3,
     profiles=("full",),
-    files=FILES,
+    files=FILES["mnist-static"],
+    cuda_minutes=10,
 )
 GATED = Experiment(
     "pixelcnn-gated",
@@ -153,7 +155,8 @@ GATED = Experiment(
     {**_TRAINING, "gated": True, "width": 64, "layers": 12, "dropout": 0.3},
     seeds=3,
     profiles=("full",),
-    files=FILES,
+    files=FILES["mnist-static"],
+    cuda_minutes=10,
 )
 
 PAPER = Paper("pixelcnn", Path(__file__).with_suffix(".toml"), experiments=(MASKED, GATED))

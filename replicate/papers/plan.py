@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from replicate.papers.claims import ClaimError, PaperClaims
-from replicate.registry import papers
+from replicate.registry import papers, task_entry
 from replicate.runs.experiment import Experiment
-from replicate.runs.profiles import plan
+from replicate.runs.profiles import absent_tasks, plan
 from replicate.runs.spec import AnySpec, experiment_spec, make_spec
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """An experiment that a profile has and this machine cannot run."""
+    """An experiment, or a task of the comparison, that a profile has and this machine cannot run."""
 
-    experiment: str
+    name: str
     reason: str
 
 
@@ -48,7 +48,7 @@ def ledger_plan(profile: str, device: str = "cpu", seeds: int | None = None) -> 
         for experiment in papers()[key].experiments:
             if profile not in experiment.profiles:
                 continue
-            absent = experiment.absent()
+            absent = experiment.absent(device)
             if absent:
                 skipped.append(Skipped(experiment.name, absent))
                 continue
@@ -65,6 +65,7 @@ def whole_plan(profile: str, device: str = "cpu", seeds: int | None = None) -> t
     """
     compared = plan(profile, device, seeds)
     asked, skipped = ledger_plan(profile, device, seeds)
+    skipped += (Skipped(name, why) for name, why in absent_tasks(profile).items())
     return list({spec.run_id(): spec for spec in [*compared, *asked]}.values()), skipped
 
 
@@ -75,6 +76,8 @@ def _seeds(experiment: Experiment, override: int | None) -> range:
 def _model_specs(key: str, profile: str, device: str, seeds: int | None) -> Iterator[AnySpec]:
     for part in papers()[key].model_runs.get(profile, ()):
         for task in part.tasks:
+            if task_entry(task).absent():
+                continue
             for model in part.models:
                 for seed in range(seeds or part.seeds):
                     yield make_spec(model, task, seed, profile, device)

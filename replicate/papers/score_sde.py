@@ -381,7 +381,6 @@ MIXTURE = Experiment(
     params={"dim": 8, "nfe": 200, "chains": 20_000, "ode_chains": 2_000},
     overrides={
         "smoke": {"nfe": 16, "chains": 200, "ode_chains": 100},
-        "full": {"nfe": 2000},
     },
 )
 
@@ -403,7 +402,6 @@ DIGITS = Experiment(
     tasks=("digits",),
     overrides={
         "smoke": {"steps": 10, "samples": 100, "nfe": 8, "test_images": 40, "draws": 1, "ode_steps": 4, "levels": 4},
-        "full": {"steps": 2000, "nfe": 2000, "draws": 8, "ode_steps": 24},
     },
 )
 

@@ -315,7 +315,6 @@ DIGITS = Experiment(
     tasks=("digits",),
     overrides={
         "smoke": {"steps": 10, "test_images": 20, "draws": 1, "samples": 60, "sample_steps": 4, "repeats": 2},
-        "full": {"steps": 4000, "draws": 8},
     },
 )
 

@@ -545,7 +545,7 @@ PLANE = Experiment(
     run=compare,
     params={"density": "crescent", **PLANE_PARAMS},
     seeds=3,
-    overrides={"smoke": SMOKE, "full": {"updates": 5000, "examples": 50_000, "samples": 1000}},
+    overrides={"smoke": SMOKE},
 )
 MODES = Experiment(
     name="energies-modes",
@@ -554,7 +554,7 @@ MODES = Experiment(
     run=compare,
     params={"density": "two-gaussians", **PLANE_PARAMS, "updates": 200},
     seeds=3,
-    overrides={"smoke": SMOKE, "full": {"updates": 5000, "examples": 50_000, "samples": 1000}},
+    overrides={"smoke": SMOKE},
 )
 ICA = Experiment(
     name="energies-ica",
@@ -583,7 +583,6 @@ ICA = Experiment(
     seeds=3,
     overrides={
         "smoke": {"examples": 300, "test_examples": 500, "updates": 3, "batch": 50, "flow_steps": 2},
-        "full": {"updates": 5000, "examples": 50_000},
     },
     precision="float64",
 )

@@ -243,7 +243,6 @@ COUNTED = Experiment(
     run=counted_costs,
     params=_STEP,
     seeds=1,
-    overrides={"full": {"largest": 1024}},
 )
 
 TIMED = Experiment(
@@ -253,7 +252,6 @@ TIMED = Experiment(
     run=timed_costs,
     params={**_STEP, "repeats": 3},
     seeds=3,
-    overrides={"full": {"largest": 1024, "repeats": 5}},
 )
 
 
@@ -437,7 +435,6 @@ COVARIANCE = Experiment(
     run=covariance_simulation,
     params={"dim": 3, "examples": 2000, "datasets": 2400, "chunk": 10},
     seeds=5,
-    overrides={"full": {"dim": 5, "examples": 20000, "datasets": 4000, "chunk": 20}},
     precision="float64",
 )
 

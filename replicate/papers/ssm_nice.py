@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from replicate.data.files import read_idx
 from replicate.model import Estimate
 from replicate.papers.minibatches import Minibatches
 from replicate.resume import State, resumable
@@ -28,6 +27,7 @@ from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 from replicate.score_based import matching
 from replicate.score_based.networks import mlp
 from replicate.tasks.digits import digits
+from replicate.tasks.images import FILES, grey_values
 
 COUPLINGS = 4
 #: pixels are clipped to [CLIP, 1 - CLIP] before the logit
@@ -100,17 +100,13 @@ class Images(NamedTuple):
     levels: int
 
 
-ORIGIN = "MNIST, http://yann.lecun.com/exdb/mnist/ and its mirrors"
-FILES = ("mnist/train-images-idx3-ubyte", "mnist/t10k-images-idx3-ubyte")
-
-
 def mnist(draws: torch.Generator) -> Images:
     """MNIST; a random tenth of the training images is for validation, as in the released code.
 
     Raises:
         UsageError: the files are not in REPLICATE_DATA/mnist.
     """
-    train, test = (read_idx(name, ORIGIN).float() for name in FILES)
+    train, test = (part.float() for part in grey_values("mnist"))
     shuffled = train[torch.randperm(len(train), generator=draws, device=draws.device).cpu()]
     cut = len(train) - len(train) // 10
     return Images(shuffled[:cut], shuffled[cut:], test, 256)
@@ -290,7 +286,8 @@ NICE_MNIST = Experiment(
     },
     seeds=3,
     profiles=("full",),
-    files=FILES,
+    files=FILES["mnist-dynamic"],
+    cuda_minutes=10,
 )
 
 

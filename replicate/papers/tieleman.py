@@ -27,11 +27,11 @@ from replicate.papers.base import Paper
 from replicate.papers.carreira import Machine
 from replicate.papers.minibatches import Minibatches
 from replicate.papers.salakhutdinov import doubled, hidden_log_weights
-from replicate.papers.static_bits import FILES, static_mnist
 from replicate.registry import load_task
 from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 from replicate.runs.training import Stopwatch
+from replicate.tasks.images import FILES, mnist_static
 
 
 class Method(NamedTuple):
@@ -62,7 +62,7 @@ class Data(NamedTuple):
 
 def bits(name: str, device: torch.device) -> Data:
     """The suite's `digits-binary`, or "mnist-static" from REPLICATE_DATA."""
-    task = static_mnist() if name == "mnist-static" else load_task(name)
+    task = mnist_static() if name == "mnist-static" else load_task(name)
     return Data(*(part.to(device) for part in (task.train, task.valid, task.test)))
 
 
@@ -185,7 +185,8 @@ EQUAL_TIME_MNIST = Experiment(
     params={**EQUAL_TIME.params, "data": "mnist-static", "hidden": 25, "updates": 100_000},
     seeds=3,
     profiles=("full",),
-    files=FILES,
+    files=FILES["mnist-static"],
+    cuda_minutes=10,
 )
 
 PAPER = Paper("tieleman", Path(__file__).with_suffix(".toml"), experiments=(EQUAL_TIME, EQUAL_TIME_MNIST))

@@ -30,6 +30,7 @@ from replicate.report.figures import all_figures
 from replicate.report.labels import TIMING_METRICS, short
 from replicate.report.ledger import Plain
 from replicate.report.page import Shown, render
+from replicate.report.pairs import paired_table
 from replicate.report.plots import experiment_drawings
 from replicate.report.records import (
     FAILED,
@@ -107,13 +108,19 @@ def _write_all(runs: Runs, profile: str, folder: Path, claims: Claims) -> None:
     if judged:
         _write(folder / "claims.csv", claims_ledger.to_csv(judged, profile))
     tables = all_tables(results)
-    plain = [claims_ledger.measure_table(t, frame) for t in claims.tables]
+    plain = _plain(frame, [run.as_record() for run in runs.runs], claims)
     (folder / "tables").mkdir()
     for name, text in _table_texts(tables, judged, plain).items():
         _write(folder / "tables" / name, text)
     with style():
         shown = _saved([*all_figures(results, runs.comparison), *experiment_drawings(runs.runs)], folder / "figures")
     _write(folder / "report.html", render(runs, results, totals, tables, shown, profile, judged, plain))
+
+
+def _plain(frame: pd.DataFrame, records: list[dict[str, Any]], claims: Claims) -> list[Plain]:
+    """The tables of print beside our numbers, and that of models paired by test example."""
+    pairs = paired_table(records)
+    return [*(claims_ledger.measure_table(t, frame) for t in claims.tables), *([pairs] if pairs else [])]
 
 
 def _table_texts(tables: list[Table], judged: list[claims_ledger.Entry], plain: list[Plain]) -> dict[str, str]:
@@ -250,7 +257,7 @@ def _table_problems(folder: Path, frame: pd.DataFrame, records: list[dict[str, A
     if claims.papers:
         profile = claims_ledger.read_claims_csv(folder / "claims.csv")[0]["profile"]
         judged = claims_ledger.entries(claims.papers, frame, profile)
-    plain = [claims_ledger.measure_table(t, frame) for t in claims.tables]
+    plain = _plain(frame, records, claims)
     right = _table_texts(all_tables(Results(frame[~frame["run_id"].isin(experiments)])), judged, plain)
     return [
         f"tables/{name} is not the table that the measurements give"

@@ -80,6 +80,7 @@ class Run:
         error, traceback_tail: why a failed run failed; "" for a whole one.
         weights_sha256: of a trained model's safetensors; "" for an experiment.
         plots: what an experiment draws.
+        examples: packed log p of every test example, by task.
     """
 
     run_id: str
@@ -94,6 +95,7 @@ class Run:
     traceback_tail: str = ""
     weights_sha256: str = ""
     plots: tuple[Mapping[str, Any], ...] = ()
+    examples: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_experiment(self) -> bool:
@@ -157,6 +159,8 @@ class Run:
         if self.failed:
             return {**head, "error": self.error, "traceback_tail": self.traceback_tail}
         rest = {"provenance": dict(self.provenance), "about": self.about, "paper": self.paper}
+        if self.examples:
+            rest["examples"] = dict(self.examples)
         if self.is_experiment:
             return {**head, **rest}
         return {**head, **rest, "weights_sha256": self.weights_sha256, "history": dict(self.history)}
@@ -216,6 +220,7 @@ def _read_run(path: Path) -> Run:
         data.get("paper", ""),
         weights_sha256=data.get("weights_sha256", ""),
         plots=tuple(data.get("plots", ())),
+        examples=data.get("examples", {}),
     )
 
 

@@ -183,6 +183,8 @@ def _without_numbers(asked: Asked, measured: Measured, measures: list[str], fail
         return Judged("not run", f"needs {asked.needs}")
     if _RANK[profile] < _RANK[asked.judged_at]:
         return Judged("not run", f"needs the {asked.judged_at} profile")
+    if _RANK[profile] > _RANK[asked.judged_at]:
+        return Judged("not run", f"the {asked.judged_at} profile measures it")
     return Judged("not run", f"the {profile} profile did not measure it")
 
 

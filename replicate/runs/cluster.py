@@ -39,7 +39,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from replicate.errors import UsageError
-from replicate.registry import load_task
+from replicate.registry import forget_tasks
 from replicate.runs.child import STDERR, STDERR_TAIL, STOPPED, job, make_ready
 from replicate.runs.execute import check_data, failure
 from replicate.runs.executor import Listener, Runs, outcome
@@ -115,7 +115,7 @@ def _data_problems(specs: list[dict[str, Any]]) -> list[str]:
             check_data(spec_from_dict(spec))
         except (ValueError, OSError) as error:
             problems.append(str(error))
-    load_task.cache_clear()  # a worker computes in child programs and must not keep the data itself
+    forget_tasks()  # a worker computes in child programs and must not keep the data itself
     return problems
 
 

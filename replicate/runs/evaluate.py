@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -90,6 +90,8 @@ class Evaluator:
     settings: Evaluation
     streams: Streams
     device: torch.device
+    #: log p of every test example by the task's name, once it is measured; of data, not of densities
+    examples: dict[str, LogLikelihood] = field(default_factory=dict)
 
     def measurements(self) -> Measurements:
         """Every measurement of this model on this task."""
@@ -219,6 +221,7 @@ class Evaluator:
             yield na("nll", str(reason))
             yield na("bits_per_dim", str(reason))
             return
+        self.examples[self.task.name] = log_p
         nll = -log_p.mean()
         yield Measurement("nll", nll)
         yield Measurement("bits_per_dim", nll.times(1 / (self.task.info.dim * float(np.log(2))), "bits/dim"))
@@ -238,11 +241,14 @@ class Evaluator:
             return
         m = min(n, len(test))
         yield Measurement("c2st", c2st(x[:m], test[:m], self.streams.fresh("c2st")))
-        features = digit_features(self.task)
-        fake, real = features.features(x.cpu()), features.features(test.cpu())
-        yield Measurement("frechet", frechet(fake, real))
-        for name, e in precision_recall_density_coverage(real, fake[:m]).items():
-            yield Measurement(name, e)
+        if self.task.labels is None:
+            yield from (na(metric, "there are no labels to train a classifier's features on") for metric in names[1:])
+        else:
+            features = digit_features(self.task)
+            fake, real = features.features(x.cpu()), features.features(test.cpu())
+            yield Measurement("frechet", frechet(fake, real))
+            for name, e in precision_recall_density_coverage(real, fake[:m]).items():
+                yield Measurement(name, e)
         yield count("sample_ms", 1000 * seconds / n, "milliseconds")
         yield count("nfe", self.model.nfe, "network evaluations")
 

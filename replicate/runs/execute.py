@@ -20,12 +20,12 @@ from threadpoolctl import threadpool_limits
 
 from replicate.errors import UsageError
 from replicate.likelihood.dequantisation import Preprocessed
-from replicate.model import Estimate, Model
-from replicate.registry import experiment, load_task, model_entry
+from replicate.model import Estimate, LogLikelihood, Model
+from replicate.registry import data_sha256, experiment, load_task, model_entry
 from replicate.resume import Journal, State
 from replicate.runs.checkpoint import Checkpoints
 from replicate.runs.evaluate import Evaluator, Measurement, na
-from replicate.runs.experiment import Context
+from replicate.runs.experiment import Context, pack_examples
 from replicate.runs.limits import DEFAULT, Limits
 from replicate.runs.provenance import device_name, peak_memory_mb, provenance, source_version, stamp
 from replicate.runs.record import check_record, seal
@@ -72,12 +72,12 @@ def in_precision(task: Task, dtype: torch.dtype) -> Task:
 def run(spec: RunSpec, device: torch.device) -> tuple[Model, Task, History, Evaluator]:
     """Train one model; nothing is measured yet."""
     dtype = PRECISIONS[spec.precision]
-    task = in_precision(load_task(spec.task), dtype)
+    task = in_precision(load_task(spec.task, spec.seed), dtype)
     streams = Streams(spec.task, spec.model, spec.seed, device.type)
     model = build_model(spec, task, streams).to(device)
     if dtype != torch.float32:  # never narrowed: some models keep tables in double precision
         model = model.to(dtype)
-    history = train(model, task.train.to(device), task.valid.to(device), spec.training, streams)
+    history = train(model, task.train.to(device), task.valid.to(device), spec.training, streams, task.redraw)
     return model, task, history, Evaluator(model, task, spec.evaluation, streams, device)
 
 
@@ -147,7 +147,7 @@ def check_data(spec: AnySpec) -> None:
         here = experiment_spec(spec.model, experiment(spec.model, spec.task), spec.seed, spec.profile, spec.device)
         digest = here.data_sha256
     else:
-        digest = load_task(spec.task).sha256()
+        digest = data_sha256(spec.task, spec.seed)
     if digest != spec.data_sha256:
         raise UsageError(
             f"the data of {spec.task} on this machine have sha256 {digest[:12]}, the spec names "
@@ -207,6 +207,11 @@ class _Found:
     weights: bytes = b""
 
 
+def _examples(found: Mapping[str, LogLikelihood]) -> dict[str, Any]:
+    """The record's part for the likelihoods of test examples; absent where there are none."""
+    return {"examples": {task: pack_examples(log_p) for task, log_p in found.items()}} if found else {}
+
+
 def _seconds(metric: str, seconds: float) -> Measurement:
     return Measurement(metric, Estimate(seconds, 0.0, "exact", "seconds", 1))
 
@@ -232,6 +237,7 @@ def _model(spec: RunSpec, sitting: Sitting) -> _Found:
             "best_step": history.best_step,
             "seconds": history.seconds,
         },
+        **_examples(evaluator.examples),
     }
     return _Found(measurements, record, arrays, packed)
 
@@ -245,7 +251,12 @@ def _experiment(spec: ExperimentSpec, sitting: Sitting) -> _Found:
     seconds = time.perf_counter() - begin + sitting.seconds_before()
     measurements = [Measurement(name, e) for name, e in outcome.estimates.items()]
     measurements += [na(name, reason) for name, reason in outcome.missing.items()]
-    record = {"about": what.about, "paper": spec.model, "plots": [plot.as_dict() for plot in outcome.plots]}
+    record = {
+        "about": what.about,
+        "paper": spec.model,
+        "plots": [plot.as_dict() for plot in outcome.plots],
+        **_examples(outcome.examples),
+    }
     return _Found([*measurements, _seconds("evaluate_seconds", seconds)], record)
 
 

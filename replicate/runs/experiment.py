@@ -8,16 +8,18 @@ whose name begins with "time_" differs from run to run and is left out where run
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from replicate.data.files import find, where
-from replicate.model import Estimate, Family
+from replicate.data.files import absent
+from replicate.model import Estimate, Family, LogLikelihood
 from replicate.runs.seeds import Streams
 
 Style = Literal["line", "points", "images"]
@@ -105,11 +107,44 @@ class Outcome:
         estimates: by metric name, variants as "metric:variant".
         plots: for the report.
         missing: metrics that could not be had, with the reason.
+        examples: log p of every test example of a task, by the task's name, in the task's order: what the report pairs
+            models by.
     """
 
     estimates: Mapping[str, Estimate]
     plots: tuple[Plot, ...] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
+    examples: Mapping[str, LogLikelihood] = field(default_factory=dict)
+
+
+#: levels of a packed likelihood
+_LEVELS = 2**16 - 1
+#: examples of a task whose likelihoods a record keeps
+MAX_EXAMPLES = 20_000
+
+
+def pack_examples(log_p: LogLikelihood) -> dict[str, Any]:
+    """JSON-ready form of log p of each example: 16-bit steps from the lowest to the highest, base64 of little-endian.
+
+    Half a step is the error of a value; on ten thousand images it is below a hundredth of a nat.
+    """
+    values = log_p.values.detach().double().cpu()
+    low, span = float(values.min()), float(values.max() - values.min())
+    steps = torch.round((values - low) / (span or 1.0) * _LEVELS).numpy().astype("<u2")
+    return {"kind": log_p.kind, "low": low, "span": span, "values": base64.b64encode(steps.tobytes()).decode()}
+
+
+def unpack_examples(data: Mapping[str, Any]) -> np.ndarray:
+    """log p of each example in nats (n,), float64: the inverse of `pack_examples` to half a step.
+
+    Raises:
+        ValueError: the text is not what `pack_examples` writes.
+    """
+    steps = np.frombuffer(base64.b64decode(data["values"], validate=True), dtype="<u2")
+    if not 0 < len(steps) <= MAX_EXAMPLES:
+        raise ValueError(f"there are likelihoods of {len(steps)} examples; it must be 1 to {MAX_EXAMPLES}")
+    found: np.ndarray = data["low"] + data["span"] * steps.astype(np.float64) / _LEVELS
+    return found
 
 
 @dataclass(frozen=True)
@@ -140,11 +175,13 @@ class Experiment:
         params: scalar settings of the standard profile, at the paper's values where that is affordable.
         seeds: how many; 1 for a computation without randomness.
         tasks: names of the suite's tasks whose data it reads; their sha256 enters the run's hash.
-        overrides: settings by profile, "smoke" and "full".
-        profiles: the profiles that run it.
+        overrides: settings by profile.
+        profiles: the profiles that run it; full does not repeat what standard settles.
         precision: "float32" or "float64", for the record; the function itself must keep to it.
         files: paths below REPLICATE_DATA that it reads, each as it is or packed (.gz, .xz); where
             one is absent it is not run, and their sha256 enters the run's hash.
+        cuda_minutes: about how many minutes a seed takes on one CUDA device of the H200 class; without such a device it
+            is not run. 0 for what a CPU does as well.
     """
 
     name: str
@@ -155,14 +192,23 @@ class Experiment:
     seeds: int = 5
     tasks: tuple[str, ...] = ()
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    profiles: tuple[str, ...] = ("standard", "full")
+    profiles: tuple[str, ...] = ("standard",)
     precision: str = "float32"
     files: tuple[str, ...] = ()
+    cuda_minutes: float = 0.0
 
-    def absent(self) -> str:
-        """Why this machine cannot run it: the first of its files that is not there; "" where all are."""
-        missing = [name for name in self.files if find(name) is None]
-        return f"it reads {missing[0]}, which is not there: {where()}" if missing else ""
+    @property
+    def needs(self) -> str:
+        """What must be there for it to run, in words; "" where every machine has it."""
+        device = f"a CUDA device (about {self.cuda_minutes * self.seeds:.0f} minutes)" if self.cuda_minutes else ""
+        data = f"{self.files[0]} in REPLICATE_DATA" if self.files else ""
+        return " and ".join(filter(None, (device, data)))
+
+    def absent(self, device: str = "cpu") -> str:
+        """Why this machine cannot run it on such a device: no CUDA, or a file that is not there; "" where it can."""
+        if self.cuda_minutes and device != "cuda":
+            return f"it needs a CUDA device (about {self.cuda_minutes * self.seeds:.0f} minutes)"
+        return absent(self.files)
 
     def settings(self, profile: str) -> dict[str, Any]:
         """The settings of a profile."""

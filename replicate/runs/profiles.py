@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from replicate.registry import load_task, model_entry, models, unknown, unsupported
+from replicate.registry import load_task, model_entry, models, task_entry, unknown, unsupported
 from replicate.runs.spec import RunSpec, make_spec
 from replicate.validation import PROFILES
 
@@ -82,8 +82,14 @@ COMPARISON: dict[str, tuple[Part, ...]] = {
 }
 
 
+def absent_tasks(profile: str) -> dict[str, str]:
+    """Tasks of a profile's comparison that this machine cannot load, with the reason."""
+    names = dict.fromkeys(name for part in COMPARISON[profile] for name in part.tasks)
+    return {name: why for name in names if (why := task_entry(name).absent())}
+
+
 def plan(profile: str, device: str = "cpu", seeds: int | None = None) -> list[RunSpec]:
-    """All specs of a profile's comparison, in a fixed order.
+    """All specs of a profile's comparison, in a fixed order; tasks whose files are absent are left out.
 
     Args:
         seeds: overrides the number of seeds of every part.
@@ -97,8 +103,11 @@ def plan(profile: str, device: str = "cpu", seeds: int | None = None) -> list[Ru
 
 
 def _specs(profile: str, device: str, seeds: int | None) -> Iterator[RunSpec]:
+    away = absent_tasks(profile)
     for part in COMPARISON[profile]:
         for task_name in part.tasks:
+            if task_name in away:
+                continue
             task = load_task(task_name)
             for name in part.models or sorted(set(models()) - set(part.without)):
                 if unsupported(model_entry(name), task) is None:

@@ -14,7 +14,7 @@ from types import NoneType
 from typing import Any
 
 from replicate.model import KINDS, Estimate
-from replicate.runs.experiment import MAX_PIXELS, MAX_POINTS, Plot
+from replicate.runs.experiment import MAX_PIXELS, MAX_POINTS, Plot, unpack_examples
 from replicate.runs.spec import canonical, check_spec, spec_hash
 from replicate.validation import (
     CELL,
@@ -48,6 +48,7 @@ _RECORD = {
     "provenance": _TABLE,
     "history": Rule(Mapping, required=False),
     "plots": Rule(list, required=False),
+    "examples": Rule(Mapping, required=False),
     "weights_sha256": Rule(str, pattern=DIGEST, required=False),
     "about": _TEXT,
     "paper": _TEXT,
@@ -85,6 +86,12 @@ _PLOT = {
     "y_label": _AXIS_LABEL,
     "lines": _LIST,
     "image": Rule(tuple[int, int], Range(1), required=False),
+}
+_EXAMPLES = {
+    "kind": Rule(str, choices=KINDS),
+    "low": Rule(float),
+    "span": Rule(float, Range(low=0)),
+    "values": Rule(str),
 }
 _LINE = {"label": _AXIS_LABEL, "x": Rule(tuple[float | None, ...]), "y": Rule(tuple[float | None, ...])}
 
@@ -135,8 +142,23 @@ def _check_parts(record: Mapping[str, Any], problems: Problems) -> None:
         for split in ("train", "valid"):
             for name, pair in _items(history.get(split), f"history.{split}"):
                 check_value(name, pair, Rule(tuple[float, float]), wrong)
+    examples = record.get("examples")
+    for task, data in examples.items() if isinstance(examples, Mapping) else ():
+        _check_examples(task, data, problems)
     for name, plot in _items(record.get("plots"), "plots"):
         _check_plot(plot, name, problems)
+
+
+def _check_examples(task: object, data: object, problems: Problems) -> None:
+    name, before = f"examples of {brief(task)}", len(problems)
+    if not isinstance(task, str) or not NAME.fullmatch(task):
+        problems.add(f"{name}: this is no name of a task")
+    if check_table(data, _EXAMPLES, name, lambda _, problem: problems.add(problem)) and len(problems) == before:
+        assert isinstance(data, Mapping)
+        try:
+            unpack_examples(data)
+        except ValueError as error:
+            problems.add(f"{name}: {error}")
 
 
 def _check_plot(plot: object, name: str, problems: Problems) -> None:

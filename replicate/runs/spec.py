@@ -12,7 +12,7 @@ import torch
 
 from replicate.data.files import sha256
 from replicate.model import FAMILIES, ModelEntry, Training
-from replicate.registry import TRAINING_FIELDS, UsageError, load_task, model_entry, unknown, unsupported
+from replicate.registry import TRAINING_FIELDS, UsageError, data_sha256, load_task, model_entry, unknown, unsupported
 from replicate.runs.effort import EVALUATION, Evaluation
 from replicate.runs.experiment import Experiment
 from replicate.tasks.base import Task
@@ -282,7 +282,9 @@ def make_spec(
             cannot run here.
     """
     problems = Problems()
-    entry, task = _found(problems, model_entry, model), _found(problems, load_task, task_name)
+    entry = _found(problems, model_entry, model)
+    fold = seed if isinstance(seed, int) else 0
+    task = _found(problems, lambda name: load_task(name, fold), task_name)
     for key, value in (("seed", seed), ("profile", profile), ("precision", precision), ("device", device)):
         check_value(key, value, _RUN[key], lambda _, problem: problems.add(f"{problem}."))
     reason = unsupported(entry, task) if entry and task else None
@@ -321,7 +323,7 @@ def make_spec(
         params=params,
         training=replace(training, **chosen),
         evaluation=EVALUATION[profile],
-        data_sha256=task.sha256(),
+        data_sha256=data_sha256(task_name, seed),
     )
 
 
@@ -329,7 +331,7 @@ def experiment_spec(
     paper: str, experiment: Experiment, seed: int, profile: str = "standard", device: str = "cpu"
 ) -> ExperimentSpec:
     """The spec of one seed of a paper's experiment."""
-    digests = "".join([*(load_task(t).sha256() for t in experiment.tasks), *map(sha256, experiment.files)])
+    digests = "".join([*map(data_sha256, experiment.tasks), *map(sha256, experiment.files)])
     return ExperimentSpec(
         model=paper,
         family=experiment.family,

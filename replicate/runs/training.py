@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,18 +118,24 @@ def train(
     valid_data: Tensor,
     settings: Training,
     streams: Streams,
+    redraw: Callable[[Tensor, torch.Generator], Tensor] | None = None,
 ) -> History:
     """Train in place and leave the selected weights in the model.
 
     Selection: with `validate_every` the weights (their moving average where `ema` is on) with the lowest
     validation loss; otherwise the last ones. The test split is never seen here.
 
+    Args:
+        redraw: draws what the model sees from rows of the training data, afresh for every batch (`Task.redraw`).
+
     Raises:
         TrainingError: the loss became nan or infinite.
     """
     watch = Stopwatch()
     model.train()
-    model.initialise(train_data, streams.get("initialise"))
+    fresh = streams.get("redraw")
+    draw = (lambda rows: rows) if redraw is None else (lambda rows: redraw(rows, fresh))
+    model.initialise(draw(train_data), streams.get("initialise"))
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not (settings.steps and parameters):
         model.eval()
@@ -143,6 +149,7 @@ def train(
         "optimizer": optimizer,
         "batches": batches,
         "noise": noise,
+        "redraw": fresh,
         "watch": watch,
         "average": [p.detach().clone() for p in parameters] if settings.ema else None,
         "best": None,
@@ -156,7 +163,7 @@ def train(
     for step in resumable("training", settings.steps, state):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
-        loss = model.loss(train_data[batches.draw()], noise)
+        loss = model.loss(draw(train_data[batches.draw()]), noise)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if settings.grad_clip:

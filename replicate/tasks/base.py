@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from replicate.data.files import absent
 from replicate.model import DataInfo
 
 
@@ -51,6 +52,8 @@ class Task:
         train, valid, test: float32 tensors (n, D); discrete data hold integers.
         density: the truth, where it is known.
         labels: class labels of (train, valid, test) where the data have them (only metrics read them).
+        redraw: where training draws every batch afresh, redraw(rows of train, generator) -> the batch; train then holds
+            what it is drawn from.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Task:
     test: Tensor
     density: Density | None = None
     labels: tuple[Tensor, Tensor, Tensor] | None = None
+    redraw: Callable[[Tensor, torch.Generator], Tensor] | None = None
 
     def sha256(self) -> str:
         """sha256 of the three parts' bytes: the data's identity in a run's hash."""
@@ -78,10 +82,18 @@ class TaskEntry:
 
     Attributes:
         about: one line.
-        load: builds the task; deterministic, reads at most REPLICATE_DATA.
+        load: builds the task; deterministic, reads at most REPLICATE_DATA. Called as load(fold) where there are folds.
         kind: "density" (truth known) or "data".
+        folds: of cross-validation; a run of seed s is on fold s modulo this, and models are still paired by seed.
+        files: paths below REPLICATE_DATA that it reads, each as it is or packed (.gz, .xz).
     """
 
     about: str
-    load: Callable[[], Task]
+    load: Callable[..., Task]
     kind: str
+    folds: int = 1
+    files: tuple[str, ...] = ()
+
+    def absent(self) -> str:
+        """Why this machine cannot load it: the first of its files that is not there; "" where all are."""
+        return absent(self.files)

@@ -123,9 +123,3 @@ def test_the_experiment_at_tiny_settings() -> None:
     assert {m for c in claims for m in (c.measure, c.minus, c.over) if m} <= set(values)
     drawn = {plot.name for plot in outcome.plots}
     assert all(set(c.plots) <= drawn for c in claims)
-
-
-def test_the_full_profile_has_the_released_settings() -> None:
-    full = anatomy.LEARNING.settings("full")
-    assert anatomy.method_of("convergent", full) == Method(200_000, 500, 0.125, 0.1, False, 10_000)
-    assert anatomy.method_of("nonconvergent", full) == Method(100_000, 100, 0.01, 1e-4, False, 0)

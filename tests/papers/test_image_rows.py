@@ -1,26 +1,22 @@
 """Rows on binarised MNIST and their like: readers, models and training on tiny data, and the claims' files."""
 
-import gzip
-import hashlib
 import importlib
 import itertools
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from image_data import bits, small_images
 from scipy import stats
 
 from replicate.likelihood.importance import iw_bound
-from replicate.model import DataInfo
-from replicate.papers import burda, mixture, pixelcnn, static_bits
+from replicate.papers import burda, mixture, pixelcnn
 from replicate.papers.base import Paper
-from replicate.registry import UsageError
 from replicate.runs.experiment import Context, Experiment
 from replicate.runs.seeds import Streams
-from replicate.tasks.base import Task
 
+__all__ = ["small_images"]
 KEYS = ("burda", "mixture", "pixelcnn", "realnvp", "maf")
 TINY = {
     "stages": 2,
@@ -44,14 +40,6 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def bits(n: int, dim: int = static_bits.DIM, seed: int = 0) -> torch.Tensor:
-    return torch.bernoulli(torch.full((n, dim), 0.2), generator=generator(seed))
-
-
-def amat(x: torch.Tensor) -> bytes:
-    return "".join("".join(f"{int(v)} " for v in row[:-1]) + f"{int(row[-1])}\n" for row in x).encode()
-
-
 def context(experiment: Experiment, seed: int = 0, **changes: object) -> Context:
     tiny = {k: v for k, v in TINY.items() if k in experiment.params}
     if "stages" in tiny:
@@ -59,66 +47,7 @@ def context(experiment: Experiment, seed: int = 0, **changes: object) -> Context
     return Context({**experiment.params, **tiny, **changes}, Streams(experiment.name, "t", seed), torch.device("cpu"))
 
 
-@pytest.fixture
-def small_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A REPLICATE_DATA with 40 rows a part: static bits with and without .gz, and MNIST's IDX files."""
-    monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
-    monkeypatch.setattr("replicate.data.files.expected", lambda path: None)  # made-up content under real names
-    for folder in ("mnist", "mnist-static"):
-        (tmp_path / folder).mkdir()
-    digests = {}
-    for i, name in enumerate(static_bits.SHA256):
-        content = amat(bits(40, seed=i))
-        digests[name] = hashlib.sha256(content).hexdigest()
-        if i:
-            (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
-        else:
-            (tmp_path / name).write_bytes(content)
-    monkeypatch.setattr(static_bits, "SHA256", digests)
-    for name in burda.MNIST_FILES:
-        head = np.array([2051, 460, 28, 28], dtype=">i4").tobytes()
-        pixels = np.random.default_rng(0).integers(0, 256, 460 * 784, dtype=np.uint8).tobytes()
-        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(head + pixels))
-    static_bits.static_mnist.cache_clear()
-    yield tmp_path
-    static_bits.static_mnist.cache_clear()
-
-
-def test_static_bits_are_read_as_written(small_data: Path) -> None:
-    task = static_bits.static_mnist()
-    assert isinstance(task, Task)
-    for i, part in enumerate((task.train, task.valid, task.test)):
-        assert torch.equal(part, bits(40, seed=i))
-    assert task.info == DataInfo(784, "bits", 2, (28, 28))
-
-
-def test_a_missing_file_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    static_bits.static_mnist.cache_clear()
-    monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
-    with pytest.raises(UsageError) as told:
-        static_bits.static_mnist()
-    text = str(told.value)
-    assert "\n" not in text
-    for word in ("binarized_mnist_train.amat", "larocheh", "REPLICATE_DATA", str(tmp_path)):
-        assert word in text
-    monkeypatch.delenv("REPLICATE_DATA")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(UsageError, match="REPLICATE_DATA is not set"):
-        static_bits.static_mnist()
-
-
-def test_wrong_content_is_refused(small_data: Path) -> None:
-    name = next(iter(static_bits.SHA256))
-    (small_data / name).write_bytes(amat(bits(40, seed=9)))
-    with pytest.raises(UsageError, match="get it again"):
-        static_bits.static_mnist()
-    with pytest.raises(UsageError, match="digits 0 and 1"):
-        static_bits.parse_amat(b"0 2\n0 1\n"[:8], dim=2)
-    with pytest.raises(UsageError, match="not rows"):
-        static_bits.parse_amat(b"0 1 0", dim=2)
-
-
-def test_idx_intensities_and_dynamic_bits(small_data: Path) -> None:
+def test_idx_intensities_and_dynamic_bits(small_images: Path) -> None:
     x = burda.training_and_test(True)[0]
     assert x.shape == (460 - burda.HELD_OUT, 784)
     assert float(x.min()) >= 0
@@ -126,8 +55,6 @@ def test_idx_intensities_and_dynamic_bits(small_data: Path) -> None:
     train, test = burda.training_and_test(True)
     assert len(train) == 460 - burda.HELD_OUT
     assert torch.equal(test, burda.training_and_test(True)[1])
-    many = burda.binarise(torch.full((20_000,), 0.3), generator())
-    assert stats.binomtest(int(many.sum()), 20_000, 0.3).pvalue > 1e-3
 
 
 def tiny_autoencoder(layers: int) -> burda.ImportanceWeightedAutoencoder:
@@ -161,6 +88,9 @@ def test_objectives_are_those_of_the_paper() -> None:
 def test_schedule_and_optimizer_are_the_codes() -> None:
     stages = list(burda.schedule(burda.STAGES))
     assert sum(n for n, _ in stages) == 3280
+    short = list(burda.schedule(burda.STAGES, burda.SHORTENED))
+    assert [lr for _, lr in short] == [lr for _, lr in stages]
+    assert [n for n, _ in short] == [1, 1, 1, 1, 1, 3, 9, 27]
     assert stages[0][1] == pytest.approx(1e-3)
     assert stages[-1][1] == pytest.approx(1e-4)
     assert [lr for _, lr in stages] == pytest.approx([1e-3 * 10 ** (-i / 7) for i in range(8)], rel=0.03)
@@ -194,7 +124,7 @@ def test_masked_stack_is_causal_and_normalised() -> None:
     assert torch.tril(jacobian, -1).any()
 
 
-def test_mixture_of_one_component_is_the_marginals(small_data: Path) -> None:
+def test_mixture_of_one_component_is_the_marginals(small_images: Path) -> None:
     """K = 1: EM's answer in closed form, with the prior's pseudo-counts."""
     experiment = mixture.PAPER.experiments[0]
     found = mixture.mixture_of_bernoullis(context(experiment, components=1)).estimates["nll"]
@@ -214,12 +144,14 @@ def test_claims_read(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["burda", "mixture", "pixelcnn"])
-def test_experiments_run_small_and_measure_what_claims_name(key: str, small_data: Path) -> None:
+def test_experiments_run_small_and_measure_what_claims_name(key: str, small_images: Path) -> None:
     measured: dict[str, set[str]] = {}
     for experiment in (e for e in paper(key).experiments if e.files):
         assert experiment.profiles == ("full",)
         outcome = experiment.run(context(experiment))
         assert all(math.isfinite(e.value) for e in outcome.estimates.values())
+        (log_p,) = outcome.examples.values()
+        assert -float(log_p.values.mean()) == pytest.approx(outcome.estimates["nll"].value)
         measured[experiment.name] = set(outcome.estimates)
         named = {p.name for p in outcome.plots}
         for claim in paper(key).claims().claims:
@@ -234,7 +166,7 @@ def test_experiments_run_small_and_measure_what_claims_name(key: str, small_data
                 assert claim.minus.split("/")[0] in measured
 
 
-def test_training_is_reproducible(small_data: Path) -> None:
+def test_training_is_reproducible(small_images: Path) -> None:
     experiment = burda.PAPER.experiments[-1]
     first, again = (experiment.run(context(experiment)).estimates["nll"].value for _ in range(2))
     other = experiment.run(context(experiment, seed=1)).estimates["nll"].value
@@ -242,9 +174,10 @@ def test_training_is_reproducible(small_data: Path) -> None:
 
 
 def test_experiments_know_when_their_files_are_absent(
-    small_data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+    small_images: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     every = [e for key in ("burda", "mixture", "pixelcnn") for e in paper(key).experiments if e.files]
-    assert not any(e.absent() for e in every)
+    assert not any(e.absent("cuda") for e in every)
+    assert all("needs a CUDA device" in e.absent() for e in every if e.cuda_minutes)
     monkeypatch.setenv("REPLICATE_DATA", str(tmp_path_factory.mktemp("empty")))
-    assert all(e.absent() for e in every)
+    assert all("which is not there" in e.absent("cuda") for e in every)

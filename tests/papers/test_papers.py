@@ -47,7 +47,7 @@ def test_every_claim_of_the_standard_profile_is_run_there_over_enough_seeds() ->
 
 
 def test_a_claim_that_no_profile_can_run_says_what_it_needs() -> None:
-    runs = planned("full")
+    runs = planned("full").keys() | planned("standard").keys()
     for paper in all_claims():
         for claim in paper.claims:
             if owner(resolved(claim.measure, claim, paper.key)) not in runs:
@@ -73,17 +73,17 @@ def test_experiments_whose_files_are_absent_are_named_with_the_file(
 ) -> None:
     monkeypatch.delenv("REPLICATE_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    unset = {s.experiment: s.reason for s in ledger_plan("full")[1]}
+    unset = {s.name: s.reason for s in ledger_plan("full", "cuda")[1]}
     assert "REPLICATE_DATA is not set" in unset["static-rbm-cd25"]
     monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
-    missing = {s.experiment: s.reason for s in ledger_plan("full")[1]}
+    missing = {s.name: s.reason for s in ledger_plan("full", "cuda")[1]}
     assert missing.keys() == unset.keys()
     assert f"REPLICATE_DATA={tmp_path}" in missing["static-rbm-cd25"]
     (tmp_path / "mnist-static").mkdir()
     monkeypatch.setattr("replicate.data.files.expected", lambda path: None)  # made-up content under real names
     for part in ("train", "valid", "test"):
         (tmp_path / "mnist-static" / f"binarized_mnist_{part}.amat.gz").write_bytes(b"")
-    assert "static-rbm-cd25" not in {s.experiment for s in ledger_plan("full")[1]}
+    assert "static-rbm-cd25" not in {s.name for s in ledger_plan("full", "cuda")[1]}
     assert ledger_plan("standard")[1] == []
 
 

@@ -1,0 +1,130 @@
+"""Models of one task side by side, paired by test example: the bootstrap over examples that a seed's interval lacks.
+
+An interval over seeds says how far another training would move a model; it keeps the test set. The bootstrap here
+draws test examples with replacement and keeps the trainings, and pairing by example removes what makes an image hard
+for every model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from replicate.report.compare import kind_of_difference
+from replicate.report.labels import symbol, task_key
+from replicate.report.ledger import Plain
+from replicate.runs.experiment import unpack_examples
+
+RESAMPLES = 2000
+#: resamples in memory at a time: their counts of examples are a matrix
+CHUNK = 100
+NAME = "paired-by-example"
+HEADS = ("task", "model", "family", "NLL", "seeds", "examples", "minus the best", "minus the next better", "better on")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A model's NLL of every test example of a task.
+
+    Attributes:
+        name: the model, or the experiment that trained it.
+        nll: in nats (n,), the mean over seeds; over folds, their test parts one after the other.
+        kind: of the NLL, the upper bound of a lower bound on log p.
+    """
+
+    name: str
+    family: str
+    nll: np.ndarray
+    kind: str
+    seeds: int
+
+
+def _flipped(kind: str) -> str:
+    return {"lower_bound": "upper_bound", "upper_bound": "lower_bound"}.get(kind, kind)
+
+
+def scored(records: Iterable[Mapping[str, Any]]) -> dict[str, list[Scored]]:
+    """By task, every model with its NLL of each test example, best first.
+
+    Runs of one model on the same data are averaged, runs on different data (the folds of a cross-validation) put one
+    after the other.
+
+    Args:
+        records: lines of records.jsonl; those without likelihoods of examples are passed over.
+    """
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for record in records:
+        for task in record.get("examples") or {}:
+            spec = record["spec"]
+            name = spec["task"] if spec.get("kind") == "experiment" else spec["model"]
+            found.setdefault((str(task), str(name)), []).append(record)
+    out: dict[str, list[Scored]] = {}
+    for (task, name), runs in found.items():
+        runs = sorted(runs, key=lambda r: r["spec"]["seed"])
+        packed = [r["examples"][task] for r in runs]
+        values = [-unpack_examples(p) for p in packed]
+        folds = len({r["spec"]["data_sha256"] for r in runs}) > 1
+        nll = np.concatenate(values) if folds else np.mean(values, axis=0)
+        kinds = {_flipped(str(p["kind"])) for p in packed}
+        kind = kinds.pop() if len(kinds) == 1 else "estimate"
+        out.setdefault(task, []).append(Scored(name, str(runs[0]["spec"]["family"]), nll, kind, len(runs)))
+    return {task: sorted(out[task], key=lambda s: (float(s.nll.mean()), s.name)) for task in sorted(out, key=task_key)}
+
+
+def resampled_means(values: np.ndarray, name: str) -> np.ndarray:
+    """Bootstrap means of columns: values (n, k) -> (RESAMPLES, k); the same draws of examples for every column.
+
+    Args:
+        name: of the task; it seeds the draws.
+    """
+    seed = int.from_bytes(hashlib.sha256(f"paired/{name}".encode()).digest()[:8], "big")
+    generator, n = np.random.default_rng(seed), len(values)
+    out = []
+    for _ in range(RESAMPLES // CHUNK):
+        counts = generator.multinomial(n, np.full(n, 1 / n), size=CHUNK)
+        out.append(counts @ values / n)
+    return np.concatenate(out)
+
+
+def _difference(a: Scored, b: Scored, means: np.ndarray) -> str:
+    """a - b with its 95 % percentile interval, from the bootstrap means of the difference."""
+    low, high = np.quantile(means, (0.025, 0.975))
+    value = float((a.nll - b.nll).mean())
+    return f"{symbol(kind_of_difference(a.kind, b.kind))} {value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _rows(task: str, models: Sequence[Scored]) -> Iterable[tuple[str, ...]]:
+    sizes = [len(m.nll) for m in models]
+    usual = max(set(sizes), key=lambda n: (sizes.count(n), n))  # a run on fewer examples cannot be paired
+    models = [m for m in models if len(m.nll) == usual]
+    stacked = np.stack([m.nll for m in models], axis=1)
+    means = resampled_means(stacked, task)
+    for i, model in enumerate(models):
+        head = (task, model.name, model.family, f"{symbol(model.kind)} {model.nll.mean():.3f}", str(model.seeds))
+        if i == 0:
+            yield (*head, str(usual), "", "", "")
+            continue
+        best = _difference(model, models[0], means[:, i] - means[:, 0])
+        before = _difference(model, models[i - 1], means[:, i] - means[:, i - 1])
+        share = float((model.nll < models[i - 1].nll).mean())
+        yield (*head, str(usual), best, before, f"{share:.0%}")
+
+
+def paired_table(records: Iterable[Mapping[str, Any]]) -> Plain | None:
+    """The table of every task that two models or more are scored on; None where there is no such task.
+
+    Args:
+        records: lines of records.jsonl.
+    """
+    rows = [row for task, models in scored(records).items() if len(models) > 1 for row in _rows(task, models)]
+    caption = (
+        "NLL in nats of every test example, averaged over seeds; models of a task in order of the mean. Differences "
+        f"are paired by example, with a 95 % bootstrap interval over examples ({RESAMPLES} resamples); a difference of "
+        "an upper bound and an exact number is known from one side alone, as its sign says. Better on: the share of "
+        "examples on which the model is better than the next better one."
+    )
+    return Plain(NAME, "Models paired by test example", caption, HEADS, tuple(rows)) if rows else None

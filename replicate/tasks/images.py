@@ -1,0 +1,144 @@
+"""Images of 28x28 pixels as tasks: MNIST as grey values and as bits, and Fashion-MNIST, from files of REPLICATE_DATA.
+
+Binarised MNIST is two data sets. Static: Larochelle's fixed bits (Larochelle and Murray 2011), 50,000 / 10,000 /
+10,000 rows whose order is not MNIST's, without labels. Dynamic: every training batch draws its bits afresh from the
+grey values taken as probabilities, so that the training part holds the probabilities; the bits of validation and test
+are drawn once from recorded seeds, where some public code draws them again at every evaluation.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from replicate.data.files import contents, data_file, read_idx, read_idx_labels
+from replicate.errors import UsageError
+from replicate.model import DataInfo
+from replicate.tasks.base import Task, TaskEntry
+
+DIM, SHAPE = 784, (28, 28)
+#: training images that every task here keeps for validation: the last ones
+VALID = 10_000
+#: seeds of the dynamic bits of validation and test
+VALID_BITS_SEED, TEST_BITS_SEED = 150900518, 150900519
+ORIGINS = {
+    "mnist-static": "Larochelle's fixed binarisation, "
+    "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/",
+    "mnist": "MNIST, http://yann.lecun.com/exdb/mnist/ and its mirrors",
+    "fashion-mnist": "Fashion-MNIST, https://github.com/zalandoresearch/fashion-mnist",
+}
+_IMAGES = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
+_LABELS = ("train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte")
+#: what each task reads, below REPLICATE_DATA
+FILES: dict[str, tuple[str, ...]] = {
+    "mnist-static": tuple(f"mnist-static/binarized_mnist_{part}.amat" for part in ("train", "valid", "test")),
+    "mnist-dynamic": tuple(f"mnist/{name}" for name in _IMAGES),
+    "mnist": tuple(f"mnist/{name}" for name in (*_IMAGES, *_LABELS)),
+    "fashion-mnist": tuple(f"fashion-mnist/{name}" for name in (*_IMAGES, *_LABELS)),
+}
+
+
+def parse_amat(content: bytes, dim: int = DIM) -> Tensor:
+    """Rows of `dim` bits from text of single digits, one blank or line end after each: shape (n, dim), float32.
+
+    Raises:
+        UsageError: anything else.
+    """
+    symbols = np.frombuffer(content, dtype=np.uint8)
+    if len(symbols) % (2 * dim):
+        raise UsageError(f"{len(symbols)} bytes are not rows of {dim} bits in .amat text")
+    digits = symbols[::2] - ord("0")
+    if len(digits) == 0 or digits.max() > 1:
+        raise UsageError("an .amat file of bits holds the digits 0 and 1 only")
+    return torch.from_numpy(digits.reshape(-1, dim).astype(np.float32))
+
+
+def binarise(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """Bits that are 1 with these probabilities, of the same shape."""
+    u = torch.rand(probabilities.shape, generator=generator, device=probabilities.device)
+    return (u <= probabilities).to(probabilities.dtype)
+
+
+@cache
+def mnist_static() -> Task:
+    """Larochelle's bits, 50,000 / 10,000 / 10,000 rows.
+
+    Raises:
+        UsageError: a file is missing or wrong.
+    """
+    paths = (data_file(name, ORIGINS["mnist-static"]) for name in FILES["mnist-static"])
+    train, valid, test = (parse_amat(contents(path)) for path in paths)
+    return Task("mnist-static", MNIST_STATIC.about, DataInfo(DIM, "bits", 2, SHAPE), train, valid, test)
+
+
+def grey_values(folder: str) -> tuple[Tensor, Tensor]:
+    """Training (60000, 784) and test (10000, 784) pixels of "mnist" or "fashion-mnist" as uint8.
+
+    Raises:
+        UsageError: a file is missing, damaged or no IDX file of images.
+    """
+    train, test = (read_idx(f"{folder}/{name}", ORIGINS[folder]) for name in _IMAGES)
+    return train, test
+
+
+@cache
+def _grey(folder: str) -> Task:
+    """Grey values 0..255: 50,000 / 10,000 / 10,000 rows with labels."""
+    train, test = grey_values(folder)
+    labels, test_labels = (read_idx_labels(f"{folder}/{name}", ORIGINS[folder]) for name in _LABELS)
+    images, named = (len(train), len(test)), (len(labels), len(test_labels))
+    if images != named:
+        raise UsageError(
+            f"{folder} has {images} images and {named} labels; `replicate data check` names what is wrong."
+        )
+    cut = len(train) - VALID if len(train) > VALID else len(train) // 2
+    info = DataInfo(DIM, "levels", 256, SHAPE)
+    parts = (train[:cut].float(), train[cut:].float(), test.float())
+    return Task(folder, f"{folder}, grey values", info, *parts, labels=(labels[:cut], labels[cut:], test_labels))
+
+
+def mnist() -> Task:
+    """MNIST's grey values, 50,000 / 10,000 / 10,000 rows.
+
+    Raises:
+        UsageError: a file is missing or wrong.
+    """
+    return _grey("mnist")
+
+
+def fashion_mnist() -> Task:
+    """Fashion-MNIST's grey values, 50,000 / 10,000 / 10,000 rows.
+
+    Raises:
+        UsageError: a file is missing or wrong.
+    """
+    return _grey("fashion-mnist")
+
+
+@cache
+def mnist_dynamic() -> Task:
+    """MNIST's grey values as probabilities of bits for training; frozen bits for validation and test.
+
+    Raises:
+        UsageError: a file is missing or wrong.
+    """
+    train, test = (part.float() / 255 for part in grey_values("mnist"))
+    cut = len(train) - VALID if len(train) > VALID else len(train) // 2
+    valid = binarise(train[cut:], torch.Generator().manual_seed(VALID_BITS_SEED))
+    test = binarise(test, torch.Generator().manual_seed(TEST_BITS_SEED))
+    info = DataInfo(DIM, "bits", 2, SHAPE)
+    return Task("mnist-dynamic", MNIST_DYNAMIC.about, info, train[:cut], valid, test, redraw=binarise)
+
+
+MNIST_STATIC = TaskEntry("MNIST, Larochelle's fixed bits", mnist_static, "data", files=FILES["mnist-static"])
+MNIST_DYNAMIC = TaskEntry(
+    "MNIST, training bits drawn afresh for every batch, test bits frozen",
+    mnist_dynamic,
+    "data",
+    files=FILES["mnist-dynamic"],
+)
+MNIST = TaskEntry("MNIST, 256 grey values", mnist, "data", files=FILES["mnist"])
+FASHION_MNIST = TaskEntry("Fashion-MNIST, 256 grey values", fashion_mnist, "data", files=FILES["fashion-mnist"])
