@@ -120,7 +120,7 @@ def _write_all(runs: Runs, profile: str, folder: Path, claims: Claims) -> None:
 def _plain(frame: pd.DataFrame, records: list[dict[str, Any]], claims: Claims) -> list[Plain]:
     """The tables of print beside our numbers, and that of models paired by test example."""
     pairs = paired_table(records)
-    return [*(claims_ledger.measure_table(t, frame) for t in claims.tables), *([pairs] if pairs else [])]
+    return [*claims_ledger.filled_tables(claims.tables, frame, claims.papers), *([pairs] if pairs else [])]
 
 
 def _table_texts(tables: list[Table], judged: list[claims_ledger.Entry], plain: list[Plain]) -> dict[str, str]:

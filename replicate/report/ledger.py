@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
@@ -351,23 +351,40 @@ def ledger_table(ledger: Sequence[Entry]) -> Plain:
     return Plain("ledger", "The ledger", caption, heads, tuple(rows))
 
 
-def measure_table(table: MeasureTable, frame: pd.DataFrame) -> Plain:
-    """A table of print beside our numbers, its measures filled in."""
+def filled_tables(
+    tables: Iterable[MeasureTable], frame: pd.DataFrame, papers: Iterable[PaperClaims] = ()
+) -> list[Plain]:
+    """Tables of print beside our numbers, their measures filled in; without those of which nothing was measured.
+
+    Args:
+        papers: their claims say what a measure that was not run needs.
+    """
     measured = Measured(frame)
+    needs = {m: c.needs for p in papers for c in p.claims if c.needs for m in _owners(c, p.key)}
 
     def text(cell: str | MeasureCell) -> str:
-        return cell if isinstance(cell, str) else _measured_text(cell, measured)
+        return cell if isinstance(cell, str) else _measured_text(cell, measured, needs)
 
-    rows = tuple(tuple(text(c) for c in row) for row in table.rows)
-    return Plain(table.name, table.title, table.caption, table.heads, rows)
+    return [
+        Plain(t.name, t.title, t.caption, t.heads, tuple(tuple(text(c) for c in row) for row in t.rows))
+        for t in tables
+        if any(measured.seeds(c.measure) for row in t.rows for c in row if isinstance(c, MeasureCell))
+    ]
 
 
-def _measured_text(cell: MeasureCell, measured: Measured) -> str:
+def _owners(claim: Claim, key: str) -> set[str]:
+    """TASK/MODEL of each measure of a claim."""
+    measures = (resolved(m, claim, key) for m in (claim.measure, claim.minus, claim.over))
+    return {m.rpartition("/")[0] for m in measures if m}
+
+
+def _measured_text(cell: MeasureCell, measured: Measured, needs: Mapping[str, str]) -> str:
     first = measured.seeds(cell.measure)
     other = measured.seeds(cell.minus) if cell.minus else {}
     both = sorted(set(first) & set(other)) if cell.minus else sorted(first)
     if not both:
-        return measured.why_none([cell.measure]) or "not run"
+        needed = needs.get(cell.measure.rpartition("/")[0])
+        return measured.why_none([cell.measure]) or (f"not run: needs {needed}" if needed else "not run")
     values = [first[s][0] - (other[s][0] if cell.minus else 0.0) for s in both]
     kinds = {kind_of_difference(first[s][1], other[s][1]) if cell.minus else first[s][1] for s in both}
     return _number_text(kinds.pop() if len(kinds) == 1 else "estimate", mean(values), *interval(values))

@@ -85,6 +85,36 @@ def test_objectives_are_those_of_the_paper() -> None:
     assert torch.allclose(model.loss(x, generator()), -log_w.mean(1).sum())
 
 
+def gradients(model: burda.ImportanceWeightedAutoencoder, x: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model.loss(x, generator(seed)).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_doubly_reparameterised_gradients_have_the_same_mean_and_less_variance() -> None:
+    model, x = tiny_autoencoder(1), bits(1, 4).double()
+    plain, doubly = {}, {}
+    for switched, found in ((False, plain), (True, doubly)):
+        model.doubly = switched
+        draws = [gradients(model, x, seed) for seed in range(1500)]
+        for name in draws[0]:
+            found[name] = torch.stack([d[name].flatten() for d in draws])
+    assert plain.keys() == doubly.keys()
+    for name in (n for n in plain if n.startswith("output")):  # the decoder's are the very same
+        assert torch.allclose(plain[name], doubly[name], rtol=1e-9, atol=1e-12)
+    encoder = [n for n in plain if n.startswith("q")]
+    a, b = (torch.cat([found[n] for n in encoder], 1) for found in (plain, doubly))
+    z = (a.mean(0) - b.mean(0)) / ((a.var(0) + b.var(0)) / len(a)).sqrt()
+    assert float(z[a.var(0) > 0].abs().max()) < 5
+    assert float(b.var(0).sum()) < 0.7 * float(a.var(0).sum())
+
+
+def test_doubly_reparameterised_gradients_are_for_one_weighted_layer() -> None:
+    for latents, weighted in (((3, 2), True), ((2,), False)):
+        with pytest.raises(ValueError, match="one stochastic layer"):
+            burda.ImportanceWeightedAutoencoder(4, latents, (6, 5)[: len(latents)], 5, weighted, doubly=True)
+
+
 def test_schedule_and_optimizer_are_the_codes() -> None:
     stages = list(burda.schedule(burda.STAGES))
     assert sum(n for n, _ in stages) == 3280
