@@ -28,7 +28,7 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-reproduce: $(STAMP) ## compute PROFILE afresh, write results/PROFILE and its report
+reproduce: $(STAMP) ## compute PROFILE afresh, write results/PROFILE and its report (full: data from REPLICATE_DATA)
 	$(BIN)/replicate reproduce --profile $(PROFILE) --jobs $(JOBS) --seeds $(SEEDS) --device $(DEVICE)
 
 test: $(STAMP) ## run all tests, the smoke profile inside
