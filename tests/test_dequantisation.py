@@ -155,3 +155,12 @@ def test_affine_preprocessing_carries_log_p_and_score_over() -> None:
     exact = torch.distributions.Normal(x.mean(0), x.std(0)).log_prob(x).sum(1)
     torch.testing.assert_close(model.log_prob(x), exact)
     torch.testing.assert_close(model.score(x), -(x - x.mean(0)) / x.var(0))
+
+
+def test_levels_counted_some_rows_at_a_time_are_all_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randint(5, (70, 6), generator=torch.Generator().manual_seed(0)).float()
+    counted = DequantisedGaussian(6, 5)
+    monkeypatch.setattr("replicate.likelihood.dequantisation.ROWS", 16)
+    counted.fit(x, torch.Generator())
+    shares = torch.stack([((x == level).sum(0) + 0.5) / (70 + 2.5) for level in range(5)], 1).double()
+    assert torch.allclose(counted.cdf[:, 1:], shares.cumsum(1), atol=1e-7)

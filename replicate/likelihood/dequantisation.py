@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from replicate.model import DataInfo, Model, Sampler
 
+#: training rows whose levels are counted at a time
+ROWS = 1_000
+
 
 class Affine(nn.Module):
     """z = (x - mean) / std per dimension, fitted on the training split of continuous data."""
@@ -101,8 +104,13 @@ class DequantisedGaussian(nn.Module):
 
     def fit(self, train: Tensor, generator: torch.Generator) -> None:
         """Set F_d from the level counts of train (n, D)."""
-        counts = nn.functional.one_hot(train.long(), self.levels).sum(0).double() + self.smoothing
-        p = counts / counts.sum(1, keepdim=True)
+        dim = train.shape[1]
+        first = self.levels * torch.arange(dim, device=train.device)
+        counts = torch.full((dim * self.levels,), self.smoothing, dtype=torch.float64, device=train.device)
+        for rows in train.split(ROWS):  # one-hot codes of MNIST at once would be 80 gigabytes
+            counts += torch.bincount((rows.long() + first).flatten(), minlength=len(counts))
+        p = counts.view(dim, self.levels)
+        p = p / p.sum(1, keepdim=True)
         self.cdf[:, 1:] = p.cumsum(1)
         self.cdf[:, -1] = 1.0
 

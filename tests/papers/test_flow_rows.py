@@ -1,0 +1,224 @@
+"""Rows of flows of dequantised images: on a few made-up images, killed and gone on with, and held to their entropy."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from test_resume_papers import Sitting, found
+from torch import Tensor
+
+from baselines.image_flow import GLOW, IMAGE_SPLINE_FLOW
+from baselines.maf import MAF, build_maf
+from replicate.likelihood.dequantisation import Preprocessed
+from replicate.model import DataInfo, LogLikelihood
+from replicate.papers import realnvp
+from replicate.papers.base import Paper
+from replicate.runs.experiment import MAX_PIXELS, Context, Experiment, Outcome
+from replicate.runs.seeds import Streams
+from replicate.tasks.base import Task
+
+PAPERS: tuple[Paper, ...] = tuple(
+    importlib.import_module(f"replicate.papers.{key}").PAPER for key in ("realnvp", "glow", "maf")
+)
+EXPERIMENTS = [(paper, experiment) for paper in PAPERS for experiment in paper.experiments]
+LABELS = [experiment.name for _, experiment in EXPERIMENTS]
+TRANSFORMS = ("logit", "pooled-logit", "gaussianise")
+#: what each experiment shrinks to, where it has the setting
+TINY: dict[str, Any] = {
+    "depth": 2,
+    "hidden": 4,
+    "layers": 1,
+    "bins": 4,
+    "steps": 6,
+    "warmup": 2,
+    "batch_size": 10,
+    "validate_every": 2,
+    "draws": 4,
+}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def images_of(levels: int, sides: tuple[int, int], sizes: tuple[int, int, int]) -> Task:
+    """Pixels without any structure: the entropy of an image is D log(levels), whatever has been learned."""
+    dim = sides[0] * sides[1]
+    x = torch.randint(levels, (sum(sizes), dim), generator=generator()).float()
+    return Task("mnist", "made up", DataInfo(dim, "levels", levels, sides), *x.split(sizes))
+
+
+def context(experiment: Experiment, seed: int = 0, **changes: object) -> Context:
+    params = {k: TINY.get(k, v) for k, v in experiment.params.items()} | changes
+    return Context(params, Streams(experiment.name, "t", seed), torch.device("cpu"))
+
+
+@pytest.fixture
+def small_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """30 + 20 + 12 images of 4 x 4 pixels with two levels."""
+    task = images_of(2, (4, 4), (30, 20, 12))
+    monkeypatch.setattr(realnvp, "TASKS", {"mnist": lambda: task, "fashion-mnist": lambda: task})
+
+
+@pytest.mark.usefixtures("small_images")
+@pytest.mark.parametrize(("paper", "experiment"), EXPERIMENTS, ids=LABELS)
+def test_a_row_is_measured_as_its_claims_name_it_and_killed_twice_ends_with_the_same_bits(
+    paper: Paper, experiment: Experiment
+) -> None:
+    def run() -> Outcome:
+        return experiment.run(context(experiment))
+
+    undisturbed = Sitting()
+    want = undisturbed.outcome(run)
+    assert want is not None
+    part = math.ceil(0.35 * undisturbed.count)
+    first = Sitting(last=part)
+    assert first.outcome(run) is None
+    second = Sitting(first.kept, last=part)
+    assert second.outcome(run) is None
+    rest = Sitting(second.kept)
+    outcome = rest.outcome(run)
+    assert outcome is not None
+    assert found(outcome) == found(want)
+    assert torch.equal(outcome.examples["mnist"].values, want.examples["mnist"].values)
+    assert first.count + second.count + rest.count == undisturbed.count
+    check(want)
+    for claim in paper.claims().claims:
+        if claim.experiment == experiment.name:
+            assert claim.measure in want.estimates
+            assert set(claim.plots) <= {plot.name for plot in want.plots}
+
+
+def check(outcome: Outcome) -> None:
+    """Bounds of every test image, in nats and in bits per dimension; an image row a record can hold."""
+    images = outcome.examples["mnist"]
+    assert (images.kind, images.draws, images.values.shape) == ("lower_bound", 4, (12,))
+    for variant in ("", ":iw_bound"):
+        nll, bits = outcome.estimates[f"nll{variant}"], outcome.estimates[f"bits_per_dim{variant}"]
+        assert (nll.kind, bits.kind, bits.unit, bits.n) == ("upper_bound", "upper_bound", "bits/dim", 12)
+        assert bits.value == pytest.approx(nll.value / (16 * math.log(2)))
+    assert -images.mean().value == outcome.estimates["nll"].value
+    assert outcome.estimates["nll:iw_bound"].value <= outcome.estimates["nll"].value
+    curve, sheet = outcome.plots
+    assert list(curve.lines[0].x) == [2, 4, 6]
+    assert all(math.isfinite(v) for v in curve.lines[0].y)
+    assert [line.label for line in sheet.lines] == ["data", "samples"]
+    assert all(value in (0.0, 1.0) for line in sheet.lines for value in line.y)
+    assert realnvp.IN_A_ROW * 28 * 28 <= MAX_PIXELS
+
+
+@pytest.mark.usefixtures("small_images")
+@pytest.mark.parametrize("name", ["realnvp-mnist", "glow-spline-mnist", "maf-mnist"])  # each way to dequantise
+def test_no_flow_beats_the_entropy_of_made_up_images(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PITFALLS 1: trained on fair coins a flow needs a bit a pixel or more. Noise on half a bin would need none."""
+    task = images_of(2, (4, 4), (400, 50, 200))
+    monkeypatch.setattr(realnvp, "TASKS", {"mnist": lambda: task, "fashion-mnist": lambda: task})
+    experiment = EXPERIMENTS[LABELS.index(name)][1]
+    what = context(experiment, depth=1, steps=30, batch_size=50, validate_every=15, lr=5e-3, hidden=8)
+    estimates = experiment.run(what).estimates
+    for metric in ("bits_per_dim", "bits_per_dim:iw_bound"):
+        assert 1 - 2 * estimates[metric].stderr < estimates[metric].value < 2.5
+
+
+def untrained(transform: str, entry: Any = GLOW, levels: int = 2) -> tuple[Preprocessed, Tensor]:
+    """A flow of 2 x 2 pixels with random weights behind a fitted transform, and all levels ** 4 images."""
+    task = images_of(levels, (2, 2), (200, 1, 1))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        small = {"depth": 1, "hidden": 4, "dropout": 0.0} if entry is not MAF else {"hidden": 8}
+        inner = entry.build(task.info, **small)
+        model = realnvp.preprocessed(inner, task.info, transform, 1e-3)
+        model.initialise(task.train, generator())
+        for p in inner.parameters():
+            p.data += 0.1 * torch.randn(p.shape)
+    every = torch.tensor(list(itertools.product(range(levels), repeat=4))).float()
+    return model, every
+
+
+def many_draws(model: Preprocessed, x: Tensor, draws: int) -> Tensor:
+    """As `by_draw`, 500 draws of an image at a time."""
+    return realnvp.by_draw(model, x.repeat_interleave(500, 0), draws // 500, generator(1)).view(len(x), draws)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("entry", [GLOW, IMAGE_SPLINE_FLOW, MAF], ids=["glow", "splines", "maf"])
+def test_probabilities_of_all_images_sum_to_one(transform: str, entry: Any) -> None:
+    """The mean over the noise of density times volume is P(x): every log-determinant is accounted for, once."""
+    model, every = untrained(transform, entry)
+    p = many_draws(model, every, 1500).exp()
+    stderr = float(p.std(1).square().sum().sqrt()) / math.sqrt(1500)
+    assert stderr < 0.05
+    assert float(p.mean(1).sum()) == pytest.approx(1.0, abs=4 * stderr)
+
+
+def test_the_mean_over_draws_is_below_the_log_of_the_mean_density_and_both_below_log_p() -> None:
+    model, every = untrained("logit", levels=3)
+    plain, tight = realnvp.bounds(realnvp.by_draw(model, every, 50, generator(2)))
+    truth = many_draws(model, every, 2000).logsumexp(1) - math.log(2000)
+    assert (plain.values <= tight.values).all()
+    assert float((truth - tight.values).mean()) > 0
+    assert (plain.kind, tight.kind, tight.draws) == ("lower_bound", "lower_bound", 50)
+    assert isinstance(plain, LogLikelihood)
+
+
+def test_pooled_logits_have_one_mean_and_one_deviation_and_keep_the_volume() -> None:
+    x = images_of(4, (4, 4), (300, 1, 1)).train
+    transform = realnvp.PooledLogit(16, 4, alpha=0.05)
+    transform.fit(x, generator())
+    z, _ = transform(x, generator())
+    assert float(z.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(z.std()) == pytest.approx(1, abs=1e-5)
+    assert len(transform.mean.unique()) == len(transform.std.unique()) == 1
+    assert torch.equal(transform.inverse(z), x)
+
+
+@pytest.mark.usefixtures("small_images")
+def test_noise_drawn_once_stays_and_noise_drawn_afresh_does_not() -> None:
+    """The training images that the flow itself sees."""
+    experiment = EXPERIMENTS[0][1]
+    for once in (True, False):
+        what = context(experiment, noise_once=once)
+        task, seen = realnvp.TASKS["mnist"](), list[Tensor]()
+        with what.streams.initialisation():
+            inner = build_maf(task.info, blocks=1, hidden=4)
+        model = realnvp.preprocessed(inner, task.info, "logit", 1e-6)
+        inner.layers[0].register_forward_hook(lambda m, args, out, seen=seen: seen.append(args[0]))
+        p = {**what.params, "steps": 9, "validate_every": 0}
+        realnvp.fitted(model, task.train, task.valid, p, what.streams)
+        rows = torch.cat(seen[1:])  # the first is what the actnorm was initialised from
+        assert len(rows) == 90  # three passes over 30 images
+        assert len(rows.unique(dim=0)) == (30 if once else 90)
+
+
+@pytest.mark.usefixtures("small_images")
+def test_rows_limits_every_part_and_the_seed_decides() -> None:
+    experiment = EXPERIMENTS[0][1]
+    seven = experiment.run(context(experiment, rows=7, batch_size=7))
+    assert seven.estimates["nll"].n == 7
+    again, other = (experiment.run(context(experiment, seed, rows=7, batch_size=7)) for seed in (0, 1))
+    assert found(again) == found(seven) != found(other)
+
+
+def test_rows_are_of_the_full_profile_on_a_gpu_for_ten_minutes_at_most() -> None:
+    for _, experiment in EXPERIMENTS:
+        assert experiment.profiles == ("full",)
+        assert experiment.seeds == 3
+        assert experiment.params["rows"] == 0
+        assert 0 < experiment.cuda_minutes <= 10
+
+
+@pytest.mark.parametrize("paper", PAPERS, ids=lambda p: p.key)
+def test_claims_read_and_name_what_the_experiments_have(paper: Paper) -> None:
+    names = {e.name for e in paper.experiments}
+    claims = paper.claims().claims
+    assert names == {c.experiment for c in claims if c.experiment}
+    for claim in claims:
+        assert claim.profile == "full"
+        assert claim.needs
+        if claim.minus:
+            assert claim.minus.split("/")[0] in set(LABELS)
