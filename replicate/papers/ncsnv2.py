@@ -364,7 +364,7 @@ FIRST_LEVEL = Experiment(
     family="score",
     run=sample_from_images,
     params={
-        "samples": 100,
+        "samples": 64,
         "sigma_large": 50.0,
         "sigma_small": 1.0,
         "sigma_end": 0.01,
@@ -375,7 +375,7 @@ FIRST_LEVEL = Experiment(
         "ncsn_steps": 100,
         "ncsn_step_size": 2e-5,
     },
-    seeds=5,
+    seeds=3,
     profiles=("full",),
     files=(IMAGE_FILE,),
 )

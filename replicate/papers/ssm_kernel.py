@@ -10,7 +10,7 @@ score matching takes the D coordinate directions, sliced score matching one rand
 
 Deviations: the table is split so that equal rows stay together, by a permutation of each seed; the ridge is chosen at
 the end on a grid of powers of ten, not by 1000 gradient steps; denoising score matching takes its noise level from a
-grid by the exact validation loss; the validation loss is looked at every ten steps; the log-likelihood takes log Z
+grid by the exact validation loss; the validation loss is looked at every fifty steps; the log-likelihood takes log Z
 from annealed importance sampling with the printed proposal N(0, 2 I). Curvature propagation and approximate
 backpropagation are not here.
 """
@@ -34,6 +34,7 @@ from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Outcome
 from replicate.sampling.langevin import mala
 from replicate.score_based.matching import rademacher
+from replicate.score_based.networks import score_of
 from replicate.tasks.densities import GaussianMixture
 
 #: variance of q0, and of the released code's importance proposal
@@ -46,16 +47,22 @@ LOG_SCALES = (0.0, 0.5185, 1.0)
 
 
 class Expansion(NamedTuple):
-    """phi(x + t v) to second order in t, for K directions v an example.
+    """phi(x + t v) in t, for K directions v an example: to second order for the last C of them, to first for the rest.
 
     Attributes:
         value: phi (n, H).
-        first, second: derivatives in t at 0, each (n, K, H).
+        first: derivatives in t at 0, (n, K, H).
+        second: second derivatives, (n, C, H).
     """
 
     value: Tensor
     first: Tensor
     second: Tensor
+
+    @property
+    def curved(self) -> Tensor:
+        """First derivatives along the last C directions, (n, C, H)."""
+        return self.first[:, self.first.shape[1] - self.second.shape[1] :]
 
 
 def through_linear(e: Expansion, layer: nn.Linear) -> Expansion:
@@ -66,7 +73,7 @@ def through_linear(e: Expansion, layer: nn.Linear) -> Expansion:
 def through_softplus(e: Expansion) -> Expansion:
     """The expansion of log(1 + exp phi)."""
     gate = torch.sigmoid(e.value)[:, None]
-    second = gate * e.second + gate * (1 - gate) * e.first.square()
+    second = gate * e.second + gate * (1 - gate) * e.curved.square()
     return Expansion(nn.functional.softplus(e.value), gate * e.first, second)
 
 
@@ -80,9 +87,9 @@ class Features(nn.Module):
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=hidden**-0.5)
 
-    def expand(self, x: Tensor, v: Tensor) -> Expansion:
-        """The expansion of phi at x (n, D) along v (n, K, D)."""
-        start = Expansion(x, v, torch.zeros_like(v))
+    def expand(self, x: Tensor, v: Tensor, curved: int) -> Expansion:
+        """The expansion of phi at x (n, D) along v (n, K, D), to second order for the last `curved` directions."""
+        start = Expansion(x, v, v.new_zeros(len(v), curved, v.shape[2]))
         first, second, third = self.layers
         deep = through_linear(through_softplus(through_linear(start, first)), second)  # type: ignore[arg-type]
         deep = through_linear(through_softplus(deep), third)  # type: ignore[arg-type]
@@ -90,21 +97,23 @@ class Features(nn.Module):
         return Expansion(*(a + b for a, b in zip(deep, wide, strict=True)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.expand(x, x.new_zeros(len(x), 0, x.shape[1])).value
+        return self.expand(x, x.new_zeros(len(x), 0, x.shape[1]), 0).value
 
 
 def gaussian_kernel(e: Expansion, centres: Tensor, width: Tensor) -> Expansion:
     """exp(-|phi(x) - c|^2 / (2 width)) for centres c (M, H) with its expansion; M takes the place of H."""
-    distance = (e.value[:, None] - centres).square().sum(-1)
+    # multiplied out: no (n, M, H) tensor is made; no distance is below zero but for rounding
+    squares = e.value.square().sum(-1, keepdim=True) + centres.square().sum(-1)
+    distance = (squares - 2 * e.value @ centres.T).clamp_min(0)
 
     def along(d: Tensor) -> Tensor:
         """<phi - c, d> for d (n, K, H), shape (n, K, M)."""
         return (e.value[:, None] * d).sum(-1, keepdim=True) - d @ centres.T
 
     k = torch.exp(-distance / (2 * width))
-    slope = along(e.first)
-    bend = along(e.second) + e.first.square().sum(-1, keepdim=True)
-    return Expansion(k, -k[:, None] * slope / width, k[:, None] * (slope.square() / width - bend) / width)
+    slope, bend = along(e.first), along(e.second) + e.curved.square().sum(-1, keepdim=True)
+    curved = slope[:, slope.shape[1] - bend.shape[1] :]
+    return Expansion(k, -k[:, None] * slope / width, k[:, None] * (curved.square() / width - bend) / width)
 
 
 class DeepKernelFamily(nn.Module):
@@ -126,43 +135,44 @@ class DeepKernelFamily(nn.Module):
         self.log_ridge = nn.Parameter(torch.tensor(-2.0))
         self.register_buffer("alpha", torch.zeros(len(inducing)))
 
-    def kernels(self, x: Tensor, v: Tensor) -> Expansion:
-        """k(x, z_m) (n, M) and its derivatives (n, K, M) along v (n, K, D)."""
+    def kernels(self, x: Tensor, v: Tensor, curved: int) -> Expansion:
+        """k(x, z_m) (n, M) and its derivatives along v (n, K, D), second ones along the last `curved` directions."""
         total: list[Tensor] = []
         for features, scale, weight in zip(self.features, self.log_scale, self.mixing.softmax(0), strict=True):
             assert isinstance(features, Features)
-            part = gaussian_kernel(features.expand(x, v), features(self.inducing), 10**scale)
+            part = gaussian_kernel(features.expand(x, v, curved), features(self.inducing), 10**scale)
             scaled = [weight * p for p in part]
             total = [a + b for a, b in zip(total, scaled, strict=True)] if total else scaled
         return Expansion(*total)
 
     def log_density(self, x: Tensor) -> Tensor:
         """log p + log Z in nats of x (n, D), shape (n,)."""
-        k = self.kernels(x, x.new_zeros(len(x), 0, x.shape[1])).value
+        k = self.kernels(x, x.new_zeros(len(x), 0, x.shape[1]), 0).value
         return k @ self.alpha - 0.5 * x.square().sum(1) / BASE_VARIANCE
 
     def score(self, x: Tensor) -> Tensor:
         """grad_x log p (n, D)."""
-        return self.kernels(x, coordinate_directions(x)).first @ self.alpha - x / BASE_VARIANCE
+        return self.kernels(x, coordinate_directions(x), 0).first @ self.alpha - x / BASE_VARIANCE
 
 
 # --- objectives, as quadratic functions of alpha ---------------------------------------------------------------------
 
 
 class Slices(NamedTuple):
-    """sum_k fit_k (v_k's - target_k)^2 / 2 + bend_k v_k'(ds/dx)v_k, the form that all objectives share.
+    """sum_k fit_k (v_k's - target_k)^2 / 2 + v_k'(ds/dx)v_k over the last C, the form that all objectives share.
 
     Attributes:
         x: where the score is asked for, (n, D).
         v: directions, (n, K, D).
-        fit, bend: weights, (K,).
+        fit: weights, (K,).
+        curved: C, how many directions the second term takes.
         target: (n, K).
     """
 
     x: Tensor
     v: Tensor
     fit: Tensor
-    bend: Tensor
+    curved: int
     target: Tensor
 
 
@@ -177,21 +187,20 @@ def coordinate_directions(x: Tensor) -> Tensor:
 def exact(x: Tensor, draws: torch.Generator) -> Slices:
     """Implicit score matching: the trace is the sum over the coordinate directions."""
     ones = x.new_ones(x.shape[1])
-    return Slices(x, coordinate_directions(x), ones, ones, torch.zeros_like(x))
+    return Slices(x, coordinate_directions(x), ones, x.shape[1], torch.zeros_like(x))
 
 
 def sliced(x: Tensor, draws: torch.Generator) -> Slices:
     """One Rademacher projection an example (eq. 7)."""
-    one = x.new_ones(1)
-    return Slices(x, rademacher(x, draws)[:, None], one, one, x.new_zeros(len(x), 1))
+    return Slices(x, rademacher(x, draws)[:, None], x.new_ones(1), 1, x.new_zeros(len(x), 1))
 
 
 def sliced_vr(x: Tensor, draws: torch.Generator) -> Slices:
     """The curvature along one Rademacher projection, the norm of the whole score (eq. 8)."""
     v = torch.cat([coordinate_directions(x), rademacher(x, draws)[:, None]], dim=1)
-    last = torch.zeros(v.shape[1], dtype=x.dtype, device=x.device)
-    last[-1] = 1
-    return Slices(x, v, 1 - last, last, x.new_zeros(v.shape[:2]))
+    fit = x.new_ones(v.shape[1])
+    fit[-1] = 0
+    return Slices(x, v, fit, 1, x.new_zeros(v.shape[:2]))
 
 
 def denoising(sigma: float) -> Objective:
@@ -200,7 +209,7 @@ def denoising(sigma: float) -> Objective:
     def objective(x: Tensor, draws: torch.Generator) -> Slices:
         z = torch.randn(x.shape, generator=draws, device=x.device, dtype=x.dtype)
         ones = x.new_ones(x.shape[1])
-        return Slices(x + sigma * z, coordinate_directions(x), sigma**2 * ones, 0 * ones, -z / sigma)
+        return Slices(x + sigma * z, coordinate_directions(x), sigma**2 * ones, 0, -z / sigma)
 
     return objective
 
@@ -235,13 +244,13 @@ class Quadratic(NamedTuple):
 def quadratic(model: DeepKernelFamily, slices: Slices) -> Quadratic:
     """The mean objective over the examples of `slices`, as a function of alpha."""
     n = len(slices.x)
-    k = model.kernels(slices.x, slices.v)
+    k = model.kernels(slices.x, slices.v, slices.curved)
     residual = -(slices.v @ slices.x[:, :, None]).squeeze(-1) / BASE_VARIANCE - slices.target
-    base_bend = -slices.v.square().sum(-1) / BASE_VARIANCE
+    base_bend = -slices.v[:, slices.v.shape[1] - slices.curved :].square().sum() / BASE_VARIANCE
     weighted = k.first * slices.fit[:, None]
     g = weighted.flatten(0, 1).T @ k.first.flatten(0, 1) / n
-    b = (weighted * residual[:, :, None]).sum((0, 1)) / n + (k.second * slices.bend[:, None]).sum((0, 1)) / n
-    c = (0.5 * slices.fit * residual.square() + slices.bend * base_bend).sum(1).mean()
+    b = ((weighted * residual[:, :, None]).sum((0, 1)) + k.second.sum((0, 1))) / n
+    c = ((0.5 * slices.fit * residual.square()).sum() + base_bend) / n
     return Quadratic(g, b, c)
 
 
@@ -508,7 +517,8 @@ def fitted_family(context: Context, table: Table, candidates: tuple[Objective, .
 
 def log_likelihood(model: DeepKernelFamily, x: Tensor, p: Mapping[str, Any], draws: torch.Generator) -> Estimate:
     """Mean log p of x (n, D) with log Z by annealed importance sampling from N(0, 2 I)."""
-    path = GaussianPath(x.shape[1], 2.0, model.log_density, model.score, p["step_size"])
+    gradient = score_of(lambda y: -model.log_density(y))  # one pass back, where `score` takes one for each direction
+    path = GaussianPath(x.shape[1], 2.0, model.log_density, gradient, p["step_size"])
     run = ais(path, p["chains"], schedule(p["temperatures"]), draws)
     with torch.no_grad():
         mean = Estimate.mean_of(model.log_density(x), "estimate", "nats")
@@ -538,7 +548,7 @@ _FIGURE_1 = {
     "patience": 200,
     "batch": 200,
     "lr": 0.01,
-    "validate_every": 10,
+    "validate_every": 50,
     "chains": 500,
     "temperatures": 1000,
     "step_size": 0.05,
