@@ -20,6 +20,8 @@ from torch import Tensor
 from replicate.likelihood.estimator import CHUNK, log_likelihood
 from replicate.metrics.classifier import DigitFeatures, c2st
 from replicate.metrics.divergences import fisher_divergence, kl
+from replicate.metrics.features import TASKS as IMAGES
+from replicate.metrics.features import ImageFeatures, image_features
 from replicate.metrics.quality import frechet, precision_recall_density_coverage
 from replicate.metrics.samples import mmd, mode_weight_error, w2
 from replicate.model import Estimate, LogLikelihood, Model
@@ -244,7 +246,7 @@ class Evaluator:
         if self.task.labels is None:
             yield from (na(metric, "there are no labels to train a classifier's features on") for metric in names[1:])
         else:
-            features = digit_features(self.task)
+            features = task_features(self.task)
             fake, real = features.features(x.cpu()), features.features(test.cpu())
             yield Measurement("frechet", frechet(fake, real))
             for name, e in precision_recall_density_coverage(real, fake[:m]).items():
@@ -308,8 +310,13 @@ def plane(half_width: float, points: int, device: torch.device) -> tuple[Tensor,
 _FEATURES: dict[str, DigitFeatures] = {}
 
 
+def task_features(task: Task) -> DigitFeatures | ImageFeatures:
+    """The feature classifier of a task with labels."""
+    return image_features(task.name) if task.name in IMAGES else digit_features(task)
+
+
 def digit_features(task: Task) -> DigitFeatures:
-    """The feature classifier of a task, trained once a process under a fixed seed."""
+    """The feature classifier of a task of 8x8 digits, trained once a process under a fixed seed."""
     if task.name not in _FEATURES:
         assert task.labels is not None
         assert task.info.levels is not None

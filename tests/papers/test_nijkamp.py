@@ -1,0 +1,224 @@
+"""Short runs and long runs on tiny images: what the experiments measure, and that a killed one goes on bit-equal."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from replicate.model import DataInfo, Estimate, LogLikelihood
+from replicate.papers import nijkamp
+from replicate.papers.nijkamp import DIGITS, IMAGES, PAPER, Judge, Study, method_of, to_levels, to_pixels
+from replicate.resume import Journal
+from replicate.runs.checkpoint import pack, unpack
+from replicate.runs.experiment import Context, Experiment, Outcome
+from replicate.runs.seeds import Streams
+from replicate.runs.training import TrainingError
+from replicate.tasks.base import Task
+
+TINY: dict[str, Any] = {
+    "width": 2,
+    "layers": 1,
+    "batch_size": 16,
+    "chains": 30,
+    "fresh_updates": 4,
+    "fresh_steps": 3,
+    "replay_updates": 5,
+    "replay_steps": 2,
+    "restart": 0.5,
+    "samples": 20,
+    "long_run": 20,
+}
+TINY_TILTED = {"tilted_updates": 4, "tilted_chains": 16, "annealing": 4, "after": 4, "ais_chains": 8, "ais_steps": 6}
+
+
+def made_up(name: str) -> Task:
+    """6x6 images of 5 grey levels, darker to the right."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(130, 36, generator=generator).cumsum(1).view(130, 6, 6)
+    x = (5 * x / x.amax((1, 2), keepdim=True)).floor().clamp(max=4).view(130, 36)
+    return Task(name, "", DataInfo(36, "levels", 5, (6, 6)), x[:70], x[70:100], x[100:])
+
+
+@pytest.fixture
+def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny images in place of both data sets, and pixels in place of a classifier's features."""
+    judge = Judge(lambda x: x[:, ::9].cpu(), lambda x: x[:, ::9].cpu().softmax(1), "0123456789abcdef" * 4)
+    monkeypatch.setattr(nijkamp, "digits", lambda: made_up("digits"))
+    monkeypatch.setattr(nijkamp, "mnist", lambda: made_up("mnist"))
+    monkeypatch.setattr(nijkamp, "judge_of", lambda task: judge)
+
+
+def context(what: Experiment, seed: int = 0, **changes: Any) -> Context:
+    tiny = TINY | (TINY_TILTED if what is IMAGES else {})
+    return Context({**what.params, **tiny, **changes}, Streams(what.name, "t", seed), torch.device("cpu"))
+
+
+def found(outcome: Outcome) -> dict[str, str]:
+    return {k: repr(e) for k, e in outcome.estimates.items()} | {p.name: repr(p) for p in outcome.plots}
+
+
+@given(levels=st.integers(2, 256), seed=st.integers(0, 100))
+def test_a_dequantised_level_is_read_back(levels: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(levels, (20, 3), generator=generator).float()
+    y = to_pixels(x, levels, generator)
+    assert float(y.abs().max()) <= 1
+    assert torch.equal(to_levels(y, levels), x)
+    assert torch.equal(to_levels(torch.tensor([-3.0, 3.0]), levels), torch.tensor([0.0, levels - 1]))
+
+
+def test_fresh_chains_always_start_again_and_replayed_ones_sometimes() -> None:
+    assert method_of("fresh", DIGITS.params).restart == 1
+    assert method_of("replay", DIGITS.params).restart == DIGITS.params["restart"]
+    assert set(TINY) <= set(DIGITS.params)
+    assert set(TINY | TINY_TILTED) <= set(IMAGES.params)
+
+
+@pytest.mark.usefixtures("small_data")
+@pytest.mark.parametrize("what", [DIGITS, IMAGES], ids=lambda e: e.name)
+def test_experiments_measure_what_claims_and_plots_name(what: Experiment) -> None:
+    outcome = what.run(context(what))
+    assert not outcome.missing
+    assert all(math.isfinite(e.value) for e in outcome.estimates.values())
+    for claim in PAPER.claims().claims:
+        if claim.experiment == what.name:
+            assert {claim.measure, claim.minus, claim.over} - {""} <= set(outcome.estimates)
+            assert set(claim.plots) <= {p.name for p in outcome.plots}
+    samples, energy = (p.as_dict() for p in outcome.plots)
+    assert "0123456789ab" in samples["title"]
+    assert [line["label"] for line in energy["lines"]] == ["fresh", "replay"]
+    assert all(len(line["x"]) == nijkamp.STOPS + 1 for line in energy["lines"])
+    assert ("bits_per_dim:tilted" in outcome.estimates) == (what is IMAGES)
+
+
+@pytest.mark.usefixtures("small_data")
+def test_the_likelihood_is_given_for_every_image_and_in_bits() -> None:
+    outcome = IMAGES.run(context(IMAGES))
+    examples, nll, bits = (
+        outcome.examples["mnist"],
+        outcome.estimates["nll:tilted"],
+        outcome.estimates["bits_per_dim:tilted"],
+    )
+    assert examples.values.shape == (30,)
+    assert nll.value == pytest.approx(-float(examples.values.mean()))
+    assert bits.value == pytest.approx(nll.value / 36 / math.log(2))
+    # hardly trained, it is near the Gaussian of 36 pixels of 5 levels: better than uniform
+    assert 0 < bits.value < math.log2(5)
+    assert bits.kind == "estimate"
+
+
+def log_p(gap: float) -> LogLikelihood:
+    ends = {
+        "ais_log_z_forward": Estimate(1.0, 0.3, "lower_bound", "nats", 8),
+        "ais_log_z_reverse": Estimate(1.0 + gap, 0.4, "upper_bound", "nats", 8),
+    }
+    return LogLikelihood(torch.full((30,), -50.0), "estimate", details=ends)
+
+
+@pytest.mark.usefixtures("small_data")
+@pytest.mark.parametrize("gap", [-0.1, 9.0, 30.0])
+def test_a_wide_bracket_gives_its_width_and_no_likelihood(gap: float) -> None:
+    study = Study.of(context(IMAGES), made_up("mnist"))
+    study.likelihood(log_p(gap))
+    width = study.found.estimates["ais_gap:tilted"]
+    assert (width.value, width.stderr) == (pytest.approx(gap), pytest.approx(0.5))
+    wide = gap > nijkamp.WIDEST
+    assert ("nll:tilted" in study.found.missing) == wide
+    assert ("nll:tilted" in study.found.estimates) != wide
+    assert bool(study.found.examples) != wide
+    if wide:
+        assert "30.0 nats apart" in study.found.missing["bits_per_dim:tilted"]
+
+
+@pytest.mark.usefixtures("small_data")
+def test_chains_that_diverge_are_told_and_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(*args: Any) -> None:
+        raise TrainingError("the training loss is nan at step 3; lower lr or set grad_clip")
+
+    monkeypatch.setattr(nijkamp, "train", diverge)
+    outcome = IMAGES.run(context(IMAGES))
+    assert "training diverged" in outcome.missing["frechet:fresh_long"]
+    assert "training diverged" in outcome.missing["bits_per_dim:tilted"]
+    assert "frechet:gaussian" in outcome.estimates
+    study = Study.of(context(DIGITS), made_up("digits"))
+    nowhere = torch.full((20, 36), math.nan)
+    study.measure("fresh_long", None, nowhere, Estimate(0.0, 0.0, "estimate", "nats", 1))  # type: ignore[arg-type]
+    assert study.found.missing == {"frechet:fresh_long": "the chains diverged"}
+
+
+@pytest.mark.usefixtures("small_data")
+def test_pixels_far_outside_the_data_are_counted() -> None:
+    study = Study.of(context(DIGITS), made_up("digits"))
+    model = study.trained("fresh")
+    x = torch.zeros(20, 36)
+    x[:, :9] = 5.0
+    study.measure("fresh_long", model, x, Estimate(0.0, 0.0, "estimate", "nats", 1))
+    assert study.found.estimates["outside:fresh_long"].value == pytest.approx(0.25)
+    with torch.no_grad():
+        assert study.found.estimates["energy:fresh_long"].value == pytest.approx(float(model.energy(x).mean()))
+
+
+class Killed(BaseException):
+    """Stands for kill -9."""
+
+
+def sitting(what: Experiment, saved: bytes | None, last: int) -> tuple[Outcome | None, bytes | None, int]:
+    """Run under a journal that saves every step and dies after save `last` (0: never): outcome, what is kept, saves."""
+    kept, count = saved, 0
+
+    def write(state: dict[str, Any]) -> None:
+        nonlocal kept, count
+        count += 1
+        if count == last:
+            kept = pack(state)
+            raise Killed
+
+    journal = Journal(write, unpack(saved) if saved else None, every=0, shortest=0)
+    with journal.active():
+        try:
+            return what.run(context(what)), kept, count
+        except Killed:
+            return None, kept, count
+
+
+@pytest.mark.usefixtures("small_data")
+@pytest.mark.parametrize("what", [DIGITS, IMAGES], ids=lambda e: e.name)
+def test_an_experiment_killed_twice_ends_with_the_same_bits(what: Experiment) -> None:
+    want, _, steps = sitting(what, None, 0)
+    part = math.ceil(0.35 * steps)
+    first, kept, _ = sitting(what, None, part)
+    second, kept, _ = sitting(what, kept, part)
+    outcome, _, rest = sitting(what, kept, 0)
+    assert first is second is None
+    assert want is not None
+    assert outcome is not None
+    assert found(outcome) == found(want)
+    assert rest + 2 * part == steps
+
+
+@pytest.mark.usefixtures("small_data")
+def test_another_seed_is_another_result() -> None:
+    first, again, other = (DIGITS.run(context(DIGITS, seed)) for seed in (0, 0, 1))
+    assert found(first) == found(again)
+    assert first.estimates["frechet:replay_long"] != other.estimates["frechet:replay_long"]
+
+
+def test_the_judge_of_the_8x8_digits_is_the_suites_classifier_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Small:
+        network = torch.nn.Sequential(torch.nn.Linear(64, 10))
+        scale, sha256 = 16.0, "f" * 64
+
+        def features(self, x: Tensor) -> Tensor:
+            return x[:, :5]
+
+    monkeypatch.setattr(nijkamp, "digit_features", lambda task: Small())
+    task = nijkamp.digits()
+    judge = nijkamp.judge_of(task)
+    assert judge.sha256 == "f" * 64
+    torch.testing.assert_close(judge.probabilities(task.test).sum(1), torch.ones(len(task.test)))
