@@ -38,11 +38,13 @@ from replicate.likelihood.ode import ode_log_prob
 from replicate.metrics.samples import mode_weight_error
 from replicate.model import Estimate, Model
 from replicate.papers.base import ModelRuns, Paper
-from replicate.papers.scoreflow import frechet_to_train, variational_bound
+from replicate.papers.score_images import DIFFUSIONS
+from replicate.papers.scoreflow import frechet_to_train
 from replicate.runs.execute import run as run_spec
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 from replicate.runs.spec import make_spec
 from replicate.sampling.predictor_corrector import ScoreAt, predictor_corrector
+from replicate.score_based.bound import variational_bound
 from replicate.score_based.diffusion import DiffusionModel
 from replicate.score_based.sde import SDE, VE, VP, SubVP
 from replicate.tasks.base import Task
@@ -421,6 +423,6 @@ _SIBLINGS = (ModelRuns(("sde-vp", "sde-subvp"), ("digits",), 3),)
 PAPER = Paper(
     "score_sde",
     Path(__file__).with_suffix(".toml"),
-    experiments=(MIXTURE, DIGITS, IDENTITIES),
+    experiments=(MIXTURE, DIGITS, IDENTITIES, *DIFFUSIONS),
     model_runs={"full": _SIBLINGS},
 )

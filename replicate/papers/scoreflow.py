@@ -26,7 +26,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,14 +34,16 @@ from torch import Tensor
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.likelihood.estimator import Effort, log_likelihood
 from replicate.metrics.quality import frechet
-from replicate.model import Estimate, LogLikelihood, Training
+from replicate.model import Estimate, Training
 from replicate.papers.base import Paper
+from replicate.papers.score_images import WEIGHTINGS
 from replicate.registry import load_task, model_entry
 from replicate.runs.evaluate import digit_features
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 from replicate.runs.seeds import Streams
 from replicate.runs.training import train
-from replicate.score_based.diffusion import DiffusionModel, LevelProposal, Weighting
+from replicate.score_based.bound import mean_error
+from replicate.score_based.diffusion import DiffusionModel, LevelProposal, UniformTime, Weighting, level_range
 from replicate.score_based.networks import NoiseNet
 from replicate.score_based.sde import SDE, VP, SubVP
 from replicate.tasks.base import Task
@@ -53,30 +55,11 @@ DDPM_LEVELS, DDPM_BETAS = 1000, (1e-4, 0.02)
 # -- times
 
 
-class UniformTime(LevelProposal):
-    """t ~ U[t_min, t_max], independent draws, as noise levels lambda = log(sigma / s)."""
-
-    def __init__(self, sde: SDE) -> None:
-        super().__init__(*_level_range(sde), location=0.0, scale=1.0, uniform=1.0)
-        self.sde = sde
-
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        u = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
-        return self.sde.log_ratio(self.sde.t_min + u * (self.sde.t_max - self.sde.t_min))
-
-    def density(self, level: Tensor) -> Tensor:
-        """p(t) dt / d lambda, with d lambda / dt = g^2 / (2 sigma^2)."""
-        t = self.sde.time_of(level.double())
-        _, std = self.sde.marginal(t)
-        rate = self.sde.diffusion(t).square() / (2 * std.square())
-        return (1 / (rate * (self.sde.t_max - self.sde.t_min))).to(level)
-
-
 class ImportanceTime(LevelProposal):
     """p(t) in proportion to g^2 / sigma^2 (section 4.3): independent draws, even in lambda."""
 
     def __init__(self, sde: SDE) -> None:
-        super().__init__(*_level_range(sde), location=0.0, scale=1.0, uniform=1.0)
+        super().__init__(*level_range(sde), location=0.0, scale=1.0, uniform=1.0)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         u = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
@@ -97,79 +80,12 @@ def ddpm_levels() -> Tensor:
     return 0.5 * ((1 - alpha_bar).log() - alpha_bar.log())
 
 
-def _level_range(sde: SDE) -> tuple[float, float]:
-    low, high = sde.log_ratio(torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)).tolist()
-    return low, high
-
-
 def single_draw_objective(model: DiffusionModel, z: Tensor, generator: torch.Generator) -> Tensor:
     """Likelihood-weighted |eps - noise|^2 of each row of z (n, D), one time and one noise draw each, shape (n,)."""
     level = model.proposal.sample(len(z), generator).to(z)
     noise = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
     error = (model.net(z + level.exp()[:, None] * noise, level) - noise).square().sum(-1)
     return error / model.proposal.density(level)
-
-
-# -- the bound
-
-
-class NoisePredictor(Protocol):
-    """A bare model whose score is known at every time."""
-
-    sde: SDE
-
-    def score_at(self, x: Tensor, t: Tensor) -> Tensor:
-        """Score (n, D) of the data noised up to time t (n,) at x (n, D)."""
-
-
-@torch.no_grad()
-def variational_bound(model: NoisePredictor, x: Tensor, levels: int, generator: torch.Generator) -> LogLikelihood:
-    """Lower bound on log p(x) of the reverse SDE with the model's score (theorem 3, in lambda = log(sigma / s)):
-
-        log p(x) >= - KL(q(x_T | x) || prior) - int E|eps - z|^2 dlambda - E[-log N(x; denoised(x_tmin), rho_min^2)]
-
-    where eps = -sigma score and the last term, (D / 2) log(2 pi rho_min^2) + E|eps - z|^2 / 2, decodes the data from
-    x_tmin. The integral is stratified: one level in each of `levels` equal intervals, for each example its own, each
-    with z and -z. |z|^2, whose mean is known, is a control variate with the weight that is exact for N(0, I).
-
-    Args:
-        x: data, shape (n, D).
-        levels: strata.
-        generator: of levels and noise.
-
-    Returns:
-        Values (n,) in nats of kind "lower_bound", float64: unbiased for the bound.
-    """
-    low, high = _level_range(model.sde)
-    n, width = len(x), (high - low) / levels
-    integral = torch.zeros(n, dtype=torch.float64, device=x.device)
-    for i in range(levels):
-        u = torch.rand(n, generator=generator, device=x.device, dtype=torch.float64)
-        integral += width * _mean_error(model, x, low + (i + u) * width, generator)
-    last = _mean_error(model, x, torch.full_like(integral, low), generator)
-    decoder = 0.5 * x.shape[1] * (math.log(2 * math.pi) + 2 * low) + 0.5 * last
-    return LogLikelihood(-prior_divergence(model.sde, x) - integral - decoder, "lower_bound", draws=levels)
-
-
-def _mean_error(model: NoisePredictor, x: Tensor, level: Tensor, generator: torch.Generator) -> Tensor:
-    """Unbiased for E_z|eps - z|^2 (n,) at each example's level (n,), from z, -z and the control variate."""
-    z = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    t = model.sde.time_of(level)
-    scale, std = (v.to(x)[:, None] for v in model.sde.marginal(t))
-    total = torch.zeros_like(level)
-    for sign in (1.0, -1.0):
-        eps = -std * model.score_at(scale * x + sign * std * z, t.to(x))
-        total += 0.5 * (eps - sign * z).square().sum(-1)
-    weight = (1 + (2 * level).exp()).pow(-2)
-    return total + weight * (x.shape[1] - z.double().square().sum(-1))
-
-
-def prior_divergence(sde: SDE, x: Tensor) -> Tensor:
-    """KL(N(s x, sigma^2 I) || N(0, prior_std^2 I)) at t_max, in nats, for each x (n, D): float64, shape (n,)."""
-    scale, std = (float(v) for v in sde.marginal(torch.tensor([sde.t_max], dtype=torch.float64)))
-    dim, prior = x.shape[1], sde.prior_std**2
-    square = scale**2 * x.double().square().sum(-1)
-    return 0.5 * ((square + dim * std**2) / prior - dim + dim * math.log(prior / std**2))
 
 
 # -- the experiment
@@ -260,7 +176,7 @@ def objective_spread(inner: DiffusionModel, z: Tensor, repeats: int, generator: 
 def error_by_level(inner: DiffusionModel, z: Tensor, levels: Tensor, generator: torch.Generator) -> list[float]:
     """Mean |eps - z|^2 over the rows of z (n, D) at each level (L,): the bound's integrand, in nats."""
     with torch.no_grad():
-        means = [_mean_error(inner, z, level.expand(len(z)), generator).mean() for level in levels]
+        means = [mean_error(inner, z, level.expand(len(z)), generator).mean() for level in levels]
     return torch.stack(means).tolist()
 
 
@@ -269,7 +185,7 @@ def objectives(context: Context) -> Outcome:
     params, task = context.params, load_task("digits")
     test = task.test[: params["test_images"]].to(context.device)
     effort = Effort(ode_draws=params["draws"])
-    levels = torch.linspace(*_level_range(ARMS["plain"].sde), 24, dtype=torch.float64, device=context.device)
+    levels = torch.linspace(*level_range(ARMS["plain"].sde), 24, dtype=torch.float64, device=context.device)
     estimates: dict[str, Estimate] = {}
     errors: dict[str, list[float]] = {}
     for name, arm in ARMS.items():
@@ -318,4 +234,4 @@ DIGITS = Experiment(
     },
 )
 
-PAPER = Paper("scoreflow", Path(__file__).with_suffix(".toml"), experiments=(DIGITS,))
+PAPER = Paper("scoreflow", Path(__file__).with_suffix(".toml"), experiments=(DIGITS, *WEIGHTINGS))

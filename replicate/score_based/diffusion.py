@@ -58,6 +58,31 @@ class LevelProposal:
         return self.uniform / (self.high - self.low) + (1 - self.uniform) * logistic
 
 
+def level_range(sde: SDE) -> tuple[float, float]:
+    """Lowest and highest noise level lambda of an SDE, at t_min and t_max."""
+    low, high = sde.log_ratio(torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)).tolist()
+    return low, high
+
+
+class UniformTime(LevelProposal):
+    """t ~ U[t_min, t_max], independent draws, as noise levels lambda = log(sigma / s)."""
+
+    def __init__(self, sde: SDE) -> None:
+        super().__init__(*level_range(sde), location=0.0, scale=1.0, uniform=1.0)
+        self.sde = sde
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        u = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
+        return self.sde.log_ratio(self.sde.t_min + u * (self.sde.t_max - self.sde.t_min))
+
+    def density(self, level: Tensor) -> Tensor:
+        """p(t) dt / d lambda, with d lambda / dt = g^2 / (2 sigma^2)."""
+        t = self.sde.time_of(level.double())
+        _, std = self.sde.marginal(t)
+        rate = self.sde.diffusion(t).square() / (2 * std.square())
+        return (1 / (rate * (self.sde.t_max - self.sde.t_min))).to(level)
+
+
 class DiffusionModel(Model):
     """Scores of the data along an SDE.
 

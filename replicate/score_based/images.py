@@ -1,0 +1,279 @@
+"""Score-based models of images: U-Nets behind the suite's SDEs and NCSN, and two ways of dequantising pixels.
+
+Pixels x in {0, .., L-1} become y = 2 (x + u) / L - 1 in [-1, 1], as in Song et al. 2021 (2011.13456): one map for all
+pixels, where the comparison's models of vectors have one a pixel, so that convolutions see the same thing everywhere.
+
+Noise u ~ U[0, 1) gives E_u[log p(y)] + D log(2 / L) <= log P(x). Variational dequantisation (Ho et al. 2019, Flow++,
+1902.00275, section 3.1) learns q(u | x): E_q[log p(y) - log q(u | x)] + D log(2 / L) <= log P(x), which is the better
+bound, since the uniform q is among those to choose from. As in ScoreFlow (2101.09258, section 5.2 and its code) q is
+trained after the score model, which stays as it is.
+
+Every SDE starts at noise of rho = 2e-4 in units of y, a fortieth of a level. The papers' VP starts at an eighth of one
+(t = 1e-5). On a pixel that is always 0, as at MNIST's border, a uniform bin blurred by that costs 0.18 bits, 0.04 here.
+
+Deviations: the first noise level; q is affine couplings on a checkerboard in place of Flow++'s mixtures of logistics
+with attention; noise levels are drawn evenly in log rho as one stratified sample a batch; `diffusion` and `ncsn` list
+those of the models themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from replicate.likelihood.dequantisation import Preprocessed
+from replicate.model import DataInfo
+from replicate.resume import State, resumable
+from replicate.sampling.langevin import Chain, langevin_step, standard_normal_like
+from replicate.score_based.diffusion import DiffusionModel, LevelProposal, Weighting, level_range
+from replicate.score_based.ncsn import NCSN
+from replicate.score_based.networks import NoiseNet
+from replicate.score_based.sde import SDE, VE, VP, SubVP
+from replicate.score_based.unet import NoiseUNet
+
+ScoreAt = Callable[[Tensor, Tensor], Tensor]
+
+#: noise over signal at which every SDE starts, in units of y; with the papers' VP it is 1e-3
+FIRST_RHO = 2e-4
+
+
+def first_time(sde: SDE, rho: float) -> float:
+    """The time at which noise over signal is rho."""
+    return float(sde.time_of(torch.tensor(math.log(rho), dtype=torch.float64)))
+
+
+SDES: dict[str, SDE] = {
+    "vp": VP(t_min=first_time(VP(), FIRST_RHO)),
+    "subvp": SubVP(t_min=first_time(SubVP(), FIRST_RHO)),
+    "ve": VE(FIRST_RHO, 50.0),
+}
+
+
+# -- models
+
+
+def build_diffusion(
+    info: DataInfo, sde: SDE, proposal: LevelProposal, weighting: Weighting, sample_steps: int, **network: Any
+) -> DiffusionModel:
+    """The suite's diffusion model with a U-Net; `network` are the settings of `NoiseUNet`."""
+    return DiffusionModel(_unet(info, network), info.dim, sde, proposal, weighting, sample_steps)
+
+
+def even_levels(sde: SDE) -> LevelProposal:
+    """Levels even in log rho, that is, times drawn in proportion to g^2 / sigma^2 (2101.09258, section 5.1)."""
+    return LevelProposal(*level_range(sde), location=0.0, scale=1.0, uniform=1.0)
+
+
+def build_ncsn(
+    info: DataInfo,
+    sigma_max: float,
+    sigma_min: float,
+    levels: int,
+    steps_per_level: int,
+    step_size: float,
+    **network: Any,
+) -> NCSN:
+    """The suite's NCSN with a U-Net, without the denoising step; `network` are the settings of `NoiseUNet`."""
+    net = _unet(info, network)
+    return NCSN(net, info.dim, sigma_max, sigma_min, levels, steps_per_level, step_size, denoise=False)
+
+
+def _unet(info: DataInfo, network: dict[str, Any]) -> NoiseNet:
+    """A U-Net in the place of an MLP, whose call and Gaussian fit are all that the models use."""
+    assert info.image is not None
+    assert info.levels is not None
+    return cast(NoiseNet, NoiseUNet(info.image, spacing=2 / info.levels, **network))
+
+
+# -- dequantisation
+
+
+class VariationalDequantiser(nn.Module):
+    """q(u | x) on (0, 1)^D with an exact log density: logistic noise, affine couplings, then the sigmoid.
+
+    Each coupling moves the pixels of one colour of a checkerboard by a scale and a shift that a small convolutional
+    network computes from the pixels of the other colour and from x. Before training it is the uniform distribution,
+    since the sigmoid of logistic noise is uniform. Positions in the flow are float64, its networks are not.
+
+    Args:
+        image: height and width.
+        levels: L.
+        channels: of the networks.
+        couplings: number of them.
+    """
+
+    #: bound on the log of a coupling's scale
+    LARGEST = 2.0
+    colours: Tensor
+
+    def __init__(self, image: tuple[int, int], levels: int, channels: int = 32, couplings: int = 4) -> None:
+        super().__init__()
+        self.image, self.levels = image, levels
+        rows, columns = torch.arange(image[0])[:, None], torch.arange(image[1])
+        board = ((rows + columns) % 2).double().flatten()
+        self.register_buffer("colours", torch.stack([board, 1 - board]))
+        self.nets = nn.ModuleList(_coupling_net(channels) for _ in range(couplings))
+
+    def sample(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """One u (n, D) for each row of integers x (n, D) and log q(u | x) in nats (n,), float64."""
+        uniform = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float64)
+        a = torch.logit(uniform.clamp_min(2.0**-54))
+        log_q = log_logistic(a).sum(-1)
+        for i in range(len(self.nets)):
+            log_scale, shift = self._affine(i, a, x)
+            a = a * log_scale.exp() + shift
+            log_q = log_q - log_scale.sum(-1)
+        return torch.sigmoid(a), log_q - log_logistic(a).sum(-1)  # du / da = sigmoid' = the logistic density
+
+    def log_prob(self, u: Tensor, x: Tensor) -> Tensor:
+        """log q(u | x) in nats (n,) of u (n, D), float64, by the inverse flow."""
+        a = torch.logit(u.double())
+        log_q = -log_logistic(a).sum(-1)
+        for i in reversed(range(len(self.nets))):
+            log_scale, shift = self._affine(i, a, x)
+            a = (a - shift) * (-log_scale).exp()
+            log_q = log_q - log_scale.sum(-1)
+        return log_q + log_logistic(a).sum(-1)
+
+    def _affine(self, i: int, a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(log scale, shift) (n, D) of coupling i, 0 on the pixels that it reads."""
+        read = self.colours[i % 2]
+        seen = torch.stack([torch.tanh(0.25 * read * a), 2 * x.double() / (self.levels - 1) - 1], dim=1)
+        weight = next(self.nets[i].parameters())
+        raw, shift = self.nets[i](seen.unflatten(2, self.image).to(weight.dtype)).double().flatten(2).unbind(1)
+        log_scale = self.LARGEST * torch.tanh(raw / self.LARGEST)
+        return log_scale * (1 - read), shift * (1 - read)
+
+
+def _coupling_net(channels: int) -> nn.Sequential:
+    last = nn.Conv2d(channels, 2, 3, padding=1)
+    nn.init.zeros_(last.weight)  # a coupling starts as the identity
+    assert last.bias is not None
+    nn.init.zeros_(last.bias)
+    inner = [nn.Conv2d(2, channels, 3, padding=1), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1), nn.SiLU()]
+    return nn.Sequential(*inner, last)
+
+
+def log_logistic(a: Tensor) -> Tensor:
+    """Log density of the standard logistic distribution, elementwise."""
+    return F.logsigmoid(a) + F.logsigmoid(-a)
+
+
+class ScaledLevels(nn.Module):
+    """y = 2 (x + u) / L - 1, in the place of the comparison's maps to (0, 1)^D and to Gaussian marginals.
+
+    Args:
+        levels: L.
+        dequantiser: of u; None draws it uniformly.
+    """
+
+    def __init__(self, levels: int, dequantiser: VariationalDequantiser | None = None) -> None:
+        super().__init__()
+        self.levels, self.dequantiser = levels, dequantiser
+
+    def fit(self, train: Tensor, generator: torch.Generator) -> None:
+        """There is nothing to fit."""
+
+    def forward(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Integers x (n, D) -> (y (n, D), log |det dy/dx| - log q(u | x) (n,)) with a fresh draw of u."""
+        if self.dequantiser is None:
+            u = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float64)
+            log_q = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        else:
+            u, log_q = self.dequantiser.sample(x, generator)
+        y = 2 * (x.double() + u) / self.levels - 1
+        return y.to(x.dtype), (x.shape[1] * math.log(2 / self.levels) - log_q).to(x.dtype)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """y (n, D) -> integers 0..L-1 (n, D)."""
+        return ((y.double() + 1) / 2 * self.levels).floor().clamp(0, self.levels - 1).to(y.dtype)
+
+
+class DequantisedImages(Preprocessed):
+    """A model of y with uniform u; the estimators of `replicate.likelihood` take it as any preprocessed model."""
+
+    def __init__(self, inner: DiffusionModel | NCSN, info: DataInfo) -> None:
+        super().__init__(inner, info)
+        assert info.levels is not None
+        self.transform = ScaledLevels(info.levels)  # type: ignore[assignment]  # the same three methods
+
+    def initialise(self, train: Tensor, generator: torch.Generator) -> None:
+        """Fit the Gaussian on the CPU, so that its eigenvectors are the same on every device."""
+        y, _ = self.transform(train, generator)
+        self.inner.initialise(y.cpu(), generator)
+
+
+class LearnedDequantisation(DequantisedImages):
+    """Trains q(u | x) for a diffusion model that is already trained and does not change any more.
+
+    The loss is the part of the bound on -log P(x) that u moves: the integral of E|eps - z|^2 over log rho plus log q.
+    The bound's two end terms, which u hardly moves, are left out.
+    """
+
+    def __init__(self, inner: DiffusionModel, info: DataInfo, channels: int = 32, couplings: int = 4) -> None:
+        super().__init__(inner, info)
+        assert info.image is not None
+        assert info.levels is not None
+        inner.requires_grad_(False)
+        dequantiser = VariationalDequantiser(info.image, info.levels, channels, couplings)
+        self.transform = ScaledLevels(info.levels, dequantiser)  # type: ignore[assignment]
+
+    def initialise(self, train: Tensor, generator: torch.Generator) -> None:
+        """The score model keeps its fit."""
+
+    def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        y, log_volume = self.transform(batch, generator)
+        return self.inner.validation_loss(y, generator) - log_volume.mean()
+
+    def validation_loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        return self.loss(batch, generator)
+
+
+# -- inpainting
+
+
+@torch.no_grad()
+def inpaint(
+    score_at: ScoreAt,
+    sigmas: Tensor,
+    observed: Tensor,
+    known: Tensor,
+    start: Tensor,
+    steps_per_level: int,
+    step_size: float,
+    generator: torch.Generator,
+) -> Chain:
+    """Algorithm 2 of Song and Ermon 2019 (1907.05600): annealed Langevin with the known pixels pasted in.
+
+    Noise for the known part is drawn once a level and pasted after every step, as printed and in the paper's code;
+    `replicate.papers.ncsn_inpainting` compares this with drawing it at every step. At the end the known part is
+    `observed` plus the last level's noise.
+
+    Args:
+        score_at: (x (n, D), sigma (n,)) -> score of the data noised by N(0, sigma^2 I), shape (n, D).
+        sigmas: noise levels, decreasing, shape (L,).
+        observed: shape (n, D), of which only the known columns matter.
+        known: which columns are known, shape (D,), bool.
+        start: starting states, shape (n, D).
+        steps_per_level: Langevin steps at each level.
+        step_size: as in `annealed_langevin`.
+        generator: on start's device.
+    """
+    levels = [float(s) for s in sigmas]
+    state: State = {"x": start, "pasted": observed, "generator": generator}
+    steps = len(levels) * steps_per_level
+    for step in resumable("inpainting", steps, state):
+        level, x = levels[step // steps_per_level], state["x"]
+        if step % steps_per_level == 0:
+            state["pasted"] = observed + level * standard_normal_like(observed, generator)
+            x = torch.where(known, state["pasted"], x)
+        alpha = step_size * (level / levels[-1]) ** 2
+        score = score_at(x, x.new_full((len(x),), level))
+        x = langevin_step(x, score, alpha, standard_normal_like(x, generator))
+        state["x"] = torch.where(known, state["pasted"], x)
+    return Chain(state["x"], None, nfe=steps)
