@@ -117,6 +117,7 @@ def test_a_missing_file_is_one_clear_line(name: str, tmp_path: Path, monkeypatch
         (gzip.compress(b""), "no IDX file of images"),
         (b"\x00" * 100, "cannot be used"),
     ],
+    ids=["cut short", "one byte missing", "labels", "empty", "zeros"],
 )
 def test_damaged_images_are_refused(small_images: Path, content: bytes, message: str) -> None:
     (small_images / IMAGES).write_bytes(content)
@@ -125,7 +126,7 @@ def test_damaged_images_are_refused(small_images: Path, content: bytes, message:
             load()
 
 
-@pytest.mark.parametrize("content", [labels()[:-1], grey(), b"", labels(n=3)])
+@pytest.mark.parametrize("content", [labels()[:-1], grey(), b"", labels(n=3)], ids=["cut", "images", "empty", "few"])
 def test_damaged_labels_are_refused(small_images: Path, content: bytes) -> None:
     (small_images / "mnist/train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(content))
     with pytest.raises(UsageError, match=r"IDX file of labels|460, 460\) images and"):

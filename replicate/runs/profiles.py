@@ -10,12 +10,15 @@ from replicate.runs.spec import RunSpec, make_spec
 from replicate.validation import PROFILES
 
 PLANE = ("two-gaussians", "eight-gaussians", "two-moons", "rings")
-PLANE_FULL = (*PLANE, "pinwheel", "spirals", "checkerboard")
+#: densities that standard leaves to the full profile
+MORE_PLANE, MORE_DIMENSIONS = ("pinwheel", "spirals", "checkerboard"), ("mixture-2", "mixture-64")
+#: real tables with ten folds, and binary sets with a split of their own
+TABLES, BINARY = ("red-wine", "white-wine", "parkinsons"), ("mushrooms", "dna", "nips")
 
 #: one model a family for how error and cost grow with the dimension
 ACROSS_DIMENSIONS = ("causal-conv", "spline-flow", "vae", "neural-ebm", "sde-vp", "truth")
 
-#: siblings of sde-vp, with its network and objective but another prior and noise range: in the full profile
+#: siblings of sde-vp, with its network and objective but another prior and noise range: in a paper's claims
 SIBLINGS = ("sde-ve", "sde-subvp")
 
 #: what models bits as bits, but for gated-pixelcnn, which costs most
@@ -26,6 +29,11 @@ ONE_LEVEL = ("sm-explicit", "sm-implicit", "dsm", "dsm-energy", "ssm", "ssm-vr")
 
 #: trained by any objective; every way of it is compared in the papers' experiments
 ANY_OBJECTIVE = ("energy",)
+
+#: models of real tables, binary sets and images, which the full profile and papers' experiments have
+OF_REAL_DATA = ("nade", "eonade", "made", "maf", "image-realnvp", "glow", "image-spline-flow", "conv-ebm")
+OF_TABLES = ("causal-conv", "eonade", "made", "spline-flow", "maf", "vae", "neural-ebm", "sde-vp", "gaussian-mixture")
+OF_BINARY = ("causal-conv", "nade", "eonade", "spline-flow", "iwae", "rbm-pcd", "sde-vp", "mixture-em", "marginals")
 
 #: at least one model of each family, so that every kind of estimator runs
 SMOKE_DIGITS = (
@@ -62,22 +70,23 @@ class Part:
 
 COMPARISON: dict[str, tuple[Part, ...]] = {
     "smoke": (
-        Part(("two-gaussians",), 1),
+        Part(("two-gaussians",), 1, without=OF_REAL_DATA),
         Part(("digits",), 1, SMOKE_DIGITS),
         Part(("digits-binary",), 1, ("causal-conv", "iwae", "rbm-cd", "mixture-em")),
     ),
     "standard": (
-        Part(PLANE, 3, without=(*ONE_LEVEL, *SIBLINGS, *ANY_OBJECTIVE, "iwae", "realnvp")),
+        Part(PLANE, 3, without=(*ONE_LEVEL, *SIBLINGS, *ANY_OBJECTIVE, *OF_REAL_DATA, "iwae", "realnvp")),
         Part(("two-gaussians",), 3, ONE_LEVEL),
         Part(("two-gaussians", "rings"), 3, ("realnvp",)),
         Part(("mixture-8", "mixture-32"), 3, ACROSS_DIMENSIONS),
-        Part(("digits",), 3, without=(*ONE_LEVEL, *SIBLINGS, *ANY_OBJECTIVE)),
+        Part(("digits",), 3, without=(*ONE_LEVEL, *SIBLINGS, *ANY_OBJECTIVE, *OF_REAL_DATA)),
         Part(("digits-binary",), 3, OF_BITS),
     ),
     "full": (
-        Part(PLANE_FULL, 5, without=ANY_OBJECTIVE),
-        Part(("mixture-2", "mixture-8", "mixture-32", "mixture-64"), 5, ACROSS_DIMENSIONS),
-        Part(("digits", "digits-shuffled", "digits-binary"), 5, without=(*ONE_LEVEL, *ANY_OBJECTIVE)),
+        Part((*MORE_PLANE, *MORE_DIMENSIONS), 3, ACROSS_DIMENSIONS),
+        Part(("digits-shuffled",), 3, ACROSS_DIMENSIONS),
+        Part(TABLES, 10, OF_TABLES),
+        Part(BINARY, 3, OF_BINARY),
     ),
 }
 

@@ -1,0 +1,259 @@
+"""Binary sets and small pictures with fixed splits: thirteen density benchmarks, silhouettes, faces.
+
+The density benchmarks are those on which Larochelle, Bengio and Turian 2010, NADE (Larochelle and Murray 2011), its
+successors and sum-product networks (Gens and Domingos 2013) are compared; `mushrooms`, `dna` and `nips` are NADE's.
+Their splits into training, validation and test part are the collection's own.
+
+Caltech 101 silhouettes (Marlin, Swersky, Chen and de Freitas 2010) are the 28 x 28 pictures of split 1. The file has a
+pixel 1 where there is background and runs down the columns; here 1 is background still, and pictures run along the
+rows, as every other image of the suite does.
+
+Frey's faces (Roweis, Saul and Hinton 2002) are 1965 frames of one video, 28 x 20 pixels of 256 grey levels, with no
+split of their own. They are cut at random under `FACES_SEED` into 1565 / 200 / 200, the sizes of Tomczak and Welling
+2018 (1705.07120). Frames next to each other are nearly the same: such a test part says nothing of another video.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+import zlib
+from functools import cache, partial
+
+import numpy as np
+import scipy.io
+import torch
+from torch import Tensor
+
+from replicate.data.files import contents, data_file
+from replicate.errors import UsageError
+from replicate.model import DataInfo
+from replicate.tasks.base import Task, TaskEntry
+
+PARTS = ("train", "valid", "test")
+BENCHMARKS_FILE = "debd/debd.npz"
+BENCHMARKS_ORIGIN = "the density estimation benchmark collection, https://github.com/arranger1044/DEBD"
+#: name in the collection -> dimensions
+DIMENSIONS: dict[str, int] = {
+    "nltcs": 16,
+    "plants": 69,
+    "baudio": 100,
+    "jester": 100,
+    "bnetflix": 100,
+    "accidents": 111,
+    "mushrooms": 112,
+    "pumsb_star": 163,
+    "dna": 180,
+    "nips": 500,
+    "bbc": 1058,
+    "moviereview": 1001,
+    "voting": 1359,
+}
+#: bytes that one array of the collection may take, unpacked
+MOST = 64 << 20
+
+SILHOUETTES_FILE = "caltech101-silhouettes/caltech101_silhouettes_28_split1.mat"
+SILHOUETTES_ORIGIN = "Marlin et al. 2010, https://people.cs.umass.edu/~marlin/data.shtml"
+SILHOUETTES_PARTS = ("train_data", "val_data", "test_data")
+SILHOUETTES_SHAPE = (28, 28)
+
+FACES_FILE = "frey-faces/frey_rawface.mat"
+FACES_ORIGIN = "Roweis, https://cs.nyu.edu/~roweis/data.html"
+FACES_SHAPE = (28, 20)
+#: seed of the split; part of the task's definition
+FACES_SEED = 170507120
+#: frames of the validation and of the test part
+FACES_HELD_OUT = 200
+
+
+def _refused(what: str, problem: str) -> UsageError:
+    return UsageError(f"{what}: {problem}; get the file again.")
+
+
+# -- thirteen benchmarks
+
+
+def parse_benchmark(content: bytes, name: str, what: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The three parts of one benchmark, each float32 (n, D) of bits.
+
+    The file has, packed to bytes along the rows, NAME_train, NAME_valid and NAME_test, and beside each the number of
+    bits of a row, NAME_train_bits.
+
+    Args:
+        content: the file's bytes, from anywhere.
+        what: its name, for the message.
+
+    Raises:
+        UsageError: these are not the bytes of an .npz file with these arrays.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            train, valid, test = (_bits(archive, f"{name}_{part}", DIMENSIONS[name]) for part in PARTS)
+    except _Wrong as error:
+        raise _refused(what, str(error)) from None
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+        raise _refused(what, f"it is no .npz file ({error})") from None
+    return train, valid, test
+
+
+class _Wrong(ValueError):
+    """What is wrong with an array of a file, without the file's name."""
+
+
+def _bits(archive: zipfile.ZipFile, name: str, dim: int) -> Tensor:
+    """An array of packed bits, unpacked: float32 (n, dim)."""
+    packed, bits = _member(archive, name), _member(archive, f"{name}_bits")
+    if bits.shape != () or bits.dtype.kind not in "iu" or int(bits) != dim:
+        raise _Wrong(f"{name}_bits is {str(bits)[:40]}, and {dim} bits are expected")
+    if packed.dtype != np.uint8 or packed.ndim != 2 or packed.shape[1] != -(-dim // 8) or not len(packed):
+        raise _Wrong(f"{name} has {packed.dtype} of shape {packed.shape}, which are no rows of {dim} packed bits")
+    rows = np.unpackbits(packed, axis=-1)
+    if rows[:, dim:].any():
+        raise _Wrong(f"{name} has bits set beyond the {dim} of a row")
+    return torch.from_numpy(rows[:, :dim].astype(np.float32))
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """An array of an .npz file, no larger than it may be."""
+    try:
+        found = archive.getinfo(f"{name}.npy")
+    except KeyError:
+        raise _Wrong(f"it has no array {name}") from None
+    if found.file_size > MOST:
+        raise _Wrong(f"{name} has {found.file_size} bytes, and {MOST} are allowed")
+    stream = io.BytesIO(archive.read(found))
+    try:
+        version = np.lib.format.read_magic(stream)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    except (ValueError, EOFError) as error:
+        raise _Wrong(f"{name} is no array ({' '.join(str(error).split())[:80]})") from None
+    size = math.prod(shape) * dtype.itemsize
+    if version != (1, 0) or dtype.hasobject or min(shape, default=0) < 0 or size != found.file_size - stream.tell():
+        raise _Wrong(f"{name} announces {dtype} of shape {shape}, which is not what follows")
+    stream.seek(0)
+    array: np.ndarray = np.load(stream, allow_pickle=False)
+    return array
+
+
+def load_benchmark(name: str) -> Task:
+    """A benchmark by its name in the collection.
+
+    Raises:
+        UsageError: the file is missing or damaged.
+    """
+    path = data_file(BENCHMARKS_FILE, BENCHMARKS_ORIGIN)
+    parts = parse_benchmark(contents(path), name, str(path))
+    task = name.replace("_", "-")
+    return Task(task, _about(name), DataInfo(DIMENSIONS[name], "bits", 2), *parts)
+
+
+def _about(name: str) -> str:
+    return f"{name}, {DIMENSIONS[name]} bits, a density benchmark with its own split"
+
+
+def _entry(name: str) -> TaskEntry:
+    return TaskEntry(_about(name), partial(load_benchmark, name), "data", files=(BENCHMARKS_FILE,))
+
+
+# -- pictures
+
+
+def parse_mat(content: bytes, names: tuple[str, ...], what: str) -> list[np.ndarray]:
+    """Arrays of whole numbers 0..255 of a MATLAB file, each uint8 (rows, columns).
+
+    Args:
+        content: the file's bytes, from anywhere.
+        what: its name, for the message.
+
+    Raises:
+        UsageError: these are not the bytes of a MATLAB file with these arrays.
+    """
+    try:
+        found = scipy.io.loadmat(io.BytesIO(content), variable_names=list(names), mat_dtype=False)
+    except Exception as error:  # scipy's reader raises whatever the damage leads to
+        raise _refused(what, f"it is no MATLAB file ({' '.join(str(error).split())[:80]})") from None
+    for name in names:
+        array = found.get(name)
+        if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 2 or not array.size:
+            raise _refused(what, f"it has no matrix {name} of bytes")
+    return [found[name] for name in names]
+
+
+def parse_silhouettes(content: bytes, what: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The three parts, each float32 (n, 784) of bits, row by row, 1 = background.
+
+    Raises:
+        UsageError: these are not the bytes of the silhouettes' file.
+    """
+    parts = []
+    for name, array in zip(SILHOUETTES_PARTS, parse_mat(content, SILHOUETTES_PARTS, what), strict=True):
+        height, width = SILHOUETTES_SHAPE
+        if array.shape[1] != height * width or array.max() > 1:
+            raise _refused(
+                what, f"{name} has shape {array.shape} and numbers up to {array.max()}, not rows of 784 bits"
+            )
+        by_rows = array.reshape(-1, width, height).transpose(0, 2, 1).reshape(array.shape)
+        parts.append(torch.from_numpy(by_rows.astype(np.float32)))
+    return parts[0], parts[1], parts[2]
+
+
+@cache
+def caltech_silhouettes() -> Task:
+    """Split 1: 4100 / 2264 / 2307 silhouettes.
+
+    Raises:
+        UsageError: the file is missing or damaged.
+    """
+    path = data_file(SILHOUETTES_FILE, SILHOUETTES_ORIGIN)
+    parts = parse_silhouettes(contents(path), str(path))
+    height, width = SILHOUETTES_SHAPE
+    return Task("caltech-silhouettes", SILHOUETTES_ABOUT, DataInfo(height * width, "bits", 2, (height, width)), *parts)
+
+
+def parse_faces(content: bytes, what: str) -> Tensor:
+    """All frames in their order, float32 (n, 560) of levels 0..255, row by row.
+
+    Raises:
+        UsageError: these are not the bytes of the faces' file.
+    """
+    (frames,) = parse_mat(content, ("ff",), what)
+    height, width = FACES_SHAPE
+    if frames.shape[0] != height * width or frames.shape[1] <= 2 * FACES_HELD_OUT:
+        raise _refused(what, f"ff has shape {frames.shape}, not a column of {height * width} pixels for each frame")
+    return torch.from_numpy(frames.T.astype(np.float32))
+
+
+@cache
+def frey_faces() -> Task:
+    """1565 / 200 / 200 frames, drawn at random.
+
+    Raises:
+        UsageError: the file is missing or damaged.
+    """
+    path = data_file(FACES_FILE, FACES_ORIGIN)
+    x = parse_faces(contents(path), str(path))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(FACES_SEED))
+    train, valid, test = x[order].split([len(x) - 2 * FACES_HELD_OUT, FACES_HELD_OUT, FACES_HELD_OUT])
+    height, width = FACES_SHAPE
+    return Task("frey-faces", FACES_ABOUT, DataInfo(height * width, "levels", 256, (height, width)), train, valid, test)
+
+
+SILHOUETTES_ABOUT = "Caltech 101 silhouettes, 28x28 bits, split 1"
+FACES_ABOUT = "Frey's faces, 28x20 pixels of 256 grey levels, a random split"
+
+NLTCS = _entry("nltcs")
+PLANTS = _entry("plants")
+BAUDIO = _entry("baudio")
+JESTER = _entry("jester")
+BNETFLIX = _entry("bnetflix")
+ACCIDENTS = _entry("accidents")
+MUSHROOMS = _entry("mushrooms")
+PUMSB_STAR = _entry("pumsb_star")
+DNA = _entry("dna")
+NIPS = _entry("nips")
+BBC = _entry("bbc")
+MOVIEREVIEW = _entry("moviereview")
+VOTING = _entry("voting")
+CALTECH_SILHOUETTES = TaskEntry(SILHOUETTES_ABOUT, caltech_silhouettes, "data", files=(SILHOUETTES_FILE,))
+FREY_FACES = TaskEntry(FACES_ABOUT, frey_faces, "data", files=(FACES_FILE,))
