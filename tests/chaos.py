@@ -22,10 +22,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from threading import Lock
@@ -34,7 +34,7 @@ import psutil
 from small_sweep import FAMILIES, ROOT, call, command, environment, untimed
 
 RUNS = (*FAMILIES, *(f"{name}:two-moons:100" for name in ("realnvp", "vae", "causal-conv", "sde-vp")))
-WORDS = (*RUNS, "--every", "0.1", "--jobs", "2")
+WORDS = ("--every", "0.1", "--jobs", "2")
 #: what is killed, and in how many of a hundred sweeps; a cluster has to be started first
 MODES = {"children": 50, "parent": 35, "cluster": 15}
 #: calls of a sweep whose parent is killed
@@ -56,6 +56,23 @@ class Kill:
     target: str
     after: float
     phase: str
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A sweep that nobody disturbs.
+
+    Attributes:
+        words: of its command.
+        runs: how many it has.
+        measurements: what must come of it, see `untimed`.
+        seconds: how long it took.
+    """
+
+    words: tuple[str, ...]
+    runs: int
+    measurements: str
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -135,47 +152,42 @@ def strike(
     return False
 
 
-def phase(runs: Path) -> str:
-    """What a sweep is doing, as its folder tells."""
+def phase(runs: Path, planned: int) -> str:
+    """What a sweep of so many runs is doing, as its folder tells."""
     current = runs / "smoke" / "current"
     records, started = len(list(current.glob("*/record.json"))), len(list(current.glob("*/stderr.txt")))
     if not started:
         return "starting"
-    return "reporting" if records == len(RUNS) else "training or measuring"
+    return "reporting" if records == planned else "training or measuring"
 
 
-def disturbed(number: int, seed: int, folder: Path, want: str, seconds: float) -> Sweep:
+def disturbed(number: int, seed: int, folder: Path, whole: Undisturbed, modes: Mapping[str, int]) -> Sweep:
     """One sweep, disturbed and called again.
 
     Args:
-        want: the measurements of the undisturbed sweep.
-        seconds: how long that took.
+        whole: what is disturbed.
+        modes: as `MODES`.
     """
     rng = random.Random(f"{seed}/{number}")
     folder.mkdir(parents=True)
-    mode = rng.choices(list(MODES), list(MODES.values()))[0]
+    mode = rng.choices(list(modes), list(modes.values()))[0]
     if mode == "cluster":
         with cluster(folder) as (address, workers):  # of whose two workers one must be left
             targets = rng.sample(("worker", "parent"), rng.randint(1, 2))
             # whose runs start an interpreter each
-            return _disturbed(rng, targets, folder, want, 2 * seconds, workers, ("--scheduler", address))
+            slower = replace(whole, words=(*whole.words, "--scheduler", address), seconds=2 * whole.seconds)
+            return _disturbed(rng, targets, folder, slower, workers)
     targets = ["child"] if mode == "children" else ["parent"] * rng.randint(1, MOST_CALLS)
-    return _disturbed(rng, targets, folder, want, seconds, [], ())
+    return _disturbed(rng, targets, folder, whole, [])
 
 
 def _disturbed(
-    rng: random.Random,
-    targets: list[str],
-    folder: Path,
-    want: str,
-    seconds: float,
-    workers: list[subprocess.Popen[bytes]],
-    more: tuple[str, ...],
+    rng: random.Random, targets: list[str], folder: Path, whole: Undisturbed, workers: list[subprocess.Popen[bytes]]
 ) -> Sweep:
     kills: list[Kill] = []
     code = 1
     for target in targets:
-        struck, code = _killed(rng, target, folder, seconds, workers, more)
+        struck, code = _killed(rng, target, folder, whole, workers)
         kills += struck
         expected = {"parent": (-signal.SIGKILL, 0), "child": (0, 1), "worker": (0,)}[target]
         if code not in expected:
@@ -183,46 +195,48 @@ def _disturbed(
         if code == 0:
             break
     if code != 0:
-        again = call(folder, *WORDS, *more)
+        again = call(folder, *whole.words)
         if again.returncode != 0:
             return Sweep(tuple(kills), 0, f"the next call ended with {again.returncode}: {again.stdout[-500:]}")
     records = [json.loads(p.read_text()) for p in (folder / "runs" / "smoke" / "finished").glob("*/record.json")]
     resumed = sum(len(r["provenance"]["sittings"]) > 1 for r in records)
-    same = untimed(folder) == want
+    same = untimed(folder) == whole.measurements
     return Sweep(tuple(kills), resumed, "" if same else "its measurements are not those of the undisturbed sweep")
 
 
 def _killed(
-    rng: random.Random,
-    target: str,
-    folder: Path,
-    seconds: float,
-    workers: list[subprocess.Popen[bytes]],
-    more: tuple[str, ...],
+    rng: random.Random, target: str, folder: Path, whole: Undisturbed, workers: list[subprocess.Popen[bytes]]
 ) -> tuple[list[Kill], int]:
     """One call of the sweep, the kills that it suffered before it ended, and its exit code."""
     quiet, begin, kills = subprocess.DEVNULL, time.monotonic(), list[Kill]()
-    sweep = subprocess.Popen(command(folder, *WORDS, *more), cwd=ROOT, env=environment(), stdout=quiet, stderr=quiet)
-    wait = rng.uniform(0.3, seconds if target != "child" else BETWEEN)
+    sweep = subprocess.Popen(command(folder, *whole.words), cwd=ROOT, env=environment(), stdout=quiet, stderr=quiet)
+    wait = rng.uniform(0.3, whole.seconds if target != "child" else BETWEEN)
     while True:
         try:
             return kills, sweep.wait(wait)
         except subprocess.TimeoutExpired:
-            doing = phase(folder / "runs")
+            doing = phase(folder / "runs", whole.runs)
         if strike(rng, target, sweep, workers):
             kills.append(Kill(target, time.monotonic() - begin, doing))
-        wait = rng.uniform(0.1, BETWEEN) if target == "child" else 300.0
+        if target != "child":
+            return kills, sweep.wait()
+        wait = rng.uniform(0.1, BETWEEN)
+
+
+def undisturbed(folder: Path) -> Undisturbed:
+    """Make the sweep that the disturbed ones are held to."""
+    begin, words = time.monotonic(), (*RUNS, *WORDS)
+    done = call(folder, *words)
+    if done.returncode != 0:
+        raise SystemExit(f"the undisturbed sweep failed: {done.stdout}{done.stderr}")
+    return Undisturbed(words, len(RUNS), untimed(folder), time.monotonic() - begin)
 
 
 def chaos(kills: int, seed: int, side_by_side: int, folder: Path) -> list[Sweep]:
     """Disturbed sweeps with at least so many kills in all; every one is printed as it ends."""
-    begin = time.monotonic()
-    first = call(folder / "undisturbed", *WORDS)
-    seconds = time.monotonic() - begin
-    if first.returncode != 0:
-        raise SystemExit(f"the undisturbed sweep failed: {first.stdout}{first.stderr}")
-    want = untimed(folder / "undisturbed")
-    print(f"{len(RUNS)} runs, {want.count(chr(10)) - 1} measurements, {seconds:.1f} s undisturbed; seed {seed}")
+    whole = undisturbed(folder / "undisturbed")
+    measured = whole.measurements.count("\n") - 1
+    print(f"{whole.runs} runs, {measured} measurements, {whole.seconds:.1f} s undisturbed; seed {seed}")
     numbers, sweeps, lock = count(), [], Lock()
 
     def work() -> None:
@@ -230,7 +244,7 @@ def chaos(kills: int, seed: int, side_by_side: int, folder: Path) -> list[Sweep]
             with lock:
                 number = next(numbers)
             place = folder / f"sweep-{number}"
-            sweep = disturbed(number, seed, place, want, seconds)
+            sweep = disturbed(number, seed, place, whole, MODES)
             shutil.rmtree(place)
             with lock:
                 sweeps.append(sweep)

@@ -10,29 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from replicate.cli import main
 
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):  # type: ignore[no-untyped-def]
-    """Run `replicate WORDS` in this process; returns (exit code, stdout, stderr)."""
-    monkeypatch.setenv("REPLICATE_RUNS", str(tmp_path / "runs"))
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["replicate", *words])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
-
-
-def test_list_names_all_families_and_tasks(call) -> None:  # type: ignore[no-untyped-def]
-    code, out, err = call("list", "--json")
+def test_list_names_all_families_and_tasks(replicate) -> None:  # type: ignore[no-untyped-def]
+    code, out, err = replicate("list", "--json")
     found = json.loads(out)
     assert code == 0
     assert err == ""
@@ -42,9 +22,9 @@ def test_list_names_all_families_and_tasks(call) -> None:  # type: ignore[no-unt
     assert found["broken"] == {}
 
 
-def test_run_prints_its_record_and_keeps_it(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_run_prints_its_record_and_keeps_it(replicate, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     words = ("run", "marginals", "two-moons", "--profile", "smoke", "--seed", "3", "--json")
-    code, out, _ = call(*words)
+    code, out, _ = replicate(*words)
     record = json.loads(out)
     assert code == 0
     assert json.loads((tmp_path / "runs" / "single" / record["run_id"] / "record.json").read_text()) == record
@@ -71,16 +51,16 @@ def test_run_prints_its_record_and_keeps_it(call, tmp_path: Path) -> None:  # ty
         (("reproduc",), "reproduc"),
     ],
 )
-def test_bad_usage_is_one_line_and_exit_code_2(call, words: tuple[str, ...], message: str) -> None:  # type: ignore[no-untyped-def]
-    code, _, err = call(*words)
+def test_bad_usage_is_one_line_and_exit_code_2(replicate, words: tuple[str, ...], message: str) -> None:  # type: ignore[no-untyped-def]
+    code, _, err = replicate(*words)
     assert code == 2
     assert message in err
     assert "Traceback" not in err
 
 
-def test_a_diverging_run_leaves_a_failure_record_and_exit_code_1(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_diverging_run_leaves_a_failure_record_and_exit_code_1(replicate, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     words = ("run", "realnvp", "two-moons", "--profile", "smoke", "--set", "lr=1e30", "--set", "grad_clip=0.0")
-    code, _, err = call(*words)
+    code, _, err = replicate(*words)
     assert code == 1
     assert "training loss is" in err
     (left,) = (tmp_path / "runs" / "single").iterdir()
@@ -89,23 +69,23 @@ def test_a_diverging_run_leaves_a_failure_record_and_exit_code_1(call, tmp_path:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_an_unwritable_folder_is_named(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_an_unwritable_folder_is_named(replicate, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
-    code, _, err = call("run", "marginals", "two-moons", "--profile", "smoke", "--out", str(locked / "x"))
+    code, _, err = replicate("run", "marginals", "two-moons", "--profile", "smoke", "--out", str(locked / "x"))
     assert code == 2
     assert f"cannot write to {locked}" in err
 
 
-def test_a_folder_that_is_a_file_is_named(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_folder_that_is_a_file_is_named(replicate, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     (tmp_path / "file").write_text("")
-    code, _, err = call("run", "marginals", "two-moons", "--profile", "smoke", "--out", str(tmp_path / "file"))
+    code, _, err = replicate("run", "marginals", "two-moons", "--profile", "smoke", "--out", str(tmp_path / "file"))
     assert code == 2
     assert "cannot write to" in err
 
 
-def test_dry_run_lists_and_computes_nothing(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    code, out, _ = call("reproduce", "--profile", "smoke", "--dry-run", "--results", str(tmp_path / "results"))
+def test_dry_run_lists_and_computes_nothing(replicate, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = replicate("reproduce", "--profile", "smoke", "--dry-run", "--results", str(tmp_path / "results"))
     assert code == 0
     assert "realnvp two-gaussians seed 0" in out
     assert not (tmp_path / "runs").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,6 +36,8 @@ import psutil  # comes with it
 
 MODELS = ("marginals", "causal-conv", "vae", "neural-ebm")
 SPECS = [make_spec(model, "two-moons", profile="smoke") for model in MODELS]
+#: of these, computed on a cluster whose worker is killed, and on one that nobody disturbs
+DISTURBED, UNDISTURBED = SPECS[:2], SPECS[2:]
 DIVERGES = make_spec("realnvp", "two-moons", profile="smoke", settings={"lr": 1e30})
 LONG = make_spec("realnvp", "two-moons", profile="smoke", settings={"steps": 600})
 LIMITS = Limits(seconds=300.0, checkpoint_every=0.1)
@@ -110,20 +113,43 @@ def dask(root: Path, workers: int) -> Iterator[Dask]:
         found.end()
 
 
+def refusal(address: str, device: str) -> str:
+    """What `Cluster` has against an address, or "" where it takes it; it does not wait long for a worker."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PATIENCE", 0.5)
+        try:
+            assert Cluster(address, device, LIMITS).jobs == 1
+        except UsageError as error:
+            return str(error)
+    return ""
+
+
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dask]:
-    """A cluster that nobody kills."""
-    with dask(tmp_path_factory.mktemp("dask"), workers=1) as found:
+def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Dask, dict[str, str]]]:
+    """A cluster, and what was refused while it had no worker, then one without a GPU."""
+    with dask(tmp_path_factory.mktemp("dask"), workers=0) as found:
+        refused = {"no worker": refusal(found.address, "cpu")}
+        found.worker()
+        until(lambda: len(offers(found.address)) == 1)
+        refused |= {device: refusal(found.address, device) for device in ("cpu", "cuda")}
+        yield found, refused
+
+
+@pytest.fixture
+def shared(growing: tuple[Dask, dict[str, str]]) -> Dask:
+    """The cluster with both its workers; the one with a GPU is started again where a test has killed it."""
+    found = growing[0]
+    if len(offers(found.address)) < 2:
         found.worker("--resources", "GPU=1")
         until(lambda: len(offers(found.address)) == 2)
-        yield found
+    return found
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """The same specs through the pool, undisturbed."""
+    """The specs through the pool, undisturbed."""
     runs = Runs(tmp_path_factory.mktemp("pool"))
-    assert Pool([None, None]).run_all([*SPECS, LONG], runs, ignore)
+    assert Pool([None, None]).run_all(SPECS, runs, ignore)
     return runs
 
 
@@ -167,10 +193,10 @@ def test_the_same_specs_give_the_same_bytes_on_a_cluster_in_a_pool_and_inline_an
     told: list[tuple[Outcome, str]] = []
     cluster, runs = Cluster(shared.address, "cpu", LIMITS), Runs(tmp_path / "cluster")
     assert cluster.jobs == 2
-    assert cluster.run_all([DIVERGES, *SPECS], runs, lambda o, s, _: told.append((o, s.run_id())))
-    for spec in SPECS:
+    assert cluster.run_all([DIVERGES, *UNDISTURBED], runs, lambda o, s, _: told.append((o, s.run_id())))
+    for spec in UNDISTURBED:
         assert [o for o, run_id in told if run_id == spec.run_id()] == ["started", "done"]
-    assert same(runs, reference, SPECS)
+    assert same(runs, reference, UNDISTURBED)
 
     assert [o for o, run_id in told if run_id == DIVERGES.run_id()] == ["started", "failed"]
     left = json.loads((runs.folder(DIVERGES) / "failure.json").read_text())
@@ -188,10 +214,10 @@ def test_the_same_specs_give_the_same_bytes_on_a_cluster_in_a_pool_and_inline_an
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_sends_its_checkpoint_back_and_goes_on_from_it(
-    shared: Dask, reference: Runs, tmp_path: Path
-) -> None:
-    runs, cluster = Runs(tmp_path), Cluster(shared.address, "cpu", LIMITS)
+def test_an_interrupted_run_sends_its_checkpoint_back_and_goes_on_from_it(shared: Dask, tmp_path: Path) -> None:
+    whole = Runs(tmp_path / "pool")
+    assert Pool([None]).run_all([LONG], whole, ignore)
+    runs, cluster = Runs(tmp_path / "cluster"), Cluster(shared.address, "cpu", LIMITS)
 
     def interrupt() -> None:
         until(lambda: list(shared.root.rglob("*.checkpoint")))
@@ -209,37 +235,13 @@ def test_an_interrupted_run_sends_its_checkpoint_back_and_goes_on_from_it(
     assert record is not None
     assert len(record["provenance"]["sittings"]) == 2
     assert not (runs.folder(LONG) / "checkpoints").exists()
-    assert same(runs, reference, [LONG])
+    assert same(runs, whole, [LONG])
 
 
 def test_a_deadline_that_has_passed_starts_nothing(shared: Dask, tmp_path: Path) -> None:
     runs = Runs(tmp_path)
     assert not Cluster(shared.address, "cpu", LIMITS).run_all(SPECS, runs, pytest.fail, time.monotonic())
     assert not list(tmp_path.iterdir())
-
-
-def test_the_runs_of_a_killed_worker_are_told_lost_and_given_to_another(tmp_path: Path, reference: Runs) -> None:
-    told: list[tuple[Outcome, str]] = []
-    killed: list[psutil.Process] = []
-
-    with dask(tmp_path, workers=2) as found:
-        doomed = found.programs[-1]
-
-        def kill(outcome: Outcome, spec: AnySpec, line: str) -> None:
-            told.append((outcome, line))
-            if [o for o, _ in told] == ["started", "started"]:
-                killed.extend(children(doomed))
-                doomed.kill()
-
-        runs = Runs(tmp_path / "runs")
-        assert Cluster(found.address, "cpu", LIMITS).run_all(SPECS[:2], runs, kill)
-        assert len(killed) == 1
-        until(lambda: not killed[0].is_running() or killed[0].status() == psutil.STATUS_ZOMBIE)
-    lost = [line for o, line in told if o == "lost"]
-    assert len(lost) == 1
-    assert lost[0].startswith("worker tcp://127.0.0.1:")
-    assert [o for o, _ in told].count("started") == 3
-    assert same(runs, reference, SPECS[:2])
 
 
 @pytest.mark.slow
@@ -295,17 +297,12 @@ def test_a_run_that_kills_its_worker_again_and_again_is_a_failure(
 
 
 def test_a_cluster_where_no_worker_can_take_a_run_is_refused_with_the_way_to_start_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    growing: tuple[Dask, dict[str, str]],
 ) -> None:
-    monkeypatch.setattr(module, "PATIENCE", 0.5)
-    with dask(tmp_path, workers=0) as found:
-        with pytest.raises(UsageError, match=f"has no workers; start some with `dask worker {found.address}"):
-            Cluster(found.address, "cpu", LIMITS)
-        found.worker()
-        until(lambda: len(offers(found.address)) == 1)
-        assert Cluster(found.address, "cpu", LIMITS).jobs == 1
-        with pytest.raises(UsageError, match=r"none of the 1 workers .* --resources GPU=1"):
-            Cluster(found.address, "cuda", LIMITS)
+    found, refused = growing
+    assert f"has no workers; start some with `dask worker {found.address}" in refused["no worker"]
+    assert refused["cpu"] == ""
+    assert re.search(r"none of the 1 workers .* --resources GPU=1", refused["cuda"])
 
 
 def test_workers_with_other_code_are_refused_before_any_work_is_sent(
@@ -352,6 +349,30 @@ def test_a_run_that_wants_a_gpu_goes_to_the_worker_that_offers_one(shared: Dask,
     wants = replace(SPECS[0], device="cuda")
     assert cluster.run_all([wants], Runs(tmp_path), lambda o, _, line: told.append((o, line)))
     assert told[0] == ("started", f"on {gpu}")
+
+
+def test_the_runs_of_a_killed_worker_are_told_lost_and_given_to_another(
+    shared: Dask, tmp_path: Path, reference: Runs
+) -> None:
+    told: list[tuple[Outcome, str]] = []
+    killed: list[psutil.Process] = []
+    doomed = shared.programs[-1]
+
+    def kill(outcome: Outcome, spec: AnySpec, line: str) -> None:
+        told.append((outcome, line))
+        if [o for o, _ in told] == ["started", "started"]:
+            killed.extend(children(doomed))
+            doomed.kill()
+
+    runs = Runs(tmp_path / "runs")
+    assert Cluster(shared.address, "cpu", LIMITS).run_all(DISTURBED, runs, kill)
+    assert len(killed) == 1
+    until(lambda: not killed[0].is_running() or killed[0].status() == psutil.STATUS_ZOMBIE)
+    lost = [line for o, line in told if o == "lost"]
+    assert len(lost) == 1
+    assert lost[0].startswith("worker tcp://127.0.0.1:")
+    assert [o for o, _ in told].count("started") == 3
+    assert same(runs, reference, DISTURBED)
 
 
 def offers(address: str) -> dict[str, dict[str, float]]:

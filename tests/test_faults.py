@@ -14,10 +14,12 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
-from small_sweep import ROOT, call, command, environment, untimed
+from small_sweep import ROOT, call, command, environment, here, untimed
+
+from replicate import registry
 
 GOOD = "marginals:two-moons"
-QUICK = "realnvp:two-gaussians:150"
+QUICK = "realnvp:two-gaussians:80"
 
 SICK = """
 import os
@@ -48,11 +50,11 @@ class Sick(Model):
             for _ in range(80):
                 self.hoard.append(torch.empty(250_000_000))  # a gigabyte
         if self.kind == "endless":
-            time.sleep(0.01)
+            time.sleep(0.1)
         if self.kind == "stuck":
             print("stuck", file=sys.stderr, flush=True)
             while True:
-                time.sleep(0.01)
+                time.sleep(0.1)
         if self.kind == "exits":
             sys.exit(0)
         if self.kind == "crashes":
@@ -146,21 +148,29 @@ def test_a_run_that_exceeded_its_time_has_saved_itself(sick_sweep: tuple[Path, s
     assert list((endless / "checkpoints").glob("*.checkpoint"))
 
 
-def test_plug_ins_that_cannot_be_imported_are_named_and_take_nothing_down(plug_ins: Path) -> None:
-    words = [sys.executable, "-m", "replicate", "list", "--json"]
-    listed = subprocess.run(words, cwd=ROOT, env=environment(plug_ins), capture_output=True, text=True)
-    assert listed.returncode == 0
-    found = json.loads(listed.stdout)
+@pytest.fixture
+def plugged(plug_ins: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside, this process finds the plug-ins."""
+    found = (registry._models, registry._tasks, registry._papers)
+    monkeypatch.syspath_prepend(plug_ins)
+    for kind in found:
+        kind.cache_clear()
+    yield
+    for kind in found:
+        kind.cache_clear()
+
+
+@pytest.mark.usefixtures("plugged")
+def test_plug_ins_that_cannot_be_imported_are_named_and_take_nothing_down(replicate) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = replicate("list", "--json")
+    assert code == 0
+    found = json.loads(out)
     assert "ModuleNotFoundError" in found["broken"]["absent"]
     assert found["broken"]["quits"] == "SystemExit: not today"
     assert "sick-nan" in found["models"]
-    words[3:] = ["run", "quits", "two-moons"]
-    asked = subprocess.run(words, cwd=ROOT, env=environment(plug_ins), capture_output=True, text=True)
-    assert asked.returncode == 2
-    assert (
-        asked.stderr
-        == "replicate: model 'quits' cannot be used: SystemExit: not today. Fix or uninstall its package.\n"
-    )
+    code, _, err = replicate("run", "quits", "two-moons")
+    assert code == 2
+    assert err == "replicate: model 'quits' cannot be used: SystemExit: not today. Fix or uninstall its package.\n"
 
 
 # -- signals
@@ -173,7 +183,7 @@ def start(folder: Path, *words: str, plug_ins: Path | None = None) -> subprocess
     )
 
 
-def until(happened: Callable[[], object], process: subprocess.Popen[str], polls: int = 2000) -> None:
+def until(happened: Callable[[], object], process: subprocess.Popen[str], polls: int = 10_000) -> None:
     """Wait until something has happened, as long as the process lives."""
     for _ in range(polls):
         if happened() or process.poll() is not None:
@@ -190,7 +200,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The measurements of QUICK and GOOD."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    done = call(folder, QUICK, GOOD)
+    done = here(folder, QUICK, GOOD)
     assert done.returncode == 0, done.stdout
     return untimed(folder)
 
@@ -208,7 +218,7 @@ def test_a_signal_saves_stops_and_the_next_call_ends_with_the_same_bytes(
     assert first.returncode == 3, said
     assert "what was in progress has saved itself, and the same command goes on from here" in said
     assert checkpoints(tmp_path)
-    again = call(tmp_path, QUICK, GOOD, *words)
+    again = here(tmp_path, QUICK, GOOD)
     assert again.returncode == 0, again.stdout
     assert untimed(tmp_path) == undisturbed
     records = [json.loads(p.read_text()) for p in (tmp_path / "runs" / "smoke" / "finished").glob("*/record.json")]
@@ -218,10 +228,10 @@ def test_a_signal_saves_stops_and_the_next_call_ends_with_the_same_bytes(
 
 @pytest.mark.slow
 def test_the_time_budget_saves_too(tmp_path: Path, undisturbed: str) -> None:
-    first = call(tmp_path, QUICK, GOOD, "--in-process", "--every", "60", "--time-budget", "0.7")
+    first = here(tmp_path, QUICK, GOOD, "--every", "60", "--time-budget", "0.7")
     assert first.returncode == 3, first.stdout
     assert checkpoints(tmp_path)
-    done = call(tmp_path, QUICK, GOOD, "--in-process")
+    done = here(tmp_path, QUICK, GOOD)
     assert done.returncode == 0, done.stdout
     assert untimed(tmp_path) == undisturbed
 
@@ -287,17 +297,17 @@ def mounted(folder: Path, options: str) -> Iterator[Callable[[str], None]]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("words", [pytest.param(("--jobs", "2"), marks=pytest.mark.slow), ("--in-process",)])
+@pytest.mark.parametrize("words", [pytest.param(("--jobs", "2"), marks=pytest.mark.slow), ()])
 def test_a_disk_that_fills_up_under_the_runs_is_told_and_the_next_call_goes_on(
     tmp_path: Path, undisturbed: str, words: tuple[str, ...]
 ) -> None:
     with mounted(tmp_path / "runs", "size=24k") as again:
-        full = call(tmp_path, QUICK, GOOD, *words)
+        full = call(tmp_path, QUICK, GOOD, *words) if words else here(tmp_path, QUICK, GOOD)
         assert full.returncode == 1, full.stdout
         assert "No space left on device" in full.stdout
         assert "Traceback" not in full.stdout + full.stderr
         again("size=50m")
-        done = call(tmp_path, QUICK, GOOD, "--in-process")
+        done = here(tmp_path, QUICK, GOOD)
         assert done.returncode == 0, done.stdout
         assert untimed(tmp_path) == undisturbed
 
@@ -307,17 +317,17 @@ def test_a_disk_that_fills_up_under_the_report_loses_neither_runs_nor_the_earlie
     tmp_path: Path, undisturbed: str
 ) -> None:
     with mounted(tmp_path / "results", "size=50m") as again:
-        assert call(tmp_path, GOOD, "--in-process").returncode == 0
+        assert here(tmp_path, GOOD).returncode == 0
         before = untimed(tmp_path)
         used = sum(p.stat().st_blocks * 512 for p in (tmp_path / "results").rglob("*") if p.is_file())
         again(f"size={used + 200_000}")
-        full = call(tmp_path, QUICK, GOOD, "--in-process")
+        full = here(tmp_path, QUICK, GOOD)
         assert full.returncode == 1
         assert "No space left on device. What is finished is kept" in full.stdout
         assert "Traceback" not in full.stdout + full.stderr
         assert untimed(tmp_path) == before
         again("size=50m")
-        done = call(tmp_path, QUICK, GOOD, "--in-process")
+        done = here(tmp_path, QUICK, GOOD)
         assert done.returncode == 0
         assert "2 done before" in done.stdout
         assert untimed(tmp_path) == undisturbed
@@ -325,7 +335,7 @@ def test_a_disk_that_fills_up_under_the_report_loses_neither_runs_nor_the_earlie
 
 def test_a_read_only_results_folder_is_told_before_anything_is_computed(tmp_path: Path) -> None:
     with mounted(tmp_path / "results", "ro,size=1m"):
-        refused = call(tmp_path, GOOD, "--in-process")
+        refused = here(tmp_path, GOOD)
     assert refused.returncode == 2
     assert f"cannot write to {tmp_path / 'results' / 'smoke'}: Read-only file system" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
@@ -359,5 +369,5 @@ def test_a_damaged_record_is_computed_again(tmp_path: Path, undisturbed: str) ->
     at = record.index('"value": ') + len('"value": ') + 3
     path.write_text(record[:at] + ("3" if record[at] != "3" else "4") + record[at + 1 :])
     json.loads(path.read_text())  # still a record by its form
-    assert call(tmp_path, GOOD, QUICK, "--in-process").returncode == 0
+    assert here(tmp_path, GOOD, QUICK).returncode == 0
     assert untimed(tmp_path) == undisturbed

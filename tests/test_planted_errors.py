@@ -47,7 +47,7 @@ def caught(claim: Callable[[], Judged], plant: Callable[[], None]) -> None:
 def test_sigma_that_is_added_where_it_should_replace_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     meanings = {**ncsn_langevin.MEANINGS, "replaced": ncsn_langevin.MEANINGS["added"]}
     caught(
-        lambda: verdict("ncsn", "N4-spread-replaced", chains=200),
+        lambda: verdict("ncsn", "N4-spread-replaced", chains=200, steps=50),
         lambda: monkeypatch.setattr(ncsn_langevin, "MEANINGS", meanings),
     )
 
@@ -80,13 +80,14 @@ def test_noise_over_half_the_cell_is_caught(monkeypatch: pytest.MonkeyPatch) -> 
         return 0.5 * torch.rand(x.shape, generator=generator)
 
     caught(
-        lambda: verdict("textbook", "TB-noise-respects-entropy", draws=500),
+        lambda: verdict("textbook", "TB-noise-respects-entropy", draws=500, max_epochs=8),
         lambda: monkeypatch.setattr(textbook.RealNVP, "noise", half),
     )
 
 
 def test_inverse_temperatures_accumulated_in_float32_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdict("salakhutdinov", "C3.10", sizes="10", epochs=3).verdict == "reproduced"
+    small = {"sizes": "10", "epochs": 1, "thinning": 50}
+    assert verdict("salakhutdinov", "C3.10", **small).verdict == "reproduced"
     right = salakhutdinov.paper_betas
 
     def accumulated(thinning: int = 1) -> Tensor:
@@ -94,7 +95,7 @@ def test_inverse_temperatures_accumulated_in_float32_are_caught(monkeypatch: pyt
 
     monkeypatch.setattr(salakhutdinov, "paper_betas", accumulated)
     with pytest.raises(ValueError, match="must be float64"):  # refused before it can become a number
-        verdict("salakhutdinov", "C3.10", sizes="10", epochs=3)
+        verdict("salakhutdinov", "C3.10", **small)
     monkeypatch.setattr(salakhutdinov, "paper_betas", lambda thinning=1: accumulated(thinning).double())
     with pytest.raises(ValueError, match="exactly 0 to exactly 1"):
-        verdict("salakhutdinov", "C3.10", sizes="10", epochs=3)
+        verdict("salakhutdinov", "C3.10", **small)

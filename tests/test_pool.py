@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
+import time
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -89,12 +93,40 @@ def test_a_sweep_of_another_version_of_the_code_is_not_continued(tmp_path: Path)
     assert not (sweep.current / "some-run").exists()
 
 
-def test_the_same_run_gives_the_same_weights_twice(tmp_path: Path) -> None:
+def test_the_same_run_gives_the_same_weights_twice_and_when_it_is_killed_after_a_checkpoint(tmp_path: Path) -> None:
     spec = make_spec("realnvp", "two-moons", profile="smoke")
+    killed = Runs(tmp_path / "killed")
+
+    def kill(pid: int) -> None:
+        for _ in range(5000):
+            if list(killed.folder(spec).glob("checkpoints/*.checkpoint")):
+                os.kill(pid, signal.SIGKILL)
+                break
+            time.sleep(0.005)
+
+    def listen(outcome: Outcome, spec: RunSpec, error: str) -> None:
+        outcomes.append(outcome)
+        if outcome == "started":
+            (child,) = multiprocessing.active_children()
+            Thread(target=kill, args=(child.pid,)).start()
+
+    outcomes: list[Outcome] = []
+    pool(1, Limits(checkpoint_every=0.05)).run_all([spec], killed, listen)
+    assert outcomes == ["started", "failed"]
     records = []
-    for name in ("a", "b"):
-        pool(1).run_all([spec], Runs(tmp_path / name), collect([]))
-        record = read_record(tmp_path / name / spec.run_id())
+    for runs in (Runs(tmp_path / "a"), Runs(tmp_path / "b"), killed):
+        pool(1).run_all([spec], runs, collect([]))
+        record = read_record(runs.folder(spec))
         assert record is not None
         records.append(record)
-    assert records[0]["weights_sha256"] == records[1]["weights_sha256"]
+    assert len({r["weights_sha256"] for r in records}) == 1
+    assert [len(r["provenance"]["sittings"]) for r in records] == [1, 1, 2]
+
+
+def test_a_deadline_stops_what_runs_and_starts_nothing_more(tmp_path: Path) -> None:
+    events: list[tuple[Outcome, str, str]] = []
+    endless = make_spec("realnvp", "two-moons", profile="smoke", settings={"steps": 1_000_000})
+    assert not pool(1).run_all([endless, GOOD], Runs(tmp_path), collect(events), time.monotonic() + 1.0)
+    assert events == [("started", "realnvp", "")]
+    assert multiprocessing.active_children() == []
+    assert not list(tmp_path.glob("*/*.json"))

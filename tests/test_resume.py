@@ -195,6 +195,8 @@ def killed_at(save: int | None) -> Iterator[list[int]]:
     write = execution.Checkpoints.write
 
     def counted(self: Any, state: Any) -> None:
+        if save is None:  # nobody goes on from these: what loops that have ended left is not written again each time
+            state = {**state, "journal": {**state["journal"], "ended": {}}}
         write(self, state)
         seen.append(len(seen) + 1)
         if len(seen) == save:
@@ -240,7 +242,8 @@ def test_every_model_cut_in_training_and_in_evaluation_ends_with_the_same_bits(
     # past the five steps of training that are left: in the evaluation, where it has a loop that can be cut
     with killed_at(9), suppress(Cut):
         execution.execute(spec, folder, device, EVERY_STEP)
-    record = read_record(folder) or execution.execute(spec, folder, device, EVERY_STEP)
+    with killed_at(None):
+        record = read_record(folder) or execution.execute(spec, folder, device, EVERY_STEP)
     assert numbers(record) == undisturbed(model, task)
     assert len(record["provenance"]["sittings"]) >= 2
     assert not (folder / "checkpoints").exists()
