@@ -477,10 +477,15 @@ RBM_PCD = ModelEntry(
     domains=frozenset({"levels", "bits"}),
     params={"hidden": 200, "features": 3, "gibbs": 1, "chains": 200},
     training=Training(steps=3000, batch_size=100, lr=2e-3, weight_decay=0.1, ema=0.998, validate_every=1000),
+    # 400 rows
+    overrides={"nips": {"steps": 600, "weight_decay": 1.0, "validate_every": 200}},
 )
 
 #: many dimensions: a fresh sample of p0 is never accepted
 WIDE: dict[str, Any] = {"frequency": 0.0, "jump": 0.0, "hidden": 128, "layers": 2, "steps": 1300, "lr": 2e-3}
+
+#: real tables
+_TABLE: dict[str, Any] = {**WIDE, "inflation": 1.3, "weight_decay": 0.1, "steps": 1500, "validate_every": 300}
 
 NEURAL_EBM = ModelEntry(
     family="ebm",
@@ -505,6 +510,10 @@ NEURAL_EBM = ModelEntry(
         "mixture-8": {"frequency": 0.0, "jump": 0.3},
         "mixture-32": WIDE,
         "mixture-64": WIDE,
+        "red-wine": _TABLE,
+        # narrow in some directions: a base that is narrow there too leaves the energy less to do
+        "white-wine": {**_TABLE, "components": 10, "inflation": 1.2, "lr": 1e-3},
+        "parkinsons": {**_TABLE, "components": 10, "inflation": 1.2, "lr": 5e-4, "weight_decay": 0.3},
         "levels": {
             "hidden": 256,
             "layers": 2,

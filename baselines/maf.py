@@ -135,5 +135,9 @@ MAF = ModelEntry(
     training=Training(
         steps=1500, batch_size=256, lr=1e-3, warmup=100, weight_decay=0.01, grad_clip=20.0, ema=0.99, validate_every=100
     ),
-    overrides={"parkinsons": {"dropout": 0.0}},
+    overrides={
+        "red-wine": {"dropout": 0.2, "weight_decay": 0.1, "batch_size": 100, "lr": 2e-3},
+        "white-wine": {"weight_decay": 0.1, "batch_size": 128, "lr": 2e-3, "steps": 2000},
+        "parkinsons": {"dropout": 0.0},
+    },
 )

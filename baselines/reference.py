@@ -322,6 +322,9 @@ GAUSSIAN_MIXTURE = ModelEntry(
         "levels": {"covariance": "tied", "ridge": 0.02},
         "bits": {"covariance": "tied", "ridge": 0.02},
         **{f"mixture-{d}": {"components": 10, "covariance": "tied"} for d in (8, 32, 64)},
+        "red-wine": {"components": 10, "ridge": 0.03},
+        "white-wine": {"components": 20, "ridge": 0.01},
+        "parkinsons": {"components": 20, "ridge": 0.003},
     },
 )
 KDE = ModelEntry(

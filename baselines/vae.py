@@ -399,6 +399,18 @@ _CONTINUOUS: dict[str, float] = {
     "ema": 0.98,
     "validate_every": 0,
 }
+#: real tables
+_TABLE: dict[str, float] = {
+    "latent": 8,
+    "width": 128,
+    "components": 40,
+    "steps": 3000,
+    "batch_size": 128,
+    "lr": 3e-3,
+    "weight_decay": 0.1,
+    "ema": 0.99,
+    "validate_every": 250,
+}
 _DIMENSIONS: dict[str, dict[str, float]] = {f"mixture-{d}": {"latent": d, "components": 10} for d in (8, 32, 64)}
 
 VAE = ModelEntry(
@@ -409,7 +421,13 @@ VAE = ModelEntry(
     domains=frozenset({"continuous", "levels", "bits"}),
     params={**_PARAMS, "draws": 1},
     training=Training(steps=1500, batch_size=128, lr=2e-3, weight_decay=0.1, ema=0.99, validate_every=100),
-    overrides={"continuous": _CONTINUOUS, **_DIMENSIONS},
+    overrides={
+        "continuous": _CONTINUOUS,
+        **_DIMENSIONS,
+        "red-wine": {**_TABLE, "components": 20, "dropout": 0.1, "steps": 2000, "batch_size": 100, "lr": 2e-3},
+        "white-wine": {**_TABLE, "dropout": 0.05},
+        "parkinsons": {**_TABLE, "latent": 10},
+    },
 )
 IWAE = ModelEntry(
     family="vae",
@@ -422,5 +440,6 @@ IWAE = ModelEntry(
     overrides={
         "continuous": {**_CONTINUOUS, "steps": 500, "batch_size": 128},
         **{task: {**changes, "steps": 700} for task, changes in _DIMENSIONS.items()},
+        "mushrooms": {"latent": 24, "dropout": 0.0, "input_dropout": 0.0, "steps": 2500, "validate_every": 250},
     },
 )

@@ -311,6 +311,19 @@ def test_principal_whitening_has_the_principal_components_in_rising_order() -> N
     torch.testing.assert_close(correlation, torch.eye(3, dtype=torch.float64)[[0, 2, 1]], atol=0.02, rtol=0)
 
 
+def test_shrinkage_keeps_the_whitening_of_few_examples_fit_for_others() -> None:
+    few, others = torch.randn(60, 40, generator=seeded(1)).split([30, 30])  # 30 examples in 40 dimensions
+
+    def nll(shrinkage: float) -> float:
+        layer = Whitening(40, shrinkage=shrinkage)
+        layer.initialise(few)
+        y, logdet = layer(others)
+        return float((0.5 * y.square().sum(1) - logdet).mean())
+
+    assert nll(0.0) > 1000
+    assert nll(0.8) == pytest.approx(20, abs=5)  # that of N(0, I), D / 2
+
+
 def test_whitening_of_a_constant_dimension_stays_finite() -> None:
     x = torch.randn(50, 3, generator=seeded())
     x[:, 1] = 4.0

@@ -106,7 +106,6 @@ KERNELS = {
     "chains": 10,
     "temperatures": 8,
 }
-DENOISING = ssm_kernel.OBJECTIVES["dsm"]
 CASES = (
     Case("anatomy", "anatomy-learning", RING),
     Case("burda", "burda-iwae-2-k5-dynamic", {"stages": 2, "samples": 10}),
@@ -151,7 +150,8 @@ def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(burda, "training_and_test", lambda dynamic: (0.5 * bits[:50], bits[50:]))
     monkeypatch.setattr(pixelcnn, "mnist_static", lambda: task)
     monkeypatch.setattr(ssm_kernel, "load_table", lambda name, draws: table)
-    monkeypatch.setattr(ssm_kernel, "OBJECTIVES", {"ssm": (ssm_kernel.sliced,), "dsm": DENOISING[:2]})
+    two = {"ssm": ssm_kernel.sliced, "dsm": ssm_kernel.denoising(0.2)}
+    monkeypatch.setattr(ssm_kernel, "objectives", lambda sigma: two)
     monkeypatch.setattr(nce, "THEORY_DRAWS", 1000)
 
 

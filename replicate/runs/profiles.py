@@ -33,7 +33,18 @@ ANY_OBJECTIVE = ("energy",)
 #: models of real tables, binary sets and images, which the full profile and papers' experiments have
 OF_REAL_DATA = ("nade", "eonade", "made", "maf", "image-realnvp", "glow", "image-spline-flow", "conv-ebm")
 OF_TABLES = ("causal-conv", "eonade", "made", "spline-flow", "maf", "vae", "neural-ebm", "sde-vp", "gaussian-mixture")
-OF_BINARY = ("causal-conv", "nade", "eonade", "spline-flow", "iwae", "rbm-pcd", "sde-vp", "mixture-em", "marginals")
+OF_BINARY = (
+    "causal-conv",
+    "nade",
+    "eonade",
+    "made",
+    "spline-flow",
+    "iwae",
+    "rbm-pcd",
+    "sde-vp",
+    "mixture-em",
+    "marginals",
+)
 
 #: at least one model of each family, so that every kind of estimator runs
 SMOKE_DIGITS = (

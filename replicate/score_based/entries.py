@@ -102,6 +102,9 @@ _DIGITS = {
     "validate_every": 100,
 }
 
+#: real tables
+_TABLE = {**_WIDE, "dropout": 0.1, "steps": 2000, "lr": 2e-3, "validate_every": 250}
+
 _DIFFUSION = {
     "weighting": "likelihood",
     "location": -2.2,
@@ -125,6 +128,11 @@ SDE_VP = ModelEntry(
         "mixture-8": _WIDE,
         "mixture-32": _WIDE,
         "mixture-64": _WIDE,
+        "red-wine": {**_TABLE, "weight_decay": 0.3},
+        "white-wine": {**_TABLE, "lr": 4e-3, "steps": 3000},
+        "parkinsons": {**_TABLE, "dropout": 0.05, "weight_decay": 0.3, "steps": 3000},
+        "mushrooms": {"dropout": 0.05, "steps": 4000},
+        "nips": {"shrinkage": 0.8, "steps": 800, "weight_decay": 1.0},
     },
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,9 @@ import pytest
 import torch
 
 from baselines.autoregressive import CAUSAL_CONV
+from baselines.made import MADE
 from baselines.nade import EONADE
 from replicate import registry
-from replicate.model import ModelEntry
 from replicate.papers import rnade
 from replicate.runs.experiment import Context
 from replicate.runs.seeds import Streams
@@ -28,26 +29,17 @@ LEVELS = np.array([1.0, 2.0, 3.0, 4.0])
 
 @pytest.fixture
 def lattice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """240 rows of three independent columns of LEVELS, registered as red-wine with a small eonade; the rows."""
+    """240 rows of three independent columns of LEVELS, registered as red-wine with a small made; the rows."""
     rows = np.random.default_rng(0).choice(LEVELS, size=(240, 3))
     text = "\n".join(",".join(map(str, [*row, 7])) for row in rows)
     (tmp_path / "uci").mkdir()
     (tmp_path / MADE_UP.file).write_text(text, encoding="ascii")
     monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
     entry = TaskEntry(MADE_UP.about, lambda fold: tables.load_table(MADE_UP, fold), "data", folds=tables.FOLDS)
-    small = {"hidden": 16, "orderings": 2, "components": 4, "steps": 200, "lr": 1e-2, "validate_every": 50}
-    model = ModelEntry(
-        EONADE.family,
-        EONADE.about,
-        EONADE.paper,
-        EONADE.build,
-        EONADE.domains,
-        EONADE.params,
-        EONADE.training,
-        {"red-wine": small},
-    )
+    small = {"hidden": 16, "masks": 2, "components": 4, "steps": 200, "lr": 1e-2, "validate_every": 50}
+    model = replace(MADE, overrides={"red-wine": small})
     monkeypatch.setitem(registry._tasks()[0], "red-wine", entry)
-    monkeypatch.setitem(registry._models()[0], "eonade", model)
+    monkeypatch.setitem(registry._models()[0], "made", model)
     monkeypatch.setitem(rnade.SOURCES, "red-wine", MADE_UP)
     registry.forget_tasks()
     return rows
@@ -69,9 +61,9 @@ def test_claims_are_read_and_measure_what_the_paper_runs() -> None:
         assert claim.needs.endswith("in REPLICATE_DATA")
 
 
-def test_the_models_that_claims_measure_take_real_numbers_and_deep_nade_takes_bits() -> None:
-    assert "continuous" in CAUSAL_CONV.domains
-    assert {"continuous", "bits"} <= EONADE.domains
+def test_the_models_that_claims_measure_take_real_numbers_and_bits() -> None:
+    for entry in (CAUSAL_CONV, EONADE, MADE):
+        assert {"continuous", "bits"} <= entry.domains
 
 
 def test_rounding_steps_are_the_gaps_of_the_lattice() -> None:

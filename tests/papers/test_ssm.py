@@ -270,6 +270,9 @@ def test_missing_data_is_one_clear_line(
 # --- deep kernel exponential family ----------------------------------------------------------------------------------
 
 
+FIGURE = ("sm", "ssm", "ssm-vr", "dsm")
+
+
 @pytest.fixture
 def family() -> ssm_kernel.DeepKernelFamily:
     with torch.random.fork_rng():
@@ -282,15 +285,23 @@ def family() -> ssm_kernel.DeepKernelFamily:
 
 def test_derivatives_along_directions_are_autograds(family: ssm_kernel.DeepKernelFamily) -> None:
     x, v = (torch.randn(2, 3, generator=generator(s), dtype=torch.float64) for s in (0, 1))
-    k = family.kernels(x, v[:, None], 1)
+    first, second = family.kernels(x, v[:, None], 1).expansion()
     for i, m in itertools.product(range(2), range(5)):
 
         def along(t: Tensor, i: int = i, m: int = m) -> Tensor:
-            return family.kernels(x[i : i + 1] + t * v[i], torch.zeros(1, 0, 3, dtype=torch.float64), 0).value[0, m]
+            nowhere = torch.zeros(1, 0, 3, dtype=torch.float64)
+            return family.kernels(x[i : i + 1] + t * v[i], nowhere, 0).each().sum(0)[0, m]
 
         at = torch.zeros((), dtype=torch.float64)
-        assert k.first[i, 0, m].item() == pytest.approx(torch.autograd.functional.jacobian(along, at).item(), abs=1e-10)
-        assert k.second[i, 0, m].item() == pytest.approx(torch.autograd.functional.hessian(along, at).item(), abs=1e-10)
+        assert first[i, 0, m].item() == pytest.approx(torch.autograd.functional.jacobian(along, at).item(), abs=1e-10)
+        assert second[i, m].item() == pytest.approx(torch.autograd.functional.hessian(along, at).item(), abs=1e-10)
+
+
+def test_second_derivatives_are_summed_over_the_last_directions(family: ssm_kernel.DeepKernelFamily) -> None:
+    x = torch.randn(2, 3, generator=generator(1), dtype=torch.float64)
+    v = torch.randn(2, 4, 3, generator=generator(4), dtype=torch.float64)
+    each = [family.kernels(x, v[:, k : k + 1], 1).expansion()[1] for k in (2, 3)]
+    torch.testing.assert_close(family.kernels(x, v, 2).expansion()[1], sum(each), rtol=1e-10, atol=1e-10)
 
 
 def test_quadratic_forms_are_the_suites_objectives(family: ssm_kernel.DeepKernelFamily) -> None:
@@ -305,8 +316,33 @@ def test_quadratic_forms_are_the_suites_objectives(family: ssm_kernel.DeepKernel
         "dsm": (ssm_kernel.denoising(0.3), matching.denoising_score_matching(family.score, x, 0.3, z)),
     }
     for objective, value in expected.values():
-        form = ssm_kernel.quadratic(family, objective(x, generator(9)))
-        torch.testing.assert_close(form(family.alpha), value.mean(), rtol=1e-10, atol=1e-10)
+        mean = ssm_kernel.mean_objective(family, objective(x, generator(9)), family.alpha)
+        torch.testing.assert_close(mean, value.mean(), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", FIGURE)
+def test_the_form_differs_from_the_objective_by_a_constant(family: ssm_kernel.DeepKernelFamily, name: str) -> None:
+    x = torch.randn(7, 3, generator=generator(5), dtype=torch.float64)
+    slices = ssm_kernel.objectives(0.3)[name](x, generator(9))
+    form = ssm_kernel.quadratic(family, slices)
+    alphas = (family.alpha, family.alpha.square(), torch.zeros_like(family.alpha))
+    gaps = [(ssm_kernel.mean_objective(family, slices, alpha) - form(alpha)).item() for alpha in alphas]
+    assert gaps == pytest.approx([gaps[-1]] * len(gaps), abs=1e-10)
+
+
+@pytest.mark.parametrize("name", FIGURE)
+def test_the_gradient_through_alpha_is_autograds(family: ssm_kernel.DeepKernelFamily, name: str) -> None:
+    fitted, judged = (
+        ssm_kernel.objectives(0.3)[name](torch.randn(7, 3, generator=generator(s), dtype=torch.float64), generator(s))
+        for s in (5, 6)
+    )
+    alpha = ssm_kernel.quadratic(family, fitted).minimiser(family.log_ridge)
+    parameters = list(family.parameters())
+    expected = torch.autograd.grad(ssm_kernel.mean_objective(family, judged, alpha), parameters)
+    ssm_kernel.backward(family, fitted, judged)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-8)
 
 
 def test_score_is_the_gradient_of_the_log_density(family: ssm_kernel.DeepKernelFamily) -> None:
@@ -317,16 +353,20 @@ def test_score_is_the_gradient_of_the_log_density(family: ssm_kernel.DeepKernelF
 
 def test_minimiser_has_no_slope() -> None:
     a = torch.randn(4, 4, generator=generator(), dtype=torch.float64)
-    form = ssm_kernel.Quadratic(a @ a.T, a[0], a[1, 1])
+    form = ssm_kernel.Quadratic(a @ a.T, a[0])
     alpha = form.minimiser(torch.tensor(-1.0, dtype=torch.float64)).requires_grad_(True)
     (slope,) = torch.autograd.grad(form(alpha) + 0.05 * alpha.square().sum(), alpha)
     assert slope.abs().max().item() < 1e-12
 
 
-def test_chunks_do_not_change_a_mean(family: ssm_kernel.DeepKernelFamily) -> None:
+def test_chunks_do_not_change_a_mean(family: ssm_kernel.DeepKernelFamily, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(11, 3, generator=generator(), dtype=torch.float64)
-    whole = ssm_kernel.quadratic(family, ssm_kernel.exact(x, generator()))
-    for a, b in zip(ssm_kernel.quadratic_over(family, ssm_kernel.exact, x, generator(), 4), whole, strict=True):
+    slices = ssm_kernel.exact(x, generator())
+    whole = (*ssm_kernel.quadratic(family, slices), ssm_kernel.mean_objective(family, slices, family.alpha))
+    monkeypatch.setattr(ssm_kernel, "CHUNK", 4)
+    form = ssm_kernel.quadratic_over(family, ssm_kernel.exact, x, generator())
+    mean = ssm_kernel.objective_over(family, ssm_kernel.exact, x, family.alpha, generator())
+    for a, b in zip((*form, torch.tensor(mean, dtype=torch.float64)), whole, strict=True):
         torch.testing.assert_close(a, b.detach(), rtol=1e-12, atol=1e-12)
 
 
