@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from replicate.data.files import find
 from replicate.metrics import features
-from replicate.metrics.features import ImageFeatures, feature_quality, image_features, sample_quality
+from replicate.metrics.features import IMAGES, FeatureClassifier, feature_quality, image_features, sample_quality
 from replicate.model import DataInfo
 from replicate.tasks.base import Task
 from replicate.tasks.images import FILES, mnist
@@ -26,8 +27,8 @@ def two_kinds(n: int, seed: int) -> tuple[Tensor, Tensor]:
     return x.floor().view(n, 784), labels
 
 
-def classifier(seed: int = 0) -> ImageFeatures:
-    return ImageFeatures.train(*two_kinds(600, 1), seed, epochs=2)
+def classifier(seed: int = 0) -> FeatureClassifier:
+    return FeatureClassifier.train(replace(IMAGES, epochs=2), *two_kinds(600, 1), seed)
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_two_kinds_of_images_are_told_apart() -> None:
     accuracy = found.accuracy(x, labels)
     assert accuracy.value > 0.99
     assert (accuracy.kind, accuracy.n) == ("exact", 300)
-    assert found.features(x).shape == (300, features.FEATURES)
+    assert found.features(x).shape == (300, IMAGES.features)
     torch.testing.assert_close(found.probabilities(x).sum(1), torch.ones(300))
 
 
@@ -99,6 +100,6 @@ def test_neighbours_are_counted_in_sets_of_one_size() -> None:
 def test_a_tenth_of_mnist_is_enough_to_read_most_digits() -> None:
     task = mnist()
     assert task.labels is not None
-    found = ImageFeatures.train(task.train[:5000], task.labels[0][:5000], features.SEED, epochs=2)
+    found = FeatureClassifier.train(replace(IMAGES, epochs=2), task.train[:5000], task.labels[0][:5000], features.SEED)
     accuracy = found.accuracy(task.test[:2000], task.labels[2][:2000])
     assert accuracy.value > 0.85

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from scipy import stats
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from replicate.metrics import classifier
-from replicate.metrics.classifier import DigitFeatures, c2st
+from replicate.metrics.classifier import c2st
 from replicate.metrics.divergences import fisher_divergence, kl
+from replicate.metrics.features import DIGITS, FeatureClassifier
 from replicate.metrics.intervals import iqm, paired_bootstrap, stratified_bootstrap, t_interval
 from replicate.metrics.quality import frechet, precision_recall_density_coverage
 from replicate.metrics.samples import mmd, mode_weight_error, w2
@@ -351,17 +352,17 @@ def test_c2st_is_a_function_of_its_generator() -> None:
 def test_digit_features_classify() -> None:
     task = digits_shuffled()
     assert task.labels is not None
-    trained = DigitFeatures.train(task.train, task.labels[0], 16, 1)
+    trained = FeatureClassifier.train(DIGITS, task.train, task.labels[0], 1)
     assert trained.features(task.test).shape == (447, 32)
     assert trained.accuracy(task.test, task.labels[2]).value > 0.96
 
 
-def test_digit_features_are_the_same_for_the_same_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digit_features_are_the_same_for_the_same_seed() -> None:
     task = digits_shuffled()
     assert task.labels is not None
-    monkeypatch.setattr(classifier, "EPOCHS", 2)
+    short = replace(DIGITS, epochs=2)
     before = torch.get_rng_state()
-    trained = [DigitFeatures.train(task.train, task.labels[0], 16, seed) for seed in (1, 1, 2)]
+    trained = [FeatureClassifier.train(short, task.train, task.labels[0], seed) for seed in (1, 1, 2)]
     assert torch.equal(torch.get_rng_state(), before)
     assert trained[0].sha256 == trained[1].sha256 != trained[2].sha256
     assert torch.equal(trained[0].features(task.test), trained[1].features(task.test))

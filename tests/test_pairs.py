@@ -13,7 +13,9 @@ from hypothesis.extra import numpy as arrays
 from scipy import stats
 
 from replicate.model import LogLikelihood
+from replicate.registry import load_task
 from replicate.report.pairs import RESAMPLES, paired_table, resampled_means, scored
+from replicate.runs.evaluate import digit_features
 from replicate.runs.execute import execute
 from replicate.runs.experiment import MAX_EXAMPLES, pack_examples, unpack_examples
 from replicate.runs.record import RecordError, check_record
@@ -96,7 +98,7 @@ def test_one_model_alone_or_of_fewer_examples_is_not_paired() -> None:
     assert [row[1] for row in table.rows] == ["a", "b"]
 
 
-def test_a_run_on_data_leaves_the_likelihood_of_every_test_example() -> None:
+def test_a_run_on_data_leaves_the_likelihood_of_every_test_example_and_what_judged_its_samples() -> None:
     found = execute(make_spec("marginals", "digits-binary", 0, "smoke"), None, torch.device("cpu"))
     packed = found["examples"]["digits-binary"]
     (nll,) = [m["value"] for m in found["measurements"] if m["metric"] == "nll"]
@@ -105,5 +107,10 @@ def test_a_run_on_data_leaves_the_likelihood_of_every_test_example() -> None:
     for change in ({"span": -1.0}, {"values": "!"}, {"kind": "good"}, {"extra": 1}):
         with pytest.raises(RecordError, match="examples"):
             check_record({**found, "examples": {"digits-binary": {**packed, **change}}})
+    judges = found["classifiers"]
+    assert judges == {"digits-binary": digit_features(load_task("digits-binary")).sha256}
+    for wrong in ({"digits-binary": "short"}, {"a\nb": judges["digits-binary"]}, ["digits-binary"]):
+        with pytest.raises(RecordError, match="classifiers"):
+            check_record({**found, "classifiers": wrong})
     with pytest.raises(RecordError, match="no name of a task"):
         check_record({**found, "examples": {"a\nb": packed}})

@@ -1,13 +1,12 @@
-"""Sample quality of 28x28 grey images in the features of a classifier that the suite trains itself.
+"""Sample quality of grey images in the features of a classifier that the suite trains itself.
 
-`ImageFeatures` stands where Inception features stand for photographs (Heusel et al. 2017, arXiv:1706.08500), as
-`classifier.DigitFeatures` does for 8x8 digits: a small convolutional network, trained once a process under a fixed
-seed on the labels of MNIST or Fashion-MNIST and identified by its weights' sha256. Distances in the features of two
-classifiers do not compare, so the digest belongs beside every number. Far from its training data a classifier is blind
-in its own way: to the one of MNIST 96 in 100 images of uniform noise lie among real ones, within the wide balls of
-outliers, so that precision and density mean little beside a bad Frechet distance or coverage (1121 and 0.01 there,
-against 16 and 0.93 for 1000 validation images). The published FID of the same images is another number: it
-needs Inception's weights.
+`FeatureClassifier` stands where Inception features stand for photographs (Heusel et al. 2017, arXiv:1706.08500): a
+small convolutional network, trained once a process under a fixed seed on a task's training labels and identified by its
+weights' sha256. Distances in the features of two classifiers do not compare, so the digest belongs beside every number
+and stands in the record. Far from its training data a classifier is blind in its own way: to the one of MNIST 96 in 100
+images of uniform noise lie among real ones, within the wide balls of outliers, so that precision and density mean
+little beside a bad Frechet distance or coverage (1121 and 0.01 there, against 16 and 0.93 for 1000 validation images).
+The published FID of the same images is another number: it needs Inception's weights.
 """
 
 from __future__ import annotations
@@ -25,64 +24,89 @@ from replicate.model import Estimate
 from replicate.tasks.base import Task
 from replicate.tasks.images import fashion_mnist, mnist
 
-FEATURES = 64
-#: of the initial weights and the batches; part of what a classifier is
+#: of the initial weights and the batches of the classifiers of 28x28 images; part of what a classifier is
 SEED = 170608500
-WHITE = 255.0
-EPOCHS = 5
-BATCH = 128
 LEARNING_RATE = 3e-3
 #: rows that pass the network at a time
 CHUNK = 2_000
 #: rows of either set behind precision, recall, density and coverage, whose cost grows with the square
 NEIGHBOURS_OF = 5_000
-#: what a classifier may be trained on
+#: what a classifier of 28x28 images may be trained on
 TASKS: dict[str, Callable[[], Task]] = {"mnist": mnist, "fashion-mnist": fashion_mnist}
 
 
-def _network(classes: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 28, 28)),
-        nn.Conv2d(1, 16, 5, stride=2, padding=2),
-        nn.SiLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1),
-        nn.SiLU(),
-        nn.Flatten(),
-        nn.Linear(32 * 7 * 7, FEATURES),
-        nn.SiLU(),
-        nn.Linear(FEATURES, classes),
-    )
+@dataclass(frozen=True)
+class Design:
+    """A classifier of one size of images, and how it is trained.
+
+    Attributes:
+        side: height and width.
+        kernel, stride: of the first convolution, 1 to 16 channels; the second has kernel 3, stride 2 and 32 channels.
+        features: width of the last hidden layer.
+        white: the largest grey value.
+        epochs, batch: of the training.
+    """
+
+    side: int
+    kernel: int
+    stride: int
+    features: int
+    white: float
+    epochs: int
+    batch: int
+
+    def network(self, classes: int) -> nn.Sequential:
+        """Pixels divided by `white`, (n, side^2), to class logits."""
+        left = self.side // self.stride // 2
+        return nn.Sequential(
+            nn.Unflatten(1, (1, self.side, self.side)),
+            nn.Conv2d(1, 16, self.kernel, stride=self.stride, padding=self.kernel // 2),
+            nn.SiLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(32 * left**2, self.features),
+            nn.SiLU(),
+            nn.Linear(self.features, classes),
+        )
+
+
+DIGITS = Design(side=8, kernel=3, stride=1, features=32, white=16.0, epochs=30, batch=50)
+IMAGES = Design(side=28, kernel=5, stride=2, features=64, white=255.0, epochs=5, batch=128)
 
 
 @dataclass(frozen=True)
-class ImageFeatures:
-    """A classifier of 28x28 images with grey values 0..255, and its last hidden layer; on the CPU.
+class FeatureClassifier:
+    """A classifier of grey images and its last hidden layer; on the CPU.
 
     Attributes:
-        network: pixels divided by 255, (n, 784), to class logits.
+        design: of its images.
+        network: pixels divided by the largest grey value, (n, D), to class logits.
         sha256: of the trained weights, in the state dictionary's order.
     """
 
+    design: Design
     network: nn.Sequential
     sha256: str
 
     @staticmethod
-    def train(x: Tensor, labels: Tensor, seed: int, epochs: int = EPOCHS) -> ImageFeatures:
-        """Train on x (n, 784) with labels (n,) int64; the same weights for the same seed.
+    def train(design: Design, x: Tensor, labels: Tensor, seed: int) -> FeatureClassifier:
+        """Train on x (n, D) with labels (n,) int64; the same weights for the same seed.
 
         Adam, its rate falling to 0 along a cosine. The loop is none that a killed run goes on with: whether a process
         has to train depends on what it did before, and a journal counts the loops that it meets.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = _network(int(labels.max()) + 1)
+            network = design.network(int(labels.max()) + 1)
         generator = torch.Generator().manual_seed(seed)
-        x, labels = x.cpu().float() / WHITE, labels.cpu()
+        x, labels = x.cpu().float() / design.white, labels.cpu()
         optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(x) // BATCH))
+        per_epoch = -(-len(x) // design.batch)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, design.epochs * per_epoch)
         with torch.enable_grad():
-            for _ in range(epochs):
-                for batch in torch.randperm(len(x), generator=generator).split(BATCH):
+            for _ in range(design.epochs):
+                for batch in torch.randperm(len(x), generator=generator).split(design.batch):
                     loss = nn.functional.cross_entropy(network(x[batch]), labels[batch])
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
@@ -92,27 +116,28 @@ class ImageFeatures:
         digest = hashlib.sha256()
         for value in network.state_dict().values():
             digest.update(value.numpy().tobytes())
-        return ImageFeatures(network, digest.hexdigest())
+        return FeatureClassifier(design, network, digest.hexdigest())
 
     @torch.no_grad()
     def _through(self, layers: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return torch.cat([layers(part.cpu().float() / WHITE) for part in x.split(CHUNK)])
+        return torch.cat([layers(part.cpu().float() / self.design.white) for part in x.split(CHUNK)])
 
     def features(self, x: Tensor) -> Tensor:
-        """The last hidden layer (n, 64) of images x (n, 784) with values 0..255."""
+        """The last hidden layer (n, F) of images x (n, D)."""
         return self._through(self.network[:-1], x)
 
     def probabilities(self, x: Tensor) -> Tensor:
-        """Class probabilities (n, classes) of images x (n, 784)."""
+        """Class probabilities (n, classes) of images x (n, D)."""
         return self._through(self.network, x).softmax(1)
 
     def accuracy(self, x: Tensor, labels: Tensor) -> Estimate:
-        """Share of images x (n, 784) that the classifier labels as `labels` (n,)."""
-        return Estimate.mean_of(self.probabilities(x).argmax(1) == labels.cpu(), "exact", "accuracy")
+        """Share of images x (n, D) that the classifier labels as `labels` (n,)."""
+        right = self._through(self.network, x).argmax(1) == labels.cpu()
+        return Estimate.mean_of(right, "exact", "accuracy")
 
 
 @cache
-def image_features(name: str) -> ImageFeatures:
+def image_features(name: str) -> FeatureClassifier:
     """The classifier of "mnist" or "fashion-mnist", trained once a process on the task's training part.
 
     Raises:
@@ -123,7 +148,7 @@ def image_features(name: str) -> ImageFeatures:
         raise ValueError(f"there is no classifier of {name!r}; it is one of {', '.join(TASKS)}")
     task = TASKS[name]()
     assert task.labels is not None
-    return ImageFeatures.train(task.train, task.labels[0], SEED)
+    return FeatureClassifier.train(IMAGES, task.train, task.labels[0], SEED)
 
 
 def feature_quality(fake: Tensor, real: Tensor) -> dict[str, Estimate]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from replicate.energies.objectives import LogDensity
-from replicate.metrics.classifier import DigitFeatures
+from replicate.metrics.features import FeatureClassifier
 from replicate.model import DataInfo, Estimate, Model
 from replicate.registry import load_task
 from replicate.resume import State, resumable
@@ -69,7 +69,7 @@ class HalfDigits:
     labels: Tensor
     known_x: Tensor
     known_y: Tensor
-    features: DigitFeatures
+    features: FeatureClassifier
 
     @property
     def mean(self) -> Tensor:
@@ -130,7 +130,7 @@ def completion_metrics(completions: Tensor, data: HalfDigits) -> dict[str, Estim
     whole = torch.cat([data.x.unsqueeze(1).expand(-1, s, -1), completions], dim=2)
     truth = slopes(torch.cat([data.x, data.y], dim=1)).double().mean()
     sharpness = Estimate.mean_of(slopes(whole).double().mean(1) / truth, "exact", "ratio")
-    named = data.features.network((whole.flatten(0, 1) * (LEVELS - 1)).cpu() / data.features.scale).argmax(1)
+    named = data.features.probabilities(whole.flatten(0, 1) * (LEVELS - 1)).argmax(1)
     right = (named.view(n, s) == data.labels.cpu()[:, None]).double().mean(1)
     found = {
         **squared_errors(completions, data.y),
@@ -305,7 +305,7 @@ def completions(context: Context) -> Outcome:
         (Line("causal-conv", share.tolist(), order.tolist()),),
         levels={"nothing": 0.0},
     )
-    return Outcome(estimates, (sheet(data, shown), plot))
+    return Outcome(estimates, (sheet(data, shown), plot), classifiers={data.task.name: data.features.sha256})
 
 
 COMPLETIONS = Experiment(

@@ -314,7 +314,7 @@ def denoising_step(context: Context) -> Outcome:
     label = "last noise level (standard deviations of the data)"
     levels = {"training digits": estimates["frechet:data"].value}
     plot = Plot("last-step", title, label, "Frechet distance", lines, log_x=True, log_y=True, levels=levels)
-    return Outcome(estimates, (plot,))
+    return Outcome(estimates, (plot,), classifiers={task.name: features.sha256})
 
 
 def _nearest_level(sigmas: list[float], sigma: float) -> int:

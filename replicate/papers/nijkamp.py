@@ -11,10 +11,9 @@ suite's dequantisation, with log Z annealed both ways. Its bits per dimension ar
 bracket are at most 10 nats apart; the width itself is always given. Short-run energies have no such number: along a
 long run they fall without end, so that exp(-U) has no finite integral to estimate.
 
-Quality is told in the features of a classifier that the suite trains on the task's training part; the plots name it by
-the first digits of its weights' sha256. It is no judge of what is no digit (that of the 8x8 digits is confident of 57
-in 100 images of uniform noise), so that the share of confident answers stands beside the distance and not in its
-place.
+Quality is told in the features of a classifier that the suite trains on the task's training part. It is no judge of
+what is no digit (that of the 8x8 digits is confident of 57 in 100 images of uniform noise), so that the share of
+confident answers stands beside the distance and not in its place.
 
 Deviations: MNIST and 8x8 digits in place of CIFAR-10, CelebA and LSUN; a few thousand updates in place of 100,000 to
 200,000; the network of the released minimal code with SiLU, its last layer at zero; weights are an exponential moving
@@ -26,7 +25,7 @@ affords, chosen on seeds that are not judged.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,10 +37,10 @@ from baselines.conv_ebm import ConvEBM, TiltedConvEBM
 from baselines.ebm import GaussianMixture
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.likelihood.estimator import Effort, log_likelihood
-from replicate.metrics.features import TASKS, feature_quality, image_features
+from replicate.metrics.features import FeatureClassifier, feature_quality
 from replicate.model import Estimate, LogLikelihood, Training
 from replicate.papers.base import Paper
-from replicate.runs.evaluate import digit_features
+from replicate.runs.evaluate import task_features
 from replicate.runs.experiment import MAX_PIXELS, Context, Experiment, Line, Outcome, Plot
 from replicate.runs.training import TrainingError, train
 from replicate.sampling.langevin import ula
@@ -70,35 +69,6 @@ OUTSIDE = 1.1
 WIDEST = 10.0
 #: times at which long-run chains are read, and images of a row that the report draws
 STOPS, ROW = 20, 20
-
-
-@dataclass(frozen=True)
-class Judge:
-    """A classifier of the task's images, values 0..levels-1.
-
-    Attributes:
-        features: (n, D) -> (n, F).
-        probabilities: (n, D) -> (n, classes).
-        sha256: of its weights.
-    """
-
-    features: Callable[[Tensor], Tensor]
-    probabilities: Callable[[Tensor], Tensor]
-    sha256: str
-
-
-def judge_of(task: Task) -> Judge:
-    """The suite's classifier of the task's images, trained once a process."""
-    if task.name in TASKS:
-        images = image_features(task.name)
-        return Judge(images.features, images.probabilities, images.sha256)
-    small = digit_features(task)
-
-    @torch.no_grad()
-    def probabilities(x: Tensor) -> Tensor:
-        return small.network(x.cpu().float() / small.scale).softmax(1)
-
-    return Judge(small.features, probabilities, small.sha256)
 
 
 def to_pixels(x: Tensor, levels: int, generator: torch.Generator) -> Tensor:
@@ -154,14 +124,14 @@ class Study:
 
     context: Context
     task: Task
-    judge: Judge
+    judge: FeatureClassifier
     real: Tensor
     found: Findings
 
     @staticmethod
     def of(context: Context, task: Task) -> Study:
         """Train the classifier, and measure what a perfect sampler and a Gaussian would get."""
-        judge = judge_of(task)
+        judge = task_features(task)
         study = Study(context, task, judge, judge.features(task.test), Findings())
         study.look("data", task.valid[: context.params["samples"]])
         study.look("gaussian", study.gaussian())
@@ -301,7 +271,8 @@ class Study:
         """All that was found, with plots of the images and of the energy along the long runs."""
         found = self.found
         plots = (self.images_plot(), energy_plot(found.energies))
-        return Outcome(found.estimates, plots, found.missing, found.examples)
+        classifiers = {self.task.name: self.judge.sha256}
+        return Outcome(found.estimates, plots, found.missing, found.examples, classifiers)
 
     def images_plot(self) -> Plot:
         """A row of images of each kind."""
@@ -310,8 +281,7 @@ class Study:
         most = min(ROW, MAX_PIXELS // self.task.info.dim)
         kinds = self.found.images.items()
         rows = [Plot.row_of_images(LABELS[kind], x[:most].view(-1, *image) / top) for kind, x in kinds]
-        title = f"samples; classifier {self.judge.sha256[:12]}"
-        return Plot("samples", title, "", "", tuple(rows), style="images", image=image)
+        return Plot("samples", "samples", "", "", tuple(rows), style="images", image=image)
 
 
 @torch.no_grad()

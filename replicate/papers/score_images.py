@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from replicate.likelihood.estimator import Effort, log_likelihood
-from replicate.metrics.features import sample_quality
+from replicate.metrics.features import image_features, sample_quality
 from replicate.model import Estimate, LogLikelihood, Training
 from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
@@ -172,7 +172,8 @@ def likelihoods(context: Context) -> Outcome:
     estimates |= sample_quality(samples.cpu(), data.reference, p["data"])
     rows = {"data": data.test, **{f"samples {i + 1}": samples[IN_A_ROW * i :] for i in range(4)}}
     plots = (sheet("samples", "Samples of the probability flow", rows, data.task), training_curve(curves))
-    return Outcome(estimates, plots, examples={data.task.name: log_p})
+    classifiers = {p["data"]: image_features(p["data"]).sha256}
+    return Outcome(estimates, plots, examples={data.task.name: log_p}, classifiers=classifiers)
 
 
 # -- NCSN
@@ -240,7 +241,7 @@ def annealed(context: Context) -> Outcome:
         sheet("inpainting", "Lower halves by algorithm 2", rows, data.task),
         training_curve({"score": history}),
     )
-    return Outcome(estimates, plots)
+    return Outcome(estimates, plots, classifiers={p["data"]: image_features(p["data"]).sha256})
 
 
 def upper_half(task: Task) -> Tensor:

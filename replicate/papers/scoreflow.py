@@ -199,7 +199,8 @@ def objectives(context: Context) -> Outcome:
         errors[name] = error_by_level(inner, z, levels, context.streams.fresh("levels"))
         if name == "plain":
             estimates |= objective_spread(inner, z, params["repeats"], context.streams.fresh("spread"))
-    return Outcome(estimates, (excess_by_level(levels.tolist(), errors),))
+    plots = (excess_by_level(levels.tolist(), errors),)
+    return Outcome(estimates, plots, classifiers={task.name: digit_features(task).sha256})
 
 
 def excess_by_level(levels: list[float], errors: dict[str, list[float]]) -> Plot:

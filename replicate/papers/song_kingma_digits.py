@@ -185,7 +185,7 @@ def trained_on_digits(context: Context) -> Outcome:
         "validation NLL of the transformed digits in nats, log Z by a short annealing run",
         tuple(lines),
     )
-    return Outcome(estimates, (plot,), missing)
+    return Outcome(estimates, (plot,), missing, classifiers={task.name: digit_features(task).sha256})
 
 
 def scores(

@@ -294,6 +294,11 @@ def provenance(runs: Runs) -> list[tuple[str, str]]:
         digests = sorted({str(r.spec.get("data_sha256") or "")[:16] for r in here})
         seeds = sorted({r.seed for r in here})
         rows.append((f"data of {task}", f"sha256 {', '.join(digests)}; seeds {', '.join(map(str, seeds))}"))
+    judges: dict[str, set[str]] = {}
+    for run in done:
+        for task, digest in run.classifiers.items():
+            judges.setdefault(task, set()).add(digest[:16])
+    rows += [(f"classifier of {task}", f"sha256 {', '.join(sorted(found))}") for task, found in sorted(judges.items())]
     return [*rows, *_times(runs)]
 
 

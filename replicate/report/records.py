@@ -81,6 +81,7 @@ class Run:
         weights_sha256: of a trained model's safetensors; "" for an experiment.
         plots: what an experiment draws.
         examples: packed log p of every test example, by task.
+        classifiers: sha256 of the weights of each classifier whose features judged samples, by task.
     """
 
     run_id: str
@@ -96,6 +97,7 @@ class Run:
     weights_sha256: str = ""
     plots: tuple[Mapping[str, Any], ...] = ()
     examples: Mapping[str, Any] = field(default_factory=dict)
+    classifiers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_experiment(self) -> bool:
@@ -161,6 +163,8 @@ class Run:
         rest = {"provenance": dict(self.provenance), "about": self.about, "paper": self.paper}
         if self.examples:
             rest["examples"] = dict(self.examples)
+        if self.classifiers:
+            rest["classifiers"] = dict(self.classifiers)
         if self.is_experiment:
             return {**head, **rest}
         return {**head, **rest, "weights_sha256": self.weights_sha256, "history": dict(self.history)}
@@ -221,6 +225,7 @@ def _read_run(path: Path) -> Run:
         weights_sha256=data.get("weights_sha256", ""),
         plots=tuple(data.get("plots", ())),
         examples=data.get("examples", {}),
+        classifiers=data.get("classifiers", {}),
     )
 
 

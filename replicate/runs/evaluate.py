@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from replicate.likelihood.estimator import CHUNK, log_likelihood
-from replicate.metrics.classifier import DigitFeatures, c2st
+from replicate.metrics.classifier import c2st
 from replicate.metrics.divergences import fisher_divergence, kl
+from replicate.metrics.features import DIGITS, FeatureClassifier, image_features
 from replicate.metrics.features import TASKS as IMAGES
-from replicate.metrics.features import ImageFeatures, image_features
 from replicate.metrics.quality import frechet, precision_recall_density_coverage
 from replicate.metrics.samples import mmd, mode_weight_error, w2
 from replicate.model import Estimate, LogLikelihood, Model
@@ -94,6 +94,8 @@ class Evaluator:
     device: torch.device
     #: log p of every test example by the task's name, once it is measured; of data, not of densities
     examples: dict[str, LogLikelihood] = field(default_factory=dict)
+    #: sha256 of the weights of each classifier that judged samples, by the task that it was trained on
+    classifiers: dict[str, str] = field(default_factory=dict)
 
     def measurements(self) -> Measurements:
         """Every measurement of this model on this task."""
@@ -246,8 +248,9 @@ class Evaluator:
         if self.task.labels is None:
             yield from (na(metric, "there are no labels to train a classifier's features on") for metric in names[1:])
         else:
-            features = task_features(self.task)
-            fake, real = features.features(x.cpu()), features.features(test.cpu())
+            classifier = task_features(self.task)
+            self.classifiers[self.task.name] = classifier.sha256
+            fake, real = classifier.features(x.cpu()), classifier.features(test.cpu())
             yield Measurement("frechet", frechet(fake, real))
             for name, e in precision_recall_density_coverage(real, fake[:m]).items():
                 yield Measurement(name, e)
@@ -307,19 +310,18 @@ def plane(half_width: float, points: int, device: torch.device) -> tuple[Tensor,
     return torch.stack([x.flatten(), y.flatten()], 1).to(device), axis
 
 
-_FEATURES: dict[str, DigitFeatures] = {}
+_FEATURES: dict[str, FeatureClassifier] = {}
 
 
-def task_features(task: Task) -> DigitFeatures | ImageFeatures:
+def task_features(task: Task) -> FeatureClassifier:
     """The feature classifier of a task with labels."""
     return image_features(task.name) if task.name in IMAGES else digit_features(task)
 
 
-def digit_features(task: Task) -> DigitFeatures:
+def digit_features(task: Task) -> FeatureClassifier:
     """The feature classifier of a task of 8x8 digits, trained once a process under a fixed seed."""
     if task.name not in _FEATURES:
         assert task.labels is not None
-        assert task.info.levels is not None
         seed = stream_seed(task.name, "features") % 2**31
-        _FEATURES[task.name] = DigitFeatures.train(task.train, task.labels[0], task.info.levels - 1, seed)
+        _FEATURES[task.name] = FeatureClassifier.train(DIGITS, task.train, task.labels[0], seed)
     return _FEATURES[task.name]

@@ -207,9 +207,10 @@ class _Found:
     weights: bytes = b""
 
 
-def _examples(found: Mapping[str, LogLikelihood]) -> dict[str, Any]:
-    """The record's part for the likelihoods of test examples; absent where there are none."""
-    return {"examples": {task: pack_examples(log_p) for task, log_p in found.items()}} if found else {}
+def _by_task(examples: Mapping[str, LogLikelihood], classifiers: Mapping[str, str]) -> dict[str, Any]:
+    """The record's parts for the likelihoods of test examples and for classifiers; absent where there are none."""
+    packed = {task: pack_examples(log_p) for task, log_p in examples.items()}
+    return {key: part for key, part in (("examples", packed), ("classifiers", dict(classifiers))) if part}
 
 
 def _seconds(metric: str, seconds: float) -> Measurement:
@@ -237,7 +238,7 @@ def _model(spec: RunSpec, sitting: Sitting) -> _Found:
             "best_step": history.best_step,
             "seconds": history.seconds,
         },
-        **_examples(evaluator.examples),
+        **_by_task(evaluator.examples, evaluator.classifiers),
     }
     return _Found(measurements, record, arrays, packed)
 
@@ -255,7 +256,7 @@ def _experiment(spec: ExperimentSpec, sitting: Sitting) -> _Found:
         "about": what.about,
         "paper": spec.model,
         "plots": [plot.as_dict() for plot in outcome.plots],
-        **_examples(outcome.examples),
+        **_by_task(outcome.examples, outcome.classifiers),
     }
     return _Found([*measurements, _seconds("evaluate_seconds", seconds)], record)
 

@@ -109,12 +109,15 @@ class Outcome:
         missing: metrics that could not be had, with the reason.
         examples: log p of every test example of a task, by the task's name, in the task's order: what the report pairs
             models by.
+        classifiers: sha256 of the weights of each classifier whose features judged samples, by the task that it was
+            trained on.
     """
 
     estimates: Mapping[str, Estimate]
     plots: tuple[Plot, ...] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
     examples: Mapping[str, LogLikelihood] = field(default_factory=dict)
+    classifiers: Mapping[str, str] = field(default_factory=dict)
 
 
 #: levels of a packed likelihood

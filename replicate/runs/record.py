@@ -49,6 +49,7 @@ _RECORD = {
     "history": Rule(Mapping, required=False),
     "plots": Rule(list, required=False),
     "examples": Rule(Mapping, required=False),
+    "classifiers": Rule(Mapping, required=False),
     "weights_sha256": Rule(str, pattern=DIGEST, required=False),
     "about": _TEXT,
     "paper": _TEXT,
@@ -145,14 +146,22 @@ def _check_parts(record: Mapping[str, Any], problems: Problems) -> None:
     examples = record.get("examples")
     for task, data in examples.items() if isinstance(examples, Mapping) else ():
         _check_examples(task, data, problems)
+    classifiers = record.get("classifiers")
+    for task, digest in classifiers.items() if isinstance(classifiers, Mapping) else ():
+        _check_task(task, "classifiers", problems)
+        check_value("sha256", digest, _RECORD["run_id"], wrong, f"classifiers of {brief(task)}")
     for name, plot in _items(record.get("plots"), "plots"):
         _check_plot(plot, name, problems)
 
 
+def _check_task(task: object, part: str, problems: Problems) -> None:
+    if not isinstance(task, str) or not NAME.fullmatch(task):
+        problems.add(f"{part} of {brief(task)}: this is no name of a task")
+
+
 def _check_examples(task: object, data: object, problems: Problems) -> None:
     name, before = f"examples of {brief(task)}", len(problems)
-    if not isinstance(task, str) or not NAME.fullmatch(task):
-        problems.add(f"{name}: this is no name of a task")
+    _check_task(task, "examples", problems)
     if check_table(data, _EXAMPLES, name, lambda _, problem: problems.add(problem)) and len(problems) == before:
         assert isinstance(data, Mapping)
         try:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from replicate.model import DataInfo, Estimate, LogLikelihood
 from replicate.papers import nijkamp
-from replicate.papers.nijkamp import DIGITS, IMAGES, PAPER, Judge, Study, method_of, to_levels, to_pixels
+from replicate.papers.nijkamp import DIGITS, IMAGES, PAPER, Study, method_of, to_levels, to_pixels
 from replicate.resume import Journal
 from replicate.runs.checkpoint import pack, unpack
 from replicate.runs.experiment import Context, Experiment, Outcome
@@ -48,10 +48,12 @@ def made_up(name: str) -> Task:
 @pytest.fixture
 def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny images in place of both data sets, and pixels in place of a classifier's features."""
-    judge = Judge(lambda x: x[:, ::9].cpu(), lambda x: x[:, ::9].cpu().softmax(1), "0123456789abcdef" * 4)
+    judge = SimpleNamespace(
+        features=lambda x: x[:, ::9].cpu(), probabilities=lambda x: x[:, ::9].cpu().softmax(1), sha256="f" * 64
+    )
     monkeypatch.setattr(nijkamp, "digits", lambda: made_up("digits"))
     monkeypatch.setattr(nijkamp, "mnist", lambda: made_up("mnist"))
-    monkeypatch.setattr(nijkamp, "judge_of", lambda task: judge)
+    monkeypatch.setattr(nijkamp, "task_features", lambda task: judge)
 
 
 def context(what: Experiment, seed: int = 0, **changes: Any) -> Context:
@@ -91,7 +93,7 @@ def test_experiments_measure_what_claims_and_plots_name(what: Experiment) -> Non
             assert {claim.measure, claim.minus, claim.over} - {""} <= set(outcome.estimates)
             assert set(claim.plots) <= {p.name for p in outcome.plots}
     samples, energy = (p.as_dict() for p in outcome.plots)
-    assert "0123456789ab" in samples["title"]
+    assert samples["image"] == [6, 6]
     assert [line["label"] for line in energy["lines"]] == ["fresh", "replay"]
     assert all(len(line["x"]) == nijkamp.STOPS + 1 for line in energy["lines"])
     assert ("bits_per_dim:tilted" in outcome.estimates) == (what is IMAGES)
@@ -209,16 +211,6 @@ def test_another_seed_is_another_result() -> None:
     assert first.estimates["frechet:replay_long"] != other.estimates["frechet:replay_long"]
 
 
-def test_the_judge_of_the_8x8_digits_is_the_suites_classifier_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Small:
-        network = torch.nn.Sequential(torch.nn.Linear(64, 10))
-        scale, sha256 = 16.0, "f" * 64
-
-        def features(self, x: Tensor) -> Tensor:
-            return x[:, :5]
-
-    monkeypatch.setattr(nijkamp, "digit_features", lambda task: Small())
-    task = nijkamp.digits()
-    judge = nijkamp.judge_of(task)
-    assert judge.sha256 == "f" * 64
-    torch.testing.assert_close(judge.probabilities(task.test).sum(1), torch.ones(len(task.test)))
+@pytest.mark.usefixtures("small_data")
+def test_the_classifier_that_judged_samples_is_named() -> None:
+    assert DIGITS.run(context(DIGITS)).classifiers == {"digits": "f" * 64}
