@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -237,6 +238,7 @@ def small_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(score_images, "TASKS", {"mnist": lambda: task, "fashion-mnist": lambda: task})
     monkeypatch.setattr(score_images, "sample_quality", quality)
+    monkeypatch.setattr(score_images, "image_features", lambda name: SimpleNamespace(sha256="f" * 64))
 
 
 def context(what: Experiment, stage: str = "", **changes: Any) -> Context:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from baselines.made import MaskedAutoencoder
 from replicate.papers.base import Paper
-from replicate.papers.larochelle import TASK, outcome, splits, training, validation_plot
+from replicate.papers.rows import STATIC_BITS, exact_nll, splits, training, validation_plot
 from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Outcome
 from replicate.runs.training import train
@@ -118,7 +118,7 @@ def train_and_score(context: Context) -> Outcome:
     train_bits, valid, test = splits(context)
     model = build(context)
     curve = fit(model, train_bits, valid, context)
-    return outcome(log_prob(model, test), validation_plot(curve, "epochs"))
+    return exact_nll(log_prob(model, test), validation_plot(curve, "epochs"))
 
 
 def train_short(context: Context) -> Outcome:
@@ -126,7 +126,7 @@ def train_short(context: Context) -> Outcome:
     train_bits, valid, test = splits(context)
     model = build(context)
     history = train(model, train_bits, valid, training(context.params), context.streams)
-    return outcome(log_prob(model, test), validation_plot(history.valid))
+    return exact_nll(log_prob(model, test), validation_plot(history.valid))
 
 
 def row(layers: int, masks: int, minutes: float) -> Experiment:
@@ -149,7 +149,7 @@ def row(layers: int, masks: int, minutes: float) -> Experiment:
         },
         seeds=3,
         profiles=("full",),
-        files=FILES[TASK],
+        files=FILES[STATIC_BITS],
         cuda_minutes=minutes,
     )
 
@@ -176,7 +176,7 @@ SHORT = Experiment(
     },
     seeds=3,
     profiles=("full",),
-    files=FILES[TASK],
+    files=FILES[STATIC_BITS],
 )
 
 PAPER = Paper("germain", Path(__file__).with_suffix(".toml"), experiments=(*ROWS, SHORT))

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from replicate.model import LogLikelihood, Model, Training
+from replicate.model import Model
 from replicate.papers.base import Paper
+from replicate.papers.rows import exact_nll, splits, training, validation_plot
 from replicate.registry import model_entry
-from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+from replicate.runs.experiment import Context, Experiment, Outcome
 from replicate.runs.training import train
 from replicate.tasks.images import FILES, mnist_static
 
@@ -106,25 +107,12 @@ def build(context: Context) -> Model:
 
 def train_and_score(context: Context) -> Outcome:
     """Train on static bits, keep the best validation step, and score the test bits exactly."""
-    p, task = context.params, mnist_static()
-    rows = slice(p["rows"] or None)
-    parts = [part[rows].to(context.device) for part in (task.train, task.valid, task.test)]
+    fit, valid, test = splits(context)
     model = build(context).to(context.device)
-    settings = Training(
-        steps=p["steps"],
-        batch_size=p["batch_size"],
-        lr=p["lr"],
-        grad_clip=p["grad_clip"],
-        ema=p["ema"],
-        validate_every=p["validate_every"],
-    )
-    history = train(model, parts[0], parts[1], settings, context.streams)
+    history = train(model, fit, valid, training(context.params), context.streams)
     with torch.no_grad():
-        log_p = torch.cat([model.log_prob(part) for part in parts[2].split(CHUNK)])
-    line = Line("validation", [step for step, _ in history.valid], [value for _, value in history.valid])
-    plot = Plot("validation", "NLL on validation", "optimizer step", "nats", (line,))
-    exact = LogLikelihood(log_p, "exact")
-    return Outcome({"nll": -exact.mean()}, (plot,), examples={task.name: exact})
+        log_p = torch.cat([model.log_prob(part) for part in test.split(CHUNK)])
+    return exact_nll(log_p, validation_plot(history.valid))
 
 
 _TRAINING: dict[str, Any] = {

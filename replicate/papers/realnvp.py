@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,9 @@ from torch import Tensor
 
 from baselines.image_flow import IMAGE_REALNVP
 from replicate.likelihood.dequantisation import DequantisedGaussian, DequantisedLogit, Preprocessed
-from replicate.model import DataInfo, Estimate, LogLikelihood, Model, ModelEntry, Training
+from replicate.model import DataInfo, Estimate, LogLikelihood, Model, ModelEntry
 from replicate.papers.base import Paper
+from replicate.papers.rows import IN_A_ROW, in_bits, sheet, training
 from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 from replicate.runs.seeds import Streams
@@ -39,8 +39,6 @@ from replicate.tasks.images import FILES, fashion_mnist, mnist
 TASKS: dict[str, Callable[[], Task]] = {"mnist": mnist, "fashion-mnist": fashion_mnist}
 #: images that a flow scores at a time
 CHUNK = 1_000
-#: images in a row of a plot: what a record keeps of one
-IN_A_ROW = 5
 
 
 # -- preprocessing
@@ -77,19 +75,14 @@ def preprocessed(inner: Model, info: DataInfo, name: str, alpha: float) -> Prepr
 # -- training
 
 
-def training_of(p: Mapping[str, Any]) -> Training:
-    """The training that the settings name."""
-    return Training(**{f.name: p[f.name] for f in fields(Training) if f.name in p})
-
-
 def fitted(model: Preprocessed, train_x: Tensor, valid_x: Tensor, p: Mapping[str, Any], streams: Streams) -> History:
     """Train on fresh noise for every batch or, with `noise_once`, on images that were dequantised once and for all."""
     if not p["noise_once"]:
-        return train(model, train_x, valid_x, training_of(p), streams)
+        return train(model, train_x, valid_x, training(p), streams)
     noise = streams.fresh("dequantise")
     model.transform.fit(train_x, noise)
     train_z, valid_z = (model.transform(x, noise)[0] for x in (train_x, valid_x))
-    return train(model.inner, train_z, valid_z, training_of(p), streams)
+    return train(model.inner, train_z, valid_z, training(p), streams)
 
 
 # -- evaluation
@@ -116,28 +109,12 @@ def bounds(log_p: Tensor) -> tuple[LogLikelihood, LogLikelihood]:
     return LogLikelihood(log_p.mean(1), "lower_bound", draws), LogLikelihood(tight, "lower_bound", draws)
 
 
-def in_bits(log_p: LogLikelihood, dim: int, variant: str = "") -> dict[str, Estimate]:
-    """-log P in nats and in bits per dimension."""
-    nll = -log_p.mean()
-    return {f"nll{variant}": nll, f"bits_per_dim{variant}": nll.times(1 / (dim * math.log(2)), "bits/dim")}
-
-
 def validation_curve(history: History, model: Preprocessed, valid: Tensor, generator: torch.Generator) -> Plot:
     """Bits per dimension on validation, one noise draw, against the step."""
     log_volume = float(model.transform(valid, generator)[1].mean())
     bits = [(loss - log_volume) / (valid.shape[1] * math.log(2)) for _, loss in history.valid]
     line = Line("validation", [step for step, _ in history.valid], bits)
     return Plot("validation", "Bound on validation", "optimizer step", "bits/dim", (line,))
-
-
-def sheet(test: Tensor, samples: Tensor, info: DataInfo) -> Plot:
-    """The first test images and samples, unselected."""
-    assert info.image is not None
-    assert info.levels is not None
-    rows = {"data": test, "samples": samples}
-    image, white = info.image, info.levels - 1
-    lines = tuple(Plot.row_of_images(k, (x[:IN_A_ROW].cpu() / white).unflatten(1, image)) for k, x in rows.items())
-    return Plot("samples", "Samples of the flow", "pixel", "grey", lines, style="images", image=image)
 
 
 def image_row(entry: ModelEntry, context: Context) -> Outcome:
@@ -162,7 +139,8 @@ def image_row(entry: ModelEntry, context: Context) -> Outcome:
     }
     samples = model.sample(IN_A_ROW, streams.fresh("samples"))
     curve = validation_curve(history, model, valid_x, streams.fresh("volume"))
-    return Outcome(estimates, (curve, sheet(test_x, samples, info)), examples={task.name: plain})
+    images = sheet("samples", "Samples of the flow", {"data": test_x, "samples": samples}, info)
+    return Outcome(estimates, (curve, images), examples={task.name: plain})
 
 
 # -- the row

@@ -34,6 +34,7 @@ from torch import Tensor
 from replicate.likelihood.estimator import Effort, log_likelihood
 from replicate.metrics.features import image_features, sample_quality
 from replicate.model import Estimate, LogLikelihood, Training
+from replicate.papers.rows import IN_A_ROW, in_bits, sheet
 from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 from replicate.runs.seeds import Streams
@@ -58,8 +59,6 @@ from replicate.tasks.images import FILES, fashion_mnist, mnist
 TASKS: dict[str, Callable[[], Task]] = {"mnist": mnist, "fashion-mnist": fashion_mnist}
 #: images at a time where all noise levels of one are computed
 CHUNK = 2_000
-#: images in a row of a plot: what a record keeps of one
-IN_A_ROW = 5
 
 
 @dataclass(frozen=True)
@@ -145,12 +144,6 @@ def bound_likelihood(model: DequantisedImages, inner: DiffusionModel, x: Tensor,
     return LogLikelihood(torch.cat(state["done"]) + log_volume.double(), "lower_bound")
 
 
-def in_bits(log_p: LogLikelihood, dim: int, variant: str = "") -> dict[str, Estimate]:
-    """-log P in nats and in bits per dimension."""
-    nll = -log_p.mean()
-    return {f"nll{variant}": nll, f"bits_per_dim{variant}": nll.times(1 / (dim * math.log(2)), "bits/dim")}
-
-
 def likelihoods(context: Context) -> Outcome:
     """Train one diffusion model; its likelihood of the test images by flow and by bound, and its samples."""
     p, data = context.params, load(context)
@@ -171,7 +164,7 @@ def likelihoods(context: Context) -> Outcome:
     samples = uniform.sample(p["samples"], context.streams.fresh("sample"))
     estimates |= sample_quality(samples.cpu(), data.reference, p["data"])
     rows = {"data": data.test, **{f"samples {i + 1}": samples[IN_A_ROW * i :] for i in range(4)}}
-    plots = (sheet("samples", "Samples of the probability flow", rows, data.task), training_curve(curves))
+    plots = (sheet("samples", "Samples of the probability flow", rows, data.task.info), training_curve(curves))
     classifiers = {p["data"]: image_features(p["data"]).sha256}
     return Outcome(estimates, plots, examples={data.task.name: log_p}, classifiers=classifiers)
 
@@ -237,8 +230,8 @@ def annealed(context: Context) -> Outcome:
     }
     drawn = {"not denoised": samples[""], "denoised": samples[":denoised"], "data": data.test}
     plots = (
-        sheet("samples", "Samples of annealed Langevin dynamics", drawn, data.task),
-        sheet("inpainting", "Lower halves by algorithm 2", rows, data.task),
+        sheet("samples", "Samples of annealed Langevin dynamics", drawn, data.task.info),
+        sheet("inpainting", "Lower halves by algorithm 2", rows, data.task.info),
         training_curve({"score": history}),
     )
     return Outcome(estimates, plots, classifiers={p["data"]: image_features(p["data"]).sha256})
@@ -252,15 +245,6 @@ def upper_half(task: Task) -> Tensor:
 
 
 # -- plots
-
-
-def sheet(name: str, title: str, rows: dict[str, Tensor], task: Task) -> Plot:
-    """The first images of each row, unselected."""
-    assert task.info.image is not None
-    assert task.info.levels is not None
-    image, white = task.info.image, task.info.levels - 1
-    lines = [Plot.row_of_images(label, (x[:IN_A_ROW].cpu() / white).unflatten(1, image)) for label, x in rows.items()]
-    return Plot(name, title, "pixel", "grey", tuple(lines), style="images", image=image)
 
 
 def training_curve(histories: dict[str, History]) -> Plot:

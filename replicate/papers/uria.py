@@ -31,7 +31,7 @@ from torch import Tensor
 from baselines.nade import OrderAgnosticNADE, log_mean_density
 from replicate.model import Estimate, LogLikelihood
 from replicate.papers.base import Paper
-from replicate.papers.larochelle import TASK, splits, training, validation_plot
+from replicate.papers.rows import STATIC_BITS, splits, training, validation_plot
 from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 from replicate.runs.training import train
@@ -71,7 +71,7 @@ def train_and_score(context: Context) -> Outcome:
     plot = Plot("orderings", "NLL of ensembles", "orderings", "nats", (line,), log_x=True)
     whole = LogLikelihood(found[p["orderings"]], "exact")
     return Outcome(
-        {f"nll:{k}": e for k, e in nll.items()}, (plot, validation_plot(history.valid)), examples={TASK: whole}
+        {f"nll:{k}": e for k, e in nll.items()}, (plot, validation_plot(history.valid)), examples={STATIC_BITS: whole}
     )
 
 
@@ -94,7 +94,7 @@ DEPTHS = tuple(
         {**_SETTINGS, "layers": layers},
         seeds=3,
         profiles=("full",),
-        files=FILES[TASK],
+        files=FILES[STATIC_BITS],
         cuda_minutes=minutes,
     )
     for layers, minutes in ((1, 12), (2, 15))

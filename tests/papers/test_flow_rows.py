@@ -16,7 +16,7 @@ from baselines.image_flow import GLOW, IMAGE_SPLINE_FLOW
 from baselines.maf import MAF, build_maf
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.model import DataInfo, LogLikelihood
-from replicate.papers import realnvp
+from replicate.papers import realnvp, rows
 from replicate.papers.base import Paper
 from replicate.runs.experiment import MAX_PIXELS, Context, Experiment, Outcome
 from replicate.runs.seeds import Streams
@@ -109,7 +109,7 @@ def check(outcome: Outcome) -> None:
     assert all(math.isfinite(v) for v in curve.lines[0].y)
     assert [line.label for line in sheet.lines] == ["data", "samples"]
     assert all(value in (0.0, 1.0) for line in sheet.lines for value in line.y)
-    assert realnvp.IN_A_ROW * 28 * 28 <= MAX_PIXELS
+    assert rows.IN_A_ROW * 28 * 28 <= MAX_PIXELS
 
 
 @pytest.mark.usefixtures("small_images")

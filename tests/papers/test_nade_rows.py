@@ -13,7 +13,7 @@ from test_resume_papers import Sitting, found
 
 from baselines.made import MaskedAutoencoder
 from replicate.model import DataInfo, Estimate
-from replicate.papers import germain, larochelle, uria
+from replicate.papers import germain, larochelle, rows, uria
 from replicate.papers.base import Paper
 from replicate.runs.experiment import Context, Experiment, Outcome
 from replicate.runs.seeds import Streams
@@ -103,7 +103,7 @@ def test_rows_at_the_papers_size_ask_for_a_gpu_and_the_short_one_does_not() -> N
 
 @pytest.mark.usefixtures("small_images")
 def test_rows_limits_every_part() -> None:
-    fit, valid, test = larochelle.splits(context(germain.SHORT, rows=7))
+    fit, valid, test = rows.splits(context(germain.SHORT, rows=7))
     assert len(fit) == len(valid) == len(test) == 7
     assert torch.equal(fit, bits(STATIC)[:7])
 

@@ -1,0 +1,60 @@
+"""What rows of several papers on images share: parts of static MNIST, settings, units, curves, sheets of images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor
+
+from replicate.model import DataInfo, Estimate, LogLikelihood, Training
+from replicate.runs.experiment import Context, Line, Outcome, Plot
+from replicate.tasks.images import mnist_static
+
+STATIC_BITS = "mnist-static"
+#: images in a row of a sheet
+IN_A_ROW = 5
+_TRAINING = {f.name for f in fields(Training)}
+
+
+def training(params: Mapping[str, Any]) -> Training:
+    """The training settings among an experiment's."""
+    return Training(**{key: value for key, value in params.items() if key in _TRAINING})
+
+
+def in_bits(log_p: LogLikelihood, dim: int, variant: str = "") -> dict[str, Estimate]:
+    """-log P in nats and in bits per dimension, as "nll" and "bits_per_dim" with the variant behind."""
+    nll = -log_p.mean()
+    return {f"nll{variant}": nll, f"bits_per_dim{variant}": nll.times(1 / (dim * math.log(2)), "bits/dim")}
+
+
+def sheet(name: str, title: str, rows: Mapping[str, Tensor], info: DataInfo) -> Plot:
+    """The first images of each row, unselected; a row has grey values 0..levels-1, (n, D)."""
+    assert info.image is not None
+    assert info.levels is not None
+    image, white = info.image, info.levels - 1
+    lines = [Plot.row_of_images(label, (x[:IN_A_ROW].cpu() / white).unflatten(1, image)) for label, x in rows.items()]
+    return Plot(name, title, "pixel", "grey", tuple(lines), style="images", image=image)
+
+
+# -- static bits
+
+
+def splits(context: Context) -> list[Tensor]:
+    """Training, validation and test bits on the device: of each the first "rows", or all where that is 0."""
+    task, rows = mnist_static(), context.params["rows"] or None
+    return [part[:rows].to(context.device) for part in (task.train, task.valid, task.test)]
+
+
+def validation_plot(valid: Sequence[tuple[int, float]], unit: str = "optimizer step") -> Plot:
+    """Validation NLL against steps or epochs."""
+    line = Line("validation", [at for at, _ in valid], [nll for _, nll in valid])
+    return Plot("validation", "NLL on validation", unit, "nats", (line,))
+
+
+def exact_nll(log_p: Tensor, plot: Plot) -> Outcome:
+    """ "nll" from exact log p (n,) of the test bits."""
+    exact = LogLikelihood(log_p, "exact")
+    return Outcome({"nll": -exact.mean()}, (plot,), examples={STATIC_BITS: exact})
