@@ -20,7 +20,11 @@ from replicate.tasks import binary
 from replicate.tasks.base import TaskEntry
 
 BENCHMARKS = {name.replace("_", "-"): getattr(binary, name.upper()) for name in binary.DIMENSIONS}
-PICTURES = {"caltech-silhouettes": binary.CALTECH_SILHOUETTES, "frey-faces": binary.FREY_FACES}
+PICTURES = {
+    "caltech-silhouettes": binary.CALTECH_SILHOUETTES,
+    "frey-faces": binary.FREY_FACES,
+    "omniglot": binary.OMNIGLOT,
+}
 #: rows of training, validation and test part
 SIZES = {
     "nltcs": (16181, 2157, 3236),
@@ -30,6 +34,7 @@ SIZES = {
     "nips": (400, 100, 1240),
     "voting": (1214, 200, 350),
     "caltech-silhouettes": (4100, 2264, 2307),
+    "omniglot": (17_360, 1_920, 13_180),
     "frey-faces": (1565, 200, 200),
 }
 
@@ -237,6 +242,47 @@ def test_real_sets_have_their_sizes_and_shapes(name: str) -> None:
         assert float(part.min()) >= 0
         assert float(part.max()) <= task.info.levels - 1
         assert torch.equal(part, part.round())
+
+
+def drawings(characters: int = 97, **changed: np.ndarray) -> bytes:
+    """A made-up file of Omniglot's layout, two drawings a character, each with one row of ink at its number."""
+    arrays: dict[str, np.ndarray] = {}
+    for name, n in (("background", characters), ("evaluation", 2)):
+        x = np.zeros((n, 2, 105, 105), dtype=np.uint8)
+        for i in range(2 * n):
+            x[i // 2, i % 2, i % 105] = 1
+        arrays |= {name: np.packbits(x, axis=-1), f"{name}_bits": np.array(105)}
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **{**arrays, **changed})  # type: ignore[arg-type]
+    return stream.getvalue()
+
+
+def test_drawings_are_split_by_character_and_keep_their_bits() -> None:
+    train, valid, test = binary.parse_omniglot(drawings(), "file")
+    assert [len(part) for part in (train, valid, test)] == [2, 192, 4]
+    for part, first in ((train, 0), (valid, 2), (test, 0)):
+        assert part.shape[1] == 105 * 105
+        rows = part.view(-1, 105, 105)
+        inked = rows.all(2).float().argmax(1)
+        assert torch.equal(inked, torch.arange(first, first + len(part)) % 105)
+        assert torch.equal(rows.sum((1, 2)), torch.full((len(part),), 105.0))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: drawings()[:-40], "it is no .npz file"),
+        (lambda: drawings(96), "not that of drawings of more than 96 characters"),
+        (lambda: drawings(evaluation_bits=np.array(104)), "evaluation_bits is 104, and 105 bits"),
+        (lambda: drawings(evaluation=np.zeros((7, 14), dtype=np.uint8)), "no drawings of 105 rows"),
+        (lambda: drawings(background=np.zeros((7, 14), dtype=np.uint8)), "not that of drawings"),
+    ],
+    ids=["cut short", "few characters", "another number of bits", "no drawings", "flat"],
+)
+def test_a_file_that_is_not_omniglots_is_refused(make: Callable[[], bytes], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        binary.parse_omniglot(make(), "file")
+    assert str(caught.value).startswith("file: ")
 
 
 def test_real_silhouettes_are_white_at_the_border_and_dark_inside() -> None:

@@ -155,7 +155,8 @@ def _dequantised(model: Preprocessed, x: Tensor, effort: Effort, generator: torc
     estimate = _estimator(inner, replace(effort, ode_probes=1), generator)
     total = torch.full((len(x),), -math.inf if not noisy else 0.0, dtype=torch.float64, device=x.device)
     for _ in range(draws):
-        z, logdet = model.transform(x, generator)
+        with torch.no_grad():  # a learned transform would keep the graph of every draw
+            z, logdet = model.transform(x, generator)
         one = estimate(z)
         log_p = (one.values + logdet).double()
         total = total + log_p / draws if noisy else torch.logaddexp(total, log_p - math.log(draws))

@@ -1,4 +1,4 @@
-"""Binary sets and small pictures with fixed splits: thirteen density benchmarks, silhouettes, faces.
+"""Binary sets and small pictures with fixed splits: thirteen density benchmarks, silhouettes, drawings, faces.
 
 The density benchmarks are those on which Larochelle, Bengio and Turian 2010, NADE (Larochelle and Murray 2011), its
 successors and sum-product networks (Gens and Domingos 2013) are compared; `mushrooms`, `dna` and `nips` are NADE's.
@@ -7,6 +7,10 @@ Their splits into training, validation and test part are the collection's own.
 Caltech 101 silhouettes (Marlin, Swersky, Chen and de Freitas 2010) are the 28 x 28 pictures of split 1. The file has a
 pixel 1 where there is background and runs down the columns; here 1 is background still, and pictures run along the
 rows, as every other image of the suite does.
+
+Omniglot (Lake, Salakhutdinov and Tenenbaum 2015) is here at 105 x 105 pixels, as drawn. Likelihoods in print are those
+of another file, Burda's at 28 x 28, and do not compare. The background alphabets train, but for their last characters,
+which validate; the evaluation alphabets test.
 
 Frey's faces (Roweis, Saul and Hinton 2002) are 1965 frames of one video, 28 x 20 pixels of 256 grey levels, with no
 split of their own. They are cut at random under `FACES_SEED` into 1565 / 200 / 200, the sizes of Tomczak and Welling
@@ -19,6 +23,8 @@ import io
 import math
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 
 import numpy as np
@@ -58,6 +64,12 @@ SILHOUETTES_ORIGIN = "Marlin et al. 2010, https://people.cs.umass.edu/~marlin/da
 SILHOUETTES_PARTS = ("train_data", "val_data", "test_data")
 SILHOUETTES_SHAPE = (28, 28)
 
+OMNIGLOT_FILE = "omniglot/omniglot105.npz"
+OMNIGLOT_ORIGIN = "the drawings of https://github.com/brendenlake/omniglot, packed"
+OMNIGLOT_SIDE = 105
+#: characters of the background alphabets that validate, about a tenth
+OMNIGLOT_VALID = 96
+
 FACES_FILE = "frey-faces/frey_rawface.mat"
 FACES_ORIGIN = "Roweis, https://cs.nyu.edu/~roweis/data.html"
 FACES_SHAPE = (28, 20)
@@ -87,14 +99,21 @@ def parse_benchmark(content: bytes, name: str, what: str) -> tuple[Tensor, Tenso
     Raises:
         UsageError: these are not the bytes of an .npz file with these arrays.
     """
+    with _opened(content, what) as archive:
+        train, valid, test = (_bits(archive, f"{name}_{part}", DIMENSIONS[name]) for part in PARTS)
+    return train, valid, test
+
+
+@contextmanager
+def _opened(content: bytes, what: str) -> Iterator[zipfile.ZipFile]:
+    """An .npz file to read arrays from; whatever is wrong with it is told with the file's name."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            train, valid, test = (_bits(archive, f"{name}_{part}", DIMENSIONS[name]) for part in PARTS)
+            yield archive
     except _Wrong as error:
         raise _refused(what, str(error)) from None
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError) as error:
         raise _refused(what, f"it is no .npz file ({error})") from None
-    return train, valid, test
 
 
 class _Wrong(ValueError):
@@ -102,13 +121,13 @@ class _Wrong(ValueError):
 
 
 def _bits(archive: zipfile.ZipFile, name: str, dim: int) -> Tensor:
-    """An array of packed bits, unpacked: float32 (n, dim)."""
+    """An array of bits packed along its last axis, unpacked: float32 (n, dim), n the product of the other axes."""
     packed, bits = _member(archive, name), _member(archive, f"{name}_bits")
     if bits.shape != () or bits.dtype.kind not in "iu" or int(bits) != dim:
         raise _Wrong(f"{name}_bits is {str(bits)[:40]}, and {dim} bits are expected")
-    if packed.dtype != np.uint8 or packed.ndim != 2 or packed.shape[1] != -(-dim // 8) or not len(packed):
+    if packed.dtype != np.uint8 or packed.ndim < 2 or packed.shape[-1] != -(-dim // 8) or not packed.size:
         raise _Wrong(f"{name} has {packed.dtype} of shape {packed.shape}, which are no rows of {dim} packed bits")
-    rows = np.unpackbits(packed, axis=-1)
+    rows = np.unpackbits(packed.reshape(-1, packed.shape[-1]), axis=-1)
     if rows[:, dim:].any():
         raise _Wrong(f"{name} has bits set beyond the {dim} of a row")
     return torch.from_numpy(rows[:, :dim].astype(np.float32))
@@ -211,6 +230,40 @@ def caltech_silhouettes() -> Task:
     return Task("caltech-silhouettes", SILHOUETTES_ABOUT, DataInfo(height * width, "bits", 2, (height, width)), *parts)
 
 
+def parse_omniglot(content: bytes, what: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The three parts, each float32 (n, 11025) of bits, row by row, 1 = ink.
+
+    The file has, packed to bytes along the rows of a drawing, background and evaluation, (characters, drawings of each,
+    105, 14), and beside each the number of bits of a row.
+
+    Raises:
+        UsageError: these are not the bytes of such a file.
+    """
+    with _opened(content, what) as archive:
+        shape = _member(archive, "background").shape
+        if len(shape) != 4 or shape[0] <= OMNIGLOT_VALID:
+            raise _Wrong(f"background has shape {shape}, not that of drawings of more than {OMNIGLOT_VALID} characters")
+        rows = [_bits(archive, name, OMNIGLOT_SIDE) for name in ("background", "evaluation")]
+        if any(len(part) % OMNIGLOT_SIDE for part in rows):
+            raise _Wrong(f"its rows are no drawings of {OMNIGLOT_SIDE} rows")
+    background, test = (part.view(-1, OMNIGLOT_SIDE**2) for part in rows)
+    held_out = OMNIGLOT_VALID * shape[1]
+    return background[:-held_out], background[-held_out:], test
+
+
+@cache
+def omniglot() -> Task:
+    """17,360 / 1,920 / 13,180 drawings of characters, each set of other characters.
+
+    Raises:
+        UsageError: the file is missing or damaged.
+    """
+    path = data_file(OMNIGLOT_FILE, OMNIGLOT_ORIGIN)
+    parts = parse_omniglot(contents(path), str(path))
+    side = OMNIGLOT_SIDE
+    return Task("omniglot", OMNIGLOT_ABOUT, DataInfo(side**2, "bits", 2, (side, side)), *parts)
+
+
 def parse_faces(content: bytes, what: str) -> Tensor:
     """All frames in their order, float32 (n, 560) of levels 0..255, row by row.
 
@@ -240,6 +293,7 @@ def frey_faces() -> Task:
 
 
 SILHOUETTES_ABOUT = "Caltech 101 silhouettes, 28x28 bits, split 1"
+OMNIGLOT_ABOUT = "Omniglot, 105x105 bits as drawn, test on other alphabets"
 FACES_ABOUT = "Frey's faces, 28x20 pixels of 256 grey levels, a random split"
 
 NLTCS = _entry("nltcs")
@@ -256,4 +310,5 @@ BBC = _entry("bbc")
 MOVIEREVIEW = _entry("moviereview")
 VOTING = _entry("voting")
 CALTECH_SILHOUETTES = TaskEntry(SILHOUETTES_ABOUT, caltech_silhouettes, "data", files=(SILHOUETTES_FILE,))
+OMNIGLOT = TaskEntry(OMNIGLOT_ABOUT, omniglot, "data", files=(OMNIGLOT_FILE,))
 FREY_FACES = TaskEntry(FACES_ABOUT, frey_faces, "data", files=(FACES_FILE,))
