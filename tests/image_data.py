@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 
-from replicate.tasks import images
+from replicate.tasks import binary, images
 
 #: rows of each file of static bits, and images of each IDX file
 STATIC, GREY = 40, 460
@@ -38,19 +40,28 @@ def labels(seed: int = 0, n: int = GREY) -> bytes:
     return np.array([2049, n], dtype=">i4").tobytes() + named.tobytes()
 
 
+def silhouettes() -> bytes:
+    """A MATLAB file of silhouettes."""
+    stream = io.BytesIO()
+    parts = {name: bits(STATIC, seed=i).numpy().astype(np.uint8) for i, name in enumerate(binary.SILHOUETTES_PARTS)}
+    scipy.io.savemat(stream, parts)
+    return stream.getvalue()
+
+
 def forget() -> None:
     """Let go what the tasks have read."""
-    for cached in (images.mnist_static, images.mnist_dynamic, images._grey):
+    for cached in (images.mnist_static, images.mnist_dynamic, images._grey, binary.caltech_silhouettes):
         cached.cache_clear()
 
 
 @pytest.fixture
 def small_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder: static bits with and without .gz, MNIST's and Fashion-MNIST's IDX files."""
+    """The folder: static bits with and without .gz, MNIST's and Fashion-MNIST's IDX files, silhouettes."""
     monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
     monkeypatch.setattr("replicate.data.files.expected", lambda path: None)  # made-up content under real names
-    for folder in ("mnist", "fashion-mnist", "mnist-static"):
+    for folder in ("mnist", "fashion-mnist", "mnist-static", "caltech101-silhouettes"):
         (tmp_path / folder).mkdir()
+    (tmp_path / binary.SILHOUETTES_FILE).write_bytes(silhouettes())
     for i, name in enumerate(images.FILES["mnist-static"]):
         content = amat(bits(STATIC, seed=i))
         (tmp_path / (f"{name}.gz" if i else name)).write_bytes(gzip.compress(content) if i else content)

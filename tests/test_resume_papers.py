@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from replicate.model import DataInfo
 from replicate.papers import burda, nce, pixelcnn, ssm_kernel
-from replicate.papers import rows as rows_of_images
 from replicate.papers.minibatches import Minibatches
 from replicate.registry import experiment
 from replicate.report.labels import is_timing
@@ -149,8 +148,7 @@ def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
     task = Task("bits", "random bits", DataInfo(16, "bits", 2, (4, 4)), bits[:50], bits[50:70], bits[70:])
     table = ssm_kernel.Table(rows[:50], rows[50:70], rows[70:])
     monkeypatch.setattr(burda, "training_and_test", lambda dynamic: (0.5 * bits[:50], bits[50:]))
-    for module in (pixelcnn, rows_of_images):
-        monkeypatch.setattr(module, "mnist_static", lambda: task)
+    monkeypatch.setitem(pixelcnn.TASKS, "mnist-static", lambda: task)
     monkeypatch.setattr(ssm_kernel, "load_table", lambda name, draws: table)
     two = {"ssm": ssm_kernel.sliced, "dsm": ssm_kernel.denoising(0.2)}
     monkeypatch.setattr(ssm_kernel, "objectives", lambda sigma: two)

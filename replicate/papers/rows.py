@@ -11,6 +11,7 @@ from torch import Tensor
 
 from replicate.model import DataInfo, Estimate, LogLikelihood, Training
 from replicate.runs.experiment import Context, Line, Outcome, Plot
+from replicate.tasks.base import Task
 from replicate.tasks.images import mnist_static
 
 STATIC_BITS = "mnist-static"
@@ -39,12 +40,16 @@ def sheet(name: str, title: str, rows: Mapping[str, Tensor], info: DataInfo) -> 
     return Plot(name, title, "pixel", "grey", tuple(lines), style="images", image=image)
 
 
-# -- static bits
+# -- bits
 
 
-def splits(context: Context) -> list[Tensor]:
-    """Training, validation and test bits on the device: of each the first "rows", or all where that is 0."""
-    task, rows = mnist_static(), context.params["rows"] or None
+def splits(context: Context, task: Task | None = None) -> list[Tensor]:
+    """Training, validation and test bits on the device: of each the first "rows", or all where that is 0.
+
+    Args:
+        task: static MNIST without it.
+    """
+    task, rows = task or mnist_static(), context.params["rows"] or None
     return [part[:rows].to(context.device) for part in (task.train, task.valid, task.test)]
 
 
@@ -54,7 +59,7 @@ def validation_plot(valid: Sequence[tuple[int, float]], unit: str = "optimizer s
     return Plot("validation", "NLL on validation", unit, "nats", (line,))
 
 
-def exact_nll(log_p: Tensor, plot: Plot) -> Outcome:
-    """ "nll" from exact log p (n,) of the test bits."""
+def exact_nll(log_p: Tensor, plot: Plot, task: str = STATIC_BITS) -> Outcome:
+    """ "nll" from exact log p (n,) of a task's test bits."""
     exact = LogLikelihood(log_p, "exact")
-    return Outcome({"nll": -exact.mean()}, (plot,), examples={STATIC_BITS: exact})
+    return Outcome({"nll": -exact.mean()}, (plot,), examples={task: exact})
