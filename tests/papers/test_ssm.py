@@ -351,6 +351,21 @@ def test_score_is_the_gradient_of_the_log_density(family: ssm_kernel.DeepKernelF
     torch.testing.assert_close(family.score(x), gradient, rtol=1e-8, atol=1e-8)
 
 
+def test_a_point_is_evaluated_once_for_density_and_score(family: ssm_kernel.DeepKernelFamily) -> None:
+    asked = []
+
+    def log_density(x: Tensor) -> Tensor:
+        asked.append(x)
+        return family.log_density(x)
+
+    x, y = (torch.randn(4, 3, generator=generator(s), dtype=torch.float64) for s in (0, 1))
+    found = ssm_kernel.Evaluated(log_density)
+    for point in (x, y, x):  # one point is remembered, and no more
+        torch.testing.assert_close(found.value(point), family.log_density(point).detach())
+        torch.testing.assert_close(found.score(point), family.score(point).detach(), rtol=1e-8, atol=1e-8)
+    assert len(asked) == 3
+
+
 def test_minimiser_has_no_slope() -> None:
     a = torch.randn(4, 4, generator=generator(), dtype=torch.float64)
     form = ssm_kernel.Quadratic(a @ a.T, a[0])
