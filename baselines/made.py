@@ -63,8 +63,10 @@ class MaskedLinear(nn.Linear):
         if bias:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, which: int) -> Tensor:  # type: ignore[override]
-        return F.linear(x, self.weight * self.mask[which], self.bias)
+    def forward(self, x: Tensor, which: int | Tensor) -> Tensor:  # type: ignore[override]
+        """Through the masks of one set: its number, or a tensor (1,) with it, for which no GPU has to be waited for."""
+        mask = self.mask[which] if isinstance(which, int) else self.mask.index_select(0, which)[0]
+        return F.linear(x, self.weight * mask, self.bias)
 
 
 class MaskedAutoencoder(Model):
@@ -126,12 +128,12 @@ class MaskedAutoencoder(Model):
             with torch.no_grad():
                 self.output.bias.copy_(marginal_logits(train))
 
-    def conditionals(self, x: Tensor, which: int, generator: torch.Generator | None = None) -> Tensor:
+    def conditionals(self, x: Tensor, which: int | Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Head parameters (n, D, size) under set `which`; those of a dimension depend on the inputs of lower rank only.
 
         Args:
             x: (n, D).
-            which: 0..M-1.
+            which: 0..M-1, or a tensor (1,) with it.
             generator: draws the dropout masks; no dropout without it.
         """
         h = x
@@ -140,7 +142,7 @@ class MaskedAutoencoder(Model):
         out = self.output(h, which) + self.direct(x, which)
         return out.view(len(x), self.dim, self.head.size)
 
-    def _log_prob_under(self, x: Tensor, which: int, generator: torch.Generator | None = None) -> Tensor:
+    def _log_prob_under(self, x: Tensor, which: int | Tensor, generator: torch.Generator | None = None) -> Tensor:
         parameters = self.conditionals(x, which, generator)
         return self.head.log_prob(parameters.flatten(0, 1), x.flatten()).view_as(x).sum(1)
 
@@ -154,7 +156,7 @@ class MaskedAutoencoder(Model):
 
     def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
         """Mean NLL in nats under the set whose turn it is."""
-        return -self._log_prob_under(batch, int(self.turn), generator if self.training else None).mean()
+        return -self._log_prob_under(batch, self.turn.view(1), generator if self.training else None).mean()
 
     def after_step(self, generator: torch.Generator) -> None:
         """The next set's turn."""
