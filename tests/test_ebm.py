@@ -269,6 +269,21 @@ class TestNeuralEBM:
             assert 0 < result.log_z.stderr < 0.05
             assert abs(result.log_z.value - exact) < 4 * result.log_z.stderr
 
+    @pytest.mark.parametrize("sign", [-1.0, 1.0])
+    def test_a_bound_holds_however_far_the_network_runs(self, sign: float) -> None:
+        torch.manual_seed(0)
+        model = NeuralEBM(PLANE, hidden=16, layers=1, bound=3.0)
+        model.initialise(ring(500, 0), seeded(1))
+        x = 20 * torch.randn(200, 2, generator=seeded(2))
+        torch.testing.assert_close(model.tilt(x), torch.zeros(200))
+        head = model.g[-1]
+        torch.nn.init.constant_(head.bias, sign * 0.01)
+        torch.testing.assert_close(model.tilt(x), torch.full((200,), sign * 0.01), rtol=1e-4, atol=0)
+        torch.nn.init.constant_(head.bias, sign * 1e4)
+        torch.testing.assert_close(model.tilt(x), torch.full((200,), sign * 3.0))
+        log_z, _, _ = quadrature(model)
+        assert log_z == pytest.approx(-sign * 3.0, abs=1e-3)
+
     @pytest.mark.parametrize("jump", [0.0, 0.5])
     @pytest.mark.parametrize("beta", [0.5, 1.0])
     def test_moves_leave_the_path_invariant(self, neural: NeuralEBM, beta: float, jump: float) -> None:

@@ -302,7 +302,7 @@ def cell(
             "stages": STAGES,
             "shortened": shortened,
             "batch_size": 20,
-            "samples": 5000 if shortened == 1 else 1000,
+            "samples": 5000 if shortened == 1 else 500,
             "rows": 0,
         },
         seeds=3,
