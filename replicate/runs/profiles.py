@@ -49,9 +49,7 @@ OF_BINARY = (
 #: at least one model of each family, so that every kind of estimator runs
 SMOKE_DIGITS = (
     "causal-conv",
-    "gated-pixelcnn",
     "spline-flow",
-    "realnvp",
     "vae",
     "neural-ebm",
     "rbm-pcd",
@@ -81,7 +79,7 @@ class Part:
 
 COMPARISON: dict[str, tuple[Part, ...]] = {
     "smoke": (
-        Part(("two-gaussians",), 1, without=OF_REAL_DATA),
+        Part(("two-gaussians",), 1, without=(*SIBLINGS, *OF_REAL_DATA)),
         Part(("digits",), 1, SMOKE_DIGITS),
         Part(("digits-binary",), 1, ("causal-conv", "iwae", "rbm-cd", "mixture-em")),
     ),
