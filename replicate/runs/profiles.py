@@ -81,7 +81,7 @@ COMPARISON: dict[str, tuple[Part, ...]] = {
     "smoke": (
         Part(("two-gaussians",), 1, without=(*SIBLINGS, *OF_REAL_DATA)),
         Part(("digits",), 1, SMOKE_DIGITS),
-        Part(("digits-binary",), 1, ("causal-conv", "iwae", "rbm-cd", "mixture-em")),
+        Part(("digits-binary",), 1, ("iwae", "rbm-cd", "mixture-em")),
     ),
     "standard": (
         Part(PLANE, 3, without=(*ONE_LEVEL, *SIBLINGS, *ANY_OBJECTIVE, *OF_REAL_DATA, "iwae", "realnvp")),
