@@ -123,8 +123,7 @@ class Whitening(Layer):
 
     def initialise(self, x: Tensor) -> None:
         covariance = torch.cov(x.T.double())
-        if self.shrinkage:
-            covariance = (1 - self.shrinkage) * covariance + self.shrinkage * covariance.diagonal().diag()
+        covariance = (1 - self.shrinkage) * covariance + self.shrinkage * covariance.diagonal().diag()
         variance, basis = torch.linalg.eigh(covariance)
         largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
         basis = basis * largest.sign()  # an eigenvector's sign is the solver's choice: make it ours

@@ -109,6 +109,7 @@ BAD_BENCHMARKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "many numbers of bits": (lambda: benchmark(tiny_test_bits=np.arange(3)), "tiny_test_bits is"),
     "too few bytes a row": (lambda: benchmark(tiny_train=bits(4, 1)), "no rows of 11 packed bits"),
     "not packed": (lambda: benchmark(tiny_train=bits(4, 2).astype(float)), "float64 of shape"),
+    "rows of rows": (lambda: benchmark(tiny_train=bits(4, 2)[None]), "no rows of 11 packed bits"),
     "one row's list": (lambda: benchmark(tiny_train=bits(4, 2)[0]), "no rows of 11 packed bits"),
     "no rows": (lambda: benchmark(tiny_train=bits(0, 2)), "no rows of 11 packed bits"),
     "bits beyond a row": (lambda: benchmark(tiny_train=OVERHANG), "bits set beyond the 11"),
@@ -272,10 +273,10 @@ def test_drawings_are_split_by_character_and_keep_their_bits() -> None:
     ("make", "message"),
     [
         (lambda: drawings()[:-40], "it is no .npz file"),
-        (lambda: drawings(96), "not that of drawings of more than 96 characters"),
+        (lambda: drawings(96), "background has 96 characters, and more than 96 are expected"),
         (lambda: drawings(evaluation_bits=np.array(104)), "evaluation_bits is 104, and 105 bits"),
-        (lambda: drawings(evaluation=np.zeros((7, 14), dtype=np.uint8)), "no drawings of 105 rows"),
-        (lambda: drawings(background=np.zeros((7, 14), dtype=np.uint8)), "not that of drawings"),
+        (lambda: drawings(evaluation=np.zeros((2, 2, 104, 14), dtype=np.uint8)), "no drawings of 105 rows"),
+        (lambda: drawings(background=np.zeros((7, 14), dtype=np.uint8)), "no rows of 105 packed bits"),
     ],
     ids=["cut short", "few characters", "another number of bits", "no drawings", "flat"],
 )

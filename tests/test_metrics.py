@@ -21,6 +21,8 @@ from replicate.metrics.intervals import iqm, paired_bootstrap, stratified_bootst
 from replicate.metrics.quality import frechet, precision_recall_density_coverage
 from replicate.metrics.samples import mmd, mode_weight_error, w2
 from replicate.model import Estimate, Kind, LogLikelihood
+from replicate.registry import load_task
+from replicate.runs.evaluate import digit_features
 from replicate.tasks.digits import digits_shuffled
 
 torch.set_num_threads(1)
@@ -355,6 +357,12 @@ def test_digit_features_classify() -> None:
     trained = FeatureClassifier.train(DIGITS, task.train, task.labels[0], 1)
     assert trained.features(task.test).shape == (447, 32)
     assert trained.accuracy(task.test, task.labels[2]).value > 0.96
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-shuffled", "digits-binary"])
+def test_classifiers_of_digits_see_white_as_one(name: str) -> None:
+    task = load_task(name)
+    assert digit_features(task).design.white == float(task.train.max())
 
 
 def test_digit_features_are_the_same_for_the_same_seed() -> None:

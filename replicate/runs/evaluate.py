@@ -322,6 +322,8 @@ def digit_features(task: Task) -> FeatureClassifier:
     """The feature classifier of a task of 8x8 digits, trained once a process under a fixed seed."""
     if task.name not in _FEATURES:
         assert task.labels is not None
+        assert task.info.levels is not None
         seed = stream_seed(task.name, "features") % 2**31
-        _FEATURES[task.name] = FeatureClassifier.train(DIGITS, task.train, task.labels[0], seed)
+        design = replace(DIGITS, white=task.info.levels - 1)  # digits-binary are digits too
+        _FEATURES[task.name] = FeatureClassifier.train(design, task.train, task.labels[0], seed)
     return _FEATURES[task.name]

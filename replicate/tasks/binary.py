@@ -120,17 +120,17 @@ class _Wrong(ValueError):
     """What is wrong with an array of a file, without the file's name."""
 
 
-def _bits(archive: zipfile.ZipFile, name: str, dim: int) -> Tensor:
-    """An array of bits packed along its last axis, unpacked: float32 (n, dim), n the product of the other axes."""
+def _bits(archive: zipfile.ZipFile, name: str, dim: int, axes: int = 2) -> Tensor:
+    """An array of so many axes, bits packed along the last one, unpacked: float32 (.., dim)."""
     packed, bits = _member(archive, name), _member(archive, f"{name}_bits")
     if bits.shape != () or bits.dtype.kind not in "iu" or int(bits) != dim:
         raise _Wrong(f"{name}_bits is {str(bits)[:40]}, and {dim} bits are expected")
-    if packed.dtype != np.uint8 or packed.ndim < 2 or packed.shape[-1] != -(-dim // 8) or not packed.size:
+    if packed.dtype != np.uint8 or packed.ndim != axes or packed.shape[-1] != -(-dim // 8) or not packed.size:
         raise _Wrong(f"{name} has {packed.dtype} of shape {packed.shape}, which are no rows of {dim} packed bits")
-    rows = np.unpackbits(packed.reshape(-1, packed.shape[-1]), axis=-1)
-    if rows[:, dim:].any():
+    rows = np.unpackbits(packed, axis=-1)
+    if rows[..., dim:].any():
         raise _Wrong(f"{name} has bits set beyond the {dim} of a row")
-    return torch.from_numpy(rows[:, :dim].astype(np.float32))
+    return torch.from_numpy(rows[..., :dim].astype(np.float32))
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
@@ -199,6 +199,11 @@ def parse_mat(content: bytes, names: tuple[str, ...], what: str) -> list[np.ndar
     return [found[name] for name in names]
 
 
+def _pictures(name: str, about: str, shape: tuple[int, int], parts: tuple[Tensor, Tensor, Tensor]) -> Task:
+    """Black and white pictures as a task."""
+    return Task(name, about, DataInfo(math.prod(shape), "bits", 2, shape), *parts)
+
+
 def parse_silhouettes(content: bytes, what: str) -> tuple[Tensor, Tensor, Tensor]:
     """The three parts, each float32 (n, 784) of bits, row by row, 1 = background.
 
@@ -226,8 +231,7 @@ def caltech_silhouettes() -> Task:
     """
     path = data_file(SILHOUETTES_FILE, SILHOUETTES_ORIGIN)
     parts = parse_silhouettes(contents(path), str(path))
-    height, width = SILHOUETTES_SHAPE
-    return Task("caltech-silhouettes", SILHOUETTES_ABOUT, DataInfo(height * width, "bits", 2, (height, width)), *parts)
+    return _pictures("caltech-silhouettes", SILHOUETTES_ABOUT, SILHOUETTES_SHAPE, parts)
 
 
 def parse_omniglot(content: bytes, what: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,15 +244,14 @@ def parse_omniglot(content: bytes, what: str) -> tuple[Tensor, Tensor, Tensor]:
         UsageError: these are not the bytes of such a file.
     """
     with _opened(content, what) as archive:
-        shape = _member(archive, "background").shape
-        if len(shape) != 4 or shape[0] <= OMNIGLOT_VALID:
-            raise _Wrong(f"background has shape {shape}, not that of drawings of more than {OMNIGLOT_VALID} characters")
-        rows = [_bits(archive, name, OMNIGLOT_SIDE) for name in ("background", "evaluation")]
-        if any(len(part) % OMNIGLOT_SIDE for part in rows):
+        background, evaluation = (_bits(archive, name, OMNIGLOT_SIDE, axes=4) for name in ("background", "evaluation"))
+        if {background.shape[2], evaluation.shape[2]} != {OMNIGLOT_SIDE}:
             raise _Wrong(f"its rows are no drawings of {OMNIGLOT_SIDE} rows")
-    background, test = (part.view(-1, OMNIGLOT_SIDE**2) for part in rows)
-    held_out = OMNIGLOT_VALID * shape[1]
-    return background[:-held_out], background[-held_out:], test
+        if len(background) <= OMNIGLOT_VALID:
+            raise _Wrong(f"background has {len(background)} characters, and more than {OMNIGLOT_VALID} are expected")
+    parts = background[:-OMNIGLOT_VALID], background[-OMNIGLOT_VALID:], evaluation
+    train, valid, test = (part.reshape(-1, OMNIGLOT_SIDE**2) for part in parts)
+    return train, valid, test
 
 
 @cache
@@ -260,8 +263,7 @@ def omniglot() -> Task:
     """
     path = data_file(OMNIGLOT_FILE, OMNIGLOT_ORIGIN)
     parts = parse_omniglot(contents(path), str(path))
-    side = OMNIGLOT_SIDE
-    return Task("omniglot", OMNIGLOT_ABOUT, DataInfo(side**2, "bits", 2, (side, side)), *parts)
+    return _pictures("omniglot", OMNIGLOT_ABOUT, (OMNIGLOT_SIDE, OMNIGLOT_SIDE), parts)
 
 
 def parse_faces(content: bytes, what: str) -> Tensor:
