@@ -1,13 +1,18 @@
-"""On a CUDA device every model runs, and twice the same bits come out."""
+"""On a CUDA device every model runs, twice the same bits come out, and a recorded step is the eager one."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
+from replicate.papers import burda
 from replicate.registry import load_task, models, unsupported
 from replicate.runs.execute import execute, prepare_process
+from replicate.runs.experiment import Context
+from replicate.runs.graph import Repeated
 from replicate.runs.profiles import ONE_LEVEL
+from replicate.runs.seeds import Streams
 from replicate.runs.spec import make_spec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -25,3 +30,34 @@ def test_every_model_is_deterministic_on_the_device(model: str, task: str) -> No
     for a, b in zip(first["measurements"], second["measurements"], strict=True):
         if a["metric"].split(":")[0] not in {"train_seconds", "sample_ms", "evaluate_seconds", "peak_memory_mb"}:
             assert a == b
+
+
+class Eager(Repeated):
+    """The reference: never recorded."""
+
+    def __call__(self, *inputs: Tensor | float) -> Tensor:
+        return self.step(*inputs)
+
+
+@pytest.mark.parametrize(("draws", "doubly", "dynamic"), [(1, False, True), (5, False, False), (5, True, True)])
+def test_a_graph_of_the_training_step_does_what_the_eager_step_does(
+    draws: int, doubly: bool, dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses and weights after four passes of fifty batches; other random numbers would move both."""
+    device = prepare_process("cuda")
+    rows = torch.rand(1000, 784, generator=torch.Generator().manual_seed(0)).round().to(device)
+
+    def trained() -> tuple[list[float], list[Tensor]]:
+        context = Context({"batch_size": 20, "stages": 2, "shortened": 1}, Streams("graph", "t", 0, "cuda"), device)
+        with context.streams.initialisation():
+            model = burda.ImportanceWeightedAutoencoder(784, (50,), (200,), draws, weighted=True, doubly=doubly)
+        model = model.to(device)
+        losses = burda.fit(model, 0.25 + 0.5 * rows if dynamic else rows, dynamic, context)
+        return losses, [p.detach().clone() for p in model.parameters()]
+
+    graphed = trained()
+    monkeypatch.setattr(burda, "Repeated", Eager)
+    eager = trained()
+    assert graphed[0] == pytest.approx(eager[0], rel=1e-6)
+    for a, b in zip(graphed[1], eager[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -126,7 +126,8 @@ def test_schedule_and_optimizer_are_the_codes() -> None:
     assert [lr for _, lr in stages] == pytest.approx([1e-3 * 10 ** (-i / 7) for i in range(8)], rel=0.03)
     p = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
     p.grad = torch.tensor([2.0], dtype=torch.float64)
-    burda.CodeAdam([p]).step(0.1)
+    adam = burda.CodeAdam([p])
+    adam.step(adam.next_rate(0.1))
     first, second = 0.01 * 2.0, 0.999 * 1.0 + 0.001 * 4.0
     rate = 0.1 * math.sqrt(1 - 0.999) / (1 - 0.99)
     assert float(p.detach()) == pytest.approx(1 - rate * first / (math.sqrt(second) + 1e-4), rel=1e-12)
