@@ -5,6 +5,7 @@ Exit codes: 0 all good, 1 some run failed or a check did not hold, 2 bad usage, 
 
 from __future__ import annotations
 
+import gc
 import json
 import shlex
 import shutil
@@ -413,7 +414,10 @@ def main() -> None:
     """Entry point."""
     if shutil.get_terminal_size().columns < 100 and not console.is_terminal:
         console.width = errors.width = 160
-    guarded(app)
+    try:
+        guarded(app)
+    finally:
+        gc.freeze()  # the process ends: to look for garbage among all that was imported takes a second
 
 
 if __name__ == "__main__":

@@ -80,4 +80,5 @@ BOUNDS = Experiment(
     params={"dim": 6, "latent": 3, "noise": 0.5, "shift": 0.5, "widening": 1.3, "points": 2000},
     profiles=("smoke", "standard"),
     precision="float64",
+    overrides={"smoke": {"points": 500}},
 )

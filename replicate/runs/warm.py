@@ -1,5 +1,6 @@
 """Imported once by the pool's server: whatever every run would import, ask or train again, it inherits instead."""
 
+import gc
 import os
 
 import torch
@@ -18,3 +19,4 @@ driver_version()
 if not torch.cuda.is_available():  # with a GPU, autograd starts threads that a child would not have
     for task in filter(None, os.environ.get(CLASSIFY, "").split(",")):
         digit_features(registry.load_task(task))
+gc.freeze()  # no child, nor the end of this process, need look through what was imported
