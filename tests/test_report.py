@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.axes import Axes
 from scipy import stats
 
 from replicate.model import Training
@@ -23,7 +24,9 @@ from replicate.report import build as builder
 from replicate.report import tables
 from replicate.report.build import TIMING_METRICS, build, verify, write_manifest
 from replicate.report.compare import compare_models, compare_with_reference, differences, kind_of_difference
+from replicate.report.drawing import Drawing
 from replicate.report.labels import fixed, latex, markdown, slug
+from replicate.report.maps import Picture, samples_figure
 from replicate.report.page import NOTEBOOKS
 from replicate.report.readme import headline_markdown, refresh, stale, update_readme
 from replicate.report.records import (
@@ -569,6 +572,40 @@ def test_the_density_figures_csv_holds_the_normalised_maps(built: Path) -> None:
     i, j = np.unravel_index(values.argmax(), values.shape)
     assert axis[j] == pytest.approx(2, abs=0.8)
     assert float(truth[1 + i][2]) == pytest.approx(2, abs=0.8)
+
+
+def drawn_samples(frame: pd.DataFrame, rows: np.ndarray, levels: float) -> tuple[Drawing, list[Axes]]:
+    arrays = {"samples": rows[::-1], "reference_samples": rows, "levels": np.asarray(levels)}
+    drawing = samples_figure(tables.Results(frame), "mine", [Picture("vae", "vae", arrays)])
+    assert drawing is not None
+    return drawing, drawing.figure.axes
+
+
+def test_samples_of_a_table_are_scattered_by_its_most_correlated_columns(frame: pd.DataFrame) -> None:
+    rows = np.random.default_rng(0).normal(size=(100, 5))
+    rows[:, 4] = rows[:, 1] + 0.1 * rows[:, 0]
+    drawing, axes = drawn_samples(frame, rows, math.nan)
+    assert "1 and 4" in drawing.caption
+    points = [np.asarray(ax.collections[0].get_offsets()) for ax in axes]
+    np.testing.assert_array_equal(points[0], rows[:, [1, 4]])
+    np.testing.assert_array_equal(points[1], rows[::-1][:, [1, 4]])
+    lines = drawing.csv.splitlines()
+    assert lines[0] == "model,sample,x_0,x_1,x_2,x_3,x_4"
+    assert len(lines) == 1 + 2 * 100
+
+
+def test_samples_of_bits_that_are_no_image_are_lines_of_a_picture(frame: pd.DataFrame) -> None:
+    rows = np.random.default_rng(0).integers(0, 2, size=(100, 7))
+    drawing, axes = drawn_samples(frame, rows, 2)
+    assert "one of 7 bits" in drawing.caption
+    np.testing.assert_array_equal(axes[0].images[0].get_array(), rows[:36])
+
+
+def test_samples_of_images_are_a_mosaic(frame: pd.DataFrame) -> None:
+    rows = np.random.default_rng(0).integers(0, 2, size=(100, 9))
+    _, axes = drawn_samples(frame, rows, 2)
+    picture = np.asarray(axes[0].images[0].get_array())
+    np.testing.assert_array_equal(picture[4:7, 8:11], rows[8].reshape(3, 3))
 
 
 def test_drawing_leaves_no_global_state(small_runs: Path, tmp_path: Path) -> None:

@@ -461,7 +461,7 @@ def all_figures(results: Results, runs: Runs) -> Iterator[Drawing]:
     """Every figure of the report, in its order, one at a time so that no more than one is in memory."""
     data, planar = data_tasks(results), planar_tasks(results)
     overview: list[Drawing | None] = [
-        comparison_figure(results, data, "nll", "nll", "Likelihood of digits"),
+        comparison_figure(results, data, "nll", "nll", "Likelihood of data"),
         comparison_figure(results, planar, "kl", "kl", "KL on two-dimensional densities"),
         cost_figure(results, data, "nll", "cost-data", "Likelihood against cost"),
         cost_figure(results, planar, "kl", "cost-densities", "KL against cost"),

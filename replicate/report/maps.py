@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -356,56 +357,88 @@ def _draw_paths(ax: Axes, path: Array, family: str) -> None:
     )
 
 
-# -- samples of digits
+# -- samples
 
 TILES = 6
 
 
+@dataclass(frozen=True)
+class Sheet:
+    """Samples of one model, or rows of the test split: (n, D)."""
+
+    name: str
+    family: str
+    note: str
+    rows: Array
+
+
 def samples_figure(results: Results, task: str, pictured: Sequence[Picture]) -> Drawing | None:
-    """A sheet of samples of every model beside test images."""
-    sheets: list[tuple[str, str, str, Array]] = []
-    levels = 2.0
+    """Samples of every model beside test data: images as mosaics, other bits row by row, tables as scatters."""
+    sheets: list[Sheet] = []
+    levels = math.nan  # of a table without levels
     for p in pictured:
         samples, top = p.get("samples"), p.get("levels")
         if samples is None or top is None or samples.ndim != 2:
             continue
-        levels = max(levels, float(top))
+        levels = float(top)
         reference = p.get("reference_samples")
         if not sheets and reference is not None:
-            sheets.append(("test data", "reference", "real images", reference[: TILES**2]))
+            sheets.append(Sheet("test data", "reference", "real data", reference))
         number = results.number(task, p.model, "nll")
         note = f"NLL {symbol(number.kind)} {number.mean:.1f} nats" if number else "NLL n/a"
-        sheets.append((p.model, p.family, note, samples[: TILES**2]))
+        sheets.append(Sheet(p.model, p.family, note, samples))
     if not sheets:
         return None
+    dim = sheets[0].rows.shape[1]
+    shown, what = TILES**2, "of the test split"
     figure, axes = panels(len(sheets), COLUMNS, SIDE)
-    for ax, (name, family, note, images) in zip(axes, sheets, strict=True):
-        ax.imshow(
-            _mosaic(images, levels), cmap="gray_r", vmin=0, vmax=levels - 1, interpolation="nearest", rasterized=True
-        )
+    for ax in axes:
         ax.grid(False)
         ax.set(xticks=[], yticks=[])
-        panel_title(ax, name, note, family)
-    family_legend(figure, [s[1] for s in sheets])
-    rows = (
-        [name, i, *(significant(float(v)) for v in image)]
-        for name, _, _, images in sheets
-        for i, image in enumerate(images)
-    )
-    text = csv_text(["model", "image", *(f"pixel_{i}" for i in range(sheets[0][3].shape[1]))], rows)
-    caption = (
-        f"The first {TILES**2} samples of every model on {task}, seed 0, unselected, beside images of the test split."
-    )
+    if math.isnan(levels):
+        shown = max(len(s.rows) for s in sheets)
+        i, j = _scatters(axes, sheets)
+        what += f"; of {dim} columns, all of them in the CSV, those two that are most correlated there: {i} and {j}"
+    elif math.isqrt(dim) ** 2 == dim:
+        _mosaics(axes, sheets, levels)
+    else:
+        for ax, sheet in zip(axes, sheets, strict=True):
+            _grey(ax, sheet.rows[:shown], levels, aspect="auto")
+        what += f"; a line is one of them, a column one of {dim} bits"
+    for ax, sheet in zip(axes, sheets, strict=True):
+        panel_title(ax, sheet.name, sheet.note, sheet.family)
+    family_legend(figure, [s.family for s in sheets])
+    rows = ([s.name, i, *(significant(float(v)) for v in row)] for s in sheets for i, row in enumerate(s.rows[:shown]))
+    text = csv_text(["model", "sample", *(f"x_{i}" for i in range(dim))], rows)
+    caption = f"The first {shown} samples of every model on {task}, seed 0, unselected, beside as many {what}."
     return Drawing(f"samples-{slug(task)}", f"Samples: {task}", caption, figure, text)
 
 
-def _mosaic(images: Array, levels: float) -> Array:
-    """Images (n, D) as one sheet with pale lines between them."""
-    side = math.isqrt(images.shape[1])
-    sheet = np.full((TILES * (side + 1) - 1,) * 2, 0.12 * (levels - 1))
-    for i, image in enumerate(images[:, : side * side]):
-        r, c = divmod(i, TILES)
-        sheet[r * (side + 1) : r * (side + 1) + side, c * (side + 1) : c * (side + 1) + side] = image.reshape(
-            side, side
-        )
-    return sheet
+def _grey(ax: Axes, picture: Array, levels: float, aspect: Literal["auto", "equal"] = "equal") -> None:
+    ax.imshow(picture, cmap="gray_r", vmin=0, vmax=levels - 1, aspect=aspect, interpolation="nearest", rasterized=True)
+
+
+def _scatters(axes: Sequence[Axes], sheets: Sequence[Sheet]) -> tuple[int, int]:
+    """Scatters of the two columns that are most correlated in the first sheet, over its range; which ones."""
+    first = sheets[0].rows
+    correlation = np.abs(np.nan_to_num(np.corrcoef(first.T)))
+    i, j = divmod(int(np.triu(correlation, 1).argmax()), first.shape[1])
+    low, high = first[:, [i, j]].min(0), first[:, [i, j]].max(0)
+    room = 0.15 * (high - low) + 1e-6
+    for ax, sheet in zip(axes, sheets, strict=True):
+        ax.scatter(sheet.rows[:, i], sheet.rows[:, j], s=4, color=colour(sheet.family), alpha=0.6, linewidths=0)
+        ax.set(xlim=(low[0] - room[0], high[0] + room[0]), ylim=(low[1] - room[1], high[1] + room[1]))
+    return i, j
+
+
+def _mosaics(axes: Sequence[Axes], sheets: Sequence[Sheet], levels: float) -> None:
+    """The first images of each sheet with pale lines between them."""
+    for ax, sheet in zip(axes, sheets, strict=True):
+        side = math.isqrt(sheet.rows.shape[1])
+        picture = np.full((TILES * (side + 1) - 1,) * 2, 0.12 * (levels - 1))
+        for i, image in enumerate(sheet.rows[: TILES**2]):
+            r, c = divmod(i, TILES)
+            picture[r * (side + 1) : r * (side + 1) + side, c * (side + 1) : c * (side + 1) + side] = image.reshape(
+                side, side
+            )
+        _grey(ax, picture, levels)

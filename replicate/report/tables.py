@@ -359,7 +359,7 @@ def likelihood_table(results: Results) -> Table | None:
         results, results.models(*tasks), len(columns), lambda model: tuple(results.cell(t, model, m) for t, m in pairs)
     )
     caption = "Negative log-likelihood of the test split; a bound (<=) may only overstate it."
-    return Table("likelihood", "Likelihood of digits", caption, ("family", "model"), columns, rows)
+    return Table("likelihood", "Likelihood of data", caption, ("family", "model"), columns, rows)
 
 
 def dimension_table(results: Results) -> Table | None:
