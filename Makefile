@@ -40,7 +40,7 @@ lint: $(STAMP) ## format, lint and type checks
 	$(BIN)/mypy
 
 report: $(STAMP) ## write report, tables and README headline again from the last runs
-	$(BIN)/replicate report --profile $(PROFILE) $(if $(filter standard,$(PROFILE)),--readme README.md)
+	$(BIN)/replicate report --profile $(PROFILE) $(if $(filter standard full,$(PROFILE)),--readme README.md)
 
 notebooks: $(STAMP) ## execute every notebook on results/PROFILE into results/notebooks, as pages that need no network
 	PROFILE=$(PROFILE) $(BIN)/python -m nbconvert --to replicate.report.notebooks.OfflineHTML --execute --output-dir results/notebooks notebooks/*.ipynb

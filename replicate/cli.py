@@ -367,9 +367,10 @@ def verify(
     if not (folder / "MANIFEST.json").exists():
         raise UsageError(f"there is no {folder / 'MANIFEST.json'}; `make reproduce PROFILE={profile}` first.")
     problems = check(folder, ledger_claims())
-    if profile == "standard" and readme.exists() and stale(readme, folder):
+    if profile in ("standard", "full") and readme.exists() and stale(readme, folder):
         problems.append(
-            f"what {readme} says between its markers is not what {folder} gives; `replicate report --readme {readme}`"
+            f"what {readme} says between its markers is not what {folder} gives; "
+            f"`replicate report --profile {profile} --readme {readme}`"
         )
     for problem in problems:
         errors.print(f"replicate: {problem}", markup=False, highlight=False, soft_wrap=True)

@@ -177,9 +177,10 @@ def sections(results: Results, tables: Sequence[Table], shown: Sequence[Shown]) 
     out = [
         Section(
             "likelihood",
-            "Digits: likelihood and samples",
-            "Real data: 8x8 handwritten digits. Continuous families see the pixels through the shared dequantisation, "
-            "whose change of variables is part of their likelihood; so theirs are bounds or estimates.",
+            "Data: likelihood and samples",
+            "Real data, of which no density is known. Continuous families see levels and bits through the shared "
+            "dequantisation, whose change of variables is part of their likelihood; so theirs are bounds or estimates "
+            "there. Tables of real numbers are standardised, and a likelihood is that of the standardised columns.",
             some("likelihood"),
             pick(["nll", "cost-data"]),
             tuple(part(t, ["samples"]) for t in data),

@@ -19,6 +19,9 @@ LEGEND = (
     "`~` estimate; bold: best of the five families among numbers that cannot flatter."
 )
 
+#: what stands before the marks of a profile's blocks in README
+PREFIX = {"full": "full-"}
+
 
 class Best(NamedTuple):
     """The best model of a family in one row of the headline table."""
@@ -142,11 +145,11 @@ def read_compared(results: Path) -> pd.DataFrame:
 
 
 def blocks(results: Path) -> dict[str, str]:
-    """What a results folder writes into README, by mark: the headline, and the ledger's line where there is one."""
+    """What results/PROFILE writes into README, by mark: the headline, and the ledger's line where there is one."""
     out = {"headline": headline_markdown(read_compared(results))}
     if (results / "claims.csv").exists():
         out["ledger"] = summary_line(read_claims_csv(results / "claims.csv"))
-    return out
+    return {PREFIX.get(results.name, "") + mark: text for mark, text in out.items()}
 
 
 def refresh(readme: Path, results: Path) -> bool:
