@@ -202,6 +202,14 @@ def reproduce(
     memory_limit: Annotated[int | None, typer.Option(min=1, help="Megabytes of memory that one run may take.")] = None,
     checkpoint_every: CheckpointEvery = 30.0,
     results: Results = Path("results"),
+    keep: Annotated[
+        str,
+        typer.Option(
+            help="Commit of an unfinished sweep: what it has finished stands, if some of it, made again, is the same.",
+            metavar="COMMIT",
+        ),
+    ] = "",
+    keep_check: Annotated[int, typer.Option(min=1, help="So many kept runs, at random, are made again.")] = 5,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and stop.")] = False,
 ) -> None:
     """Compute a profile afresh and write its tables, figures and report."""
@@ -211,7 +219,7 @@ def reproduce(
         server.start(("digits", "digits-binary"))  # of every profile
     from replicate import registry
     from replicate.papers.plan import whole_plan
-    from replicate.reproduce import expected_seconds, read_reference, reproduce
+    from replicate.reproduce import Sweep, expected_seconds, read_reference, reproduce
     from replicate.runs.limits import Limits
     from replicate.runs.progress import Progress, clock
     from replicate.runs.store import default_runs_folder
@@ -233,6 +241,16 @@ def reproduce(
         print(f"{len(specs)} runs, {executor.jobs} at a time, about {clock(sum(expected.values()) / executor.jobs)}")
         return
     runs = default_runs_folder()
+    if keep:
+        from replicate.rerun import keep as keep_runs
+
+        def say(line: str) -> None:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+        planned = {spec.run_id() for spec in specs}
+        code = keep_runs(Sweep(runs / profile), keep, planned, keep_check, lambda _: executor, say)
+        if code:
+            raise typer.Exit(code)
     code = reproduce(specs, profile, runs, results, executor, time_budget, Progress(console), claims)
     if code == 3:
         console.print(f"go on with: {again()}", markup=False, highlight=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pandas as pd
 
@@ -38,8 +39,9 @@ class Interrupted(KeyboardInterrupt):
 class Sweep:
     """Where a profile's work in progress lies.
 
-    A sweep belongs to one version of the code: after a change of commit it starts afresh. A finished sweep is set
-    aside, so that the next call computes everything again.
+    A sweep belongs to one version of the code: after a change of commit it starts afresh, unless it is shown that the
+    change moves no number of what is done (`replicate.rerun.keep`). A finished sweep is set aside, so that the next
+    call computes everything again.
     """
 
     root: Path
@@ -56,28 +58,38 @@ class Sweep:
 
     def open(self) -> str:
         """Make the folder ready; returns one line on what was found there."""
-        commit, dirty = source_version()
-        version = {"commit": commit, "dirty": dirty}
-        mark = self.current / "version.json"
         if self.current.exists():
-            try:
-                same = json.loads(mark.read_text()) == version
-            except (OSError, ValueError):
-                same = False
-            if same:
+            if self.version() == _version_here():
                 return "going on with the unfinished sweep"
             shutil.rmtree(self.current)
             self.current.mkdir(parents=True)
-            write_json(mark, version)
+            self.belong_here()
             return "the unfinished sweep was made by another version of the code; starting afresh"
         self.current.mkdir(parents=True)
-        write_json(mark, version)
+        self.belong_here()
         return "starting afresh"
+
+    def version(self) -> dict[str, Any] | None:
+        """The commit of the sweep in progress and the hash of what differed from it; None where none is told."""
+        try:
+            found = json.loads((self.current / "version.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def belong_here(self) -> None:
+        """Mark the sweep in progress as this version's."""
+        write_json(self.current / "version.json", _version_here())
 
     def close(self) -> None:
         """Set the completed sweep aside."""
         shutil.rmtree(self.finished, ignore_errors=True)
         self.current.rename(self.finished)
+
+
+def _version_here() -> dict[str, Any]:
+    commit, dirty = source_version()
+    return {"commit": commit, "dirty": dirty}
 
 
 def expected_seconds(specs: list[AnySpec], reference: pd.DataFrame | None) -> dict[str, float]:

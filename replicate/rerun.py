@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,13 @@ from replicate.registry import model_entry
 from replicate.report.compare import Difference, differences
 from replicate.report.labels import is_timing, short
 from replicate.report.records import Run, load_runs, measurements, read_measurements, read_records
-from replicate.reproduce import until_signal
+from replicate.reproduce import Sweep, until_signal
 from replicate.runs.execute import check_data
 from replicate.runs.executor import Executor, Runs
 from replicate.runs.progress import clock
 from replicate.runs.provenance import UNKNOWN, machine_differences, source_sha256, source_version
 from replicate.runs.spec import RESULTS_VERSION, AnySpec, RunSpec, spec_from_dict
-from replicate.runs.store import read_record
+from replicate.runs.store import held, read_record
 
 #: labels of `Difference` that another machine excuses
 TOLERATED = ("rounding", "within error")
@@ -193,12 +194,23 @@ def rerun(
     if not drawn:
         say(f"none of the runs in {folder} can be made again here")
         return Report(())
+    few = "" if len(drawn) == n else f" of the {n} asked for"
+    return _make_again(drawn, reference, executor, say, f"{few} again (--rerun-seed {seed})")
+
+
+def _make_again(
+    drawn: Sequence[tuple[AnySpec, Mapping[str, Any]]],
+    reference: pd.DataFrame,
+    executor: Callable[[str], Executor],
+    say: Callable[[str], None],
+    how: str,
+) -> Report:
+    """Compute the drawn runs in a temporary folder and compare them with the reference; `how` ends the first line."""
     executors = {kind: executor(kind) for kind in sorted({spec.device for spec, _ in drawn})}
     wall = 0.0
     for kind, chosen in executors.items():
         wall += sum(seconds_taken(reference, s.run_id()) for s, _ in drawn if s.device == kind) / chosen.jobs
-    few = "" if len(drawn) == n else f" of the {n} asked for"
-    say(f"making {len(drawn)} runs{few} again (--rerun-seed {seed}), which took about {clock(wall)}")
+    say(f"making {len(drawn)} runs{how}, which took about {clock(wall)}")
     with tempfile.TemporaryDirectory(prefix="replicate-rerun.") as temporary:
         root = Path(temporary)
         for kind, chosen in executors.items():
@@ -215,6 +227,56 @@ def rerun(
     tolerant = len(report.runs) - exactly
     say(f"{held} of {len(report.runs)} runs are as committed; {exactly} compared to the bit, {tolerant} by tolerance")
     return report
+
+
+def keep(
+    sweep: Sweep,
+    commit: str,
+    planned: Collection[str],
+    n: int,
+    executor: Callable[[str], Executor],
+    say: Callable[[str], None],
+) -> int:
+    """Let what an unfinished sweep of another commit has finished stand under this one, where that moves no number.
+
+    n of its runs, at random, are made again by the code that is here now, and must come back to the bit. Every record
+    goes on naming the commit that it was made from. What was in progress is begun again.
+
+    Args:
+        commit: of the sweep, or its first digits.
+        planned: ids of the runs that the sweep goes on to; others do not count.
+        n, executor, say: as for `rerun`.
+
+    Returns:
+        Exit code: 0 they stand, 1 one did not come back, 3 stopped; nothing is changed unless it is 0.
+
+    Raises:
+        UsageError: there is no such sweep, or what differs from a commit is not committed.
+    """
+    there, (here, dirty) = sweep.version(), source_version()
+    found = str((there or {}).get("commit", "none"))
+    if len(commit) < 4 or not found.startswith(commit):
+        raise UsageError(f"the unfinished sweep in {sweep.root} is of commit {found[:12]}, not {commit!r}.")
+    if dirty or here == UNKNOWN or (there or {}).get("dirty") != "":
+        raise UsageError("runs are kept from one commit to another; commit your changes, and start a sweep from there.")
+    if found == here:
+        return 0
+    with held(sweep.root):
+        loaded = load_runs(sweep.current)
+        records = [r for r in (read_record(sweep.current / run.run_id) for run in loaded.done) if r is not None]
+        drawn = draw([r for r in records if r["run_id"] in planned], n, random.SystemRandom().randrange(2**31), say)
+        if drawn:
+            how = f" of commit {found[:8]} again by commit {here[:8]}"
+            report = _make_again(drawn, measurements(loaded), executor, say, how)
+            if report.code or any(r.machine for r in report.runs):
+                say("not every run came back to the bit: none is kept")
+                return report.code or 1
+        for folder in (p for p in sweep.current.iterdir() if p.is_dir()):
+            if read_record(folder) is None:
+                shutil.rmtree(folder)
+        sweep.belong_here()
+    say(f"{len(records)} finished runs of commit {found[:8]} stand")
+    return 0
 
 
 def _compared(drawn: Sequence[tuple[AnySpec, Mapping[str, Any]]], root: Path, reference: pd.DataFrame) -> list[Rerun]:

@@ -41,8 +41,8 @@ def randomised(module: M, scale: float = 0.3) -> M:
     return module
 
 
-def small_maf(dim: int = DIM, blocks: int = 3, scale: float = 0.3) -> MaskedAutoregressiveFlow:
-    model = build_maf(DataInfo(dim, "continuous"), blocks=blocks, hidden=12)
+def small_maf(dim: int = DIM, blocks: int = 3, scale: float = 0.3, reach: float = 0.0) -> MaskedAutoregressiveFlow:
+    model = build_maf(DataInfo(dim, "continuous"), blocks=blocks, hidden=12, reach=reach)
     model.double()
     model.initialise(torch.randn(200, dim, generator=seeded(1), dtype=torch.float64), seeded())
     return randomised(model, scale).eval()
@@ -78,6 +78,7 @@ LAYERS: dict[str, Callable[[], Layer]] = {
     "reverse": Reverse,
     "maf": lambda: Whole(small_maf()),
     "made": lambda: Whole(small_maf(blocks=1)),
+    "maf-within-reach": lambda: Whole(small_maf(reach=2.0)),
 }
 
 
@@ -212,3 +213,15 @@ def test_finds_the_entropy_of_a_parabola_with_noise() -> None:
     )
     assert truth == pytest.approx(math.log(2 * math.pi * math.e) - math.log(4), abs=0.05)
     assert 0 <= nll - truth < 0.05
+
+
+def test_beyond_its_reach_a_network_answers_as_at_it() -> None:
+    net = randomised(MaskedNet(DIM, 12, 2, 0.0, reach=2.0))
+    far = torch.full((1, DIM), 40.0, dtype=torch.float64)
+    for near, further in zip(net(far), net(100 * far), strict=True):
+        assert torch.equal(near, further)
+    within = 0.01 * torch.randn(20, DIM, generator=seeded(), dtype=torch.float64)
+    seen = net(within)
+    net.reach = 0.0
+    for a, b in zip(seen, net(within), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)

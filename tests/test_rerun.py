@@ -15,6 +15,9 @@ import pandas as pd
 import pytest
 import torch
 
+from replicate import reproduce as reproduce_module
+from replicate import rerun as rerun_module
+from replicate.errors import UsageError
 from replicate.report.build import PROVENANCE, build, remarks, verify, write_manifest
 from replicate.report.records import (
     MEASUREMENT_COLUMNS,
@@ -24,12 +27,14 @@ from replicate.report.records import (
     rows_digest,
     write_measurements,
 )
-from replicate.rerun import Report, draw, obstacle, rerun
+from replicate.reproduce import Sweep
+from replicate.rerun import Report, draw, keep, obstacle, rerun
 from replicate.resume import Stopped
 from replicate.runs import provenance as provenance_module
 from replicate.runs.execute import failure
 from replicate.runs.executor import Executor, Listener, Runs
 from replicate.runs.pool import Pool
+from replicate.runs.record import seal
 from replicate.runs.spec import AnySpec, make_spec, spec_hash
 from replicate.runs.store import write_json
 
@@ -398,3 +403,70 @@ def test_children_of_the_pool_find_what_this_process_finds(committed: Path) -> N
     for record in read_records(committed / "records.jsonl"):
         for key in ("source_sha256", "libraries", "cpu_model", "libc", "lock_sha256"):
             assert record["provenance"][key] == here[key]
+
+
+# -- an unfinished sweep under another commit
+
+OLD, NEW = "a" * 40, "b" * 40
+
+
+@pytest.fixture
+def sweep(committed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
+    """The three runs finished at one commit, a fourth in progress; the code that is here is of another commit."""
+    found = Sweep(tmp_path / "smoke")
+    shutil.copytree(committed.parent / "runs", found.current)
+    (found.current / "in-progress").mkdir()
+    write_json(found.current / "version.json", {"commit": OLD, "dirty": ""})
+    for module in (rerun_module, reproduce_module):
+        monkeypatch.setattr(module, "source_version", lambda: (NEW, ""))
+    return found
+
+
+def kept(sweep: Sweep, executor: Executor, commit: str = OLD[:8]) -> tuple[int, str]:
+    said: list[str] = []
+    code = keep(sweep, commit, {s.run_id() for s in SPECS}, 3, lambda device: executor, said.append)
+    return code, "\n".join(said)
+
+
+def folders(sweep: Sweep) -> set[str]:
+    return {p.name for p in sweep.current.iterdir() if p.is_dir()}
+
+
+def test_finished_runs_stand_where_they_come_back_to_the_bit(sweep: Sweep, replay: Replay) -> None:
+    before = {s.run_id(): (sweep.current / s.run_id() / "record.json").read_bytes() for s in SPECS}
+    code, said = kept(sweep, replay)
+    assert code == 0, said
+    assert "making 3 runs of commit aaaaaaaa again by commit bbbbbbbb" in said
+    assert "3 finished runs of commit aaaaaaaa stand" in said
+    assert sweep.version() == {"commit": NEW, "dirty": ""}
+    assert folders(sweep) == set(before)  # what was in progress is begun again
+    assert {i: (sweep.current / i / "record.json").read_bytes() for i in before} == before
+    assert sweep.open() == "going on with the unfinished sweep"
+
+
+def test_one_bit_that_does_not_come_back_keeps_nothing_and_changes_nothing(
+    sweep: Sweep, replay: Replay, tmp_path: Path
+) -> None:
+    other = Replay(Path(shutil.copytree(replay.finished, tmp_path / "other")))
+    path = other.finished / FLOW.run_id() / "record.json"
+    record = json.loads(path.read_text())
+    (nll,) = [m for m in record["measurements"] if m["metric"] == "nll"]
+    nll["value"] = math.nextafter(nll["value"], math.inf)
+    write_json(path, seal(record))
+    before = folders(sweep)
+    code, said = kept(sweep, other)
+    assert code == 1
+    assert "none is kept" in said
+    assert sweep.version() == {"commit": OLD, "dirty": ""}
+    assert folders(sweep) == before
+
+
+def test_only_a_sweep_of_the_named_commit_is_kept(sweep: Sweep, replay: Replay) -> None:
+    with pytest.raises(UsageError, match="is of commit aaaaaaaaaaaa, not 'cccc'"):
+        kept(sweep, replay, "cccc")
+    write_json(sweep.current / "version.json", {"commit": OLD, "dirty": "something"})
+    with pytest.raises(UsageError, match="commit your changes"):
+        kept(sweep, replay)
+    shutil.rmtree(sweep.current)
+    with pytest.raises(UsageError, match="is of commit none"):
+        kept(sweep, replay)

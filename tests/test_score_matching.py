@@ -220,6 +220,20 @@ def test_noise_predictions_of_an_example_do_not_depend_on_its_batch_mates() -> N
     torch.testing.assert_close(net(y, level), alone)
 
 
+def test_beyond_its_reach_a_noise_network_leaves_the_gaussian_fit_to_itself() -> None:
+    """Twice as far away, the prediction grows by the fit's own part alone."""
+    torch.manual_seed(0)
+    net = NoiseNet(2, hidden=16, depth=3, reach=3.0).double()
+    nn.init.normal_(net.last.weight)
+    net.gaussian.fit(MEAN + torch.randn(500, 2, generator=generator(), dtype=torch.float64) @ CHOL.T)
+    level = torch.zeros(4, dtype=torch.float64)
+    away = 20_000 * torch.randn(4, 2, generator=generator(1), dtype=torch.float64)
+    near, far = (net(net.gaussian.mean + k * away, level) for k in (1, 2))
+    plain = NoiseNet(2, hidden=16, depth=3).double()  # untrained: the fit alone
+    plain.gaussian.load_state_dict(net.gaussian.state_dict())
+    torch.testing.assert_close(far - near, plain(plain.gaussian.mean + away, level))
+
+
 @pytest.mark.parametrize("name", ENTRIES)
 def test_entries_build_train_and_sample_reproducibly(name: str) -> None:
     entry: ModelEntry = ENTRIES[name]

@@ -130,21 +130,21 @@ class Kernels(NamedTuple):
         phi: of P networks.
         centres: c (P, M, H).
         width: l (P, 1, 1).
-        weight: w (P, 1, 1).
+        each: the P terms of k, (P, n, M).
     """
 
     phi: Expansion
     centres: Tensor
     width: Tensor
-    weight: Tensor
+    each: Tensor
 
-    def each(self) -> Tensor:
-        """The P terms of k, (P, n, M)."""
+    @staticmethod
+    def of(phi: Expansion, centres: Tensor, width: Tensor, weight: Tensor) -> Kernels:
+        """With weights w (P, 1, 1)."""
         # multiplied out: no (n, M, H) tensor is made; no distance is below zero but for rounding
-        phi, centres = self.phi.value, self.centres
-        squares = phi.square().sum(-1, keepdim=True) + centres.square().sum(-1)[:, None]
-        distance = (squares - 2 * phi @ centres.mT).clamp_min(0)
-        return self.weight * torch.exp(-distance / (2 * self.width))
+        squares = phi.value.square().sum(-1, keepdim=True) + centres.square().sum(-1)[:, None]
+        distance = (squares - 2 * phi.value @ centres.mT).clamp_min(0)
+        return Kernels(phi, centres, width, weight * torch.exp(-distance / (2 * width)))
 
     def _inner(self) -> Tensor:
         """<phi, d> of each direction d, (P, n, K)."""
@@ -163,14 +163,14 @@ class Kernels(NamedTuple):
 
     def expansion(self) -> tuple[Tensor, Tensor]:
         """First derivatives of k (n, K, M) and the sum of the second ones (n, M)."""
-        scaled = -self.each() / self.width
+        scaled = -self.each / self.width
         slope = self._slope(self.phi.first, self._inner())
         first = torch.stack([s[:, None] * d for s, d in zip(scaled, slope, strict=True)]).sum(0)
         return first, (scaled * self._bend(slope)).sum(0)
 
     def first(self, alpha: Tensor) -> Tensor:
         """First derivatives of sum_m alpha_m k(x, z_m), (n, K): the sum over m is taken first, and no slope is made."""
-        a = -self.each() * (alpha / self.width)
+        a = -self.each * (alpha / self.width)
         return self.phi.inner(self.phi.value * a.sum(-1, keepdim=True) - a @ self.centres).sum(0)
 
     def second(self, alpha: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class Kernels(NamedTuple):
         e = self.phi
         curved = slice(e.first.shape[2] - e.curved, None)
         slope = self._slope(e.first[:, :, curved], self._inner()[:, :, curved])
-        return (-self.each() * (alpha / self.width) * self._bend(slope)).sum((0, 2))
+        return (-self.each * (alpha / self.width) * self._bend(slope)).sum((0, 2))
 
 
 class DeepKernelFamily(nn.Module):
@@ -203,11 +203,11 @@ class DeepKernelFamily(nn.Module):
     def kernels(self, x: Tensor, v: Tensor, curved: int) -> Kernels:
         """k(x, z_m) around x (n, D) along v (n, K, D), to second order for the last `curved` directions."""
         width, weight = 10 ** self.log_scale[:, None, None], self.mixing.softmax(0)[:, None, None]
-        return Kernels(self.features.expand(x, v, curved), self.features(self.inducing), width, weight)
+        return Kernels.of(self.features.expand(x, v, curved), self.features(self.inducing), width, weight)
 
     def log_density(self, x: Tensor) -> Tensor:
         """log p + log Z in nats of x (n, D), shape (n,)."""
-        k = self.kernels(x, x.new_zeros(len(x), 0, x.shape[1]), 0).each().sum(0)
+        k = self.kernels(x, x.new_zeros(len(x), 0, x.shape[1]), 0).each.sum(0)
         return k @ self.alpha - 0.5 * x.square().sum(1) / BASE_VARIANCE
 
     def score(self, x: Tensor) -> Tensor:

@@ -169,6 +169,8 @@ class NoiseNet(nn.Module):
         width: the finest structure expected, in units of y.
         shrinkage: of the Gaussian fit's covariance.
         dropout: probability with which a hidden unit is dropped in training.
+        reach: r, where F sees r tanh(w / (r sqrt(v))): beyond r standard deviations it answers as at r, so that what is
+            far from all data is left to the Gaussian fit and not to what F happens to continue with; 0 for F as it is.
     """
 
     def __init__(
@@ -181,9 +183,10 @@ class NoiseNet(nn.Module):
         width: float = 0.1,
         shrinkage: float = 0.0,
         dropout: float = 0.0,
+        reach: float = 0.0,
     ) -> None:
         super().__init__()
-        self.width, self.dropout = width, dropout
+        self.width, self.dropout, self.reach = width, dropout, reach
         self.gaussian = GaussianFit(dim, shrinkage)
         self.features = InputFeatures(dim, features, max_frequency) if features else None
         self.level = LevelFeatures()
@@ -202,6 +205,8 @@ class NoiseNet(nn.Module):
         total = variance + rho.square()
         gain = (variance / total).sqrt() * rho / torch.hypot(rho, rho.new_tensor(self.width))
         inputs = w / total.sqrt()
+        if self.reach:
+            inputs = self.reach * torch.tanh(inputs / self.reach)
         if self.features is not None:
             inputs = torch.cat([inputs, self.features(y, rho)], dim=-1)
         residual = self._mlp(inputs, self.level(log_rho), generator)

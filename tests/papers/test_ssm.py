@@ -290,7 +290,7 @@ def test_derivatives_along_directions_are_autograds(family: ssm_kernel.DeepKerne
 
         def along(t: Tensor, i: int = i, m: int = m) -> Tensor:
             nowhere = torch.zeros(1, 0, 3, dtype=torch.float64)
-            return family.kernels(x[i : i + 1] + t * v[i], nowhere, 0).each().sum(0)[0, m]
+            return family.kernels(x[i : i + 1] + t * v[i], nowhere, 0).each.sum(0)[0, m]
 
         at = torch.zeros((), dtype=torch.float64)
         assert first[i, 0, m].item() == pytest.approx(torch.autograd.functional.jacobian(along, at).item(), abs=1e-10)
