@@ -240,11 +240,12 @@ def keep(
     """Let what an unfinished sweep of another commit has finished stand under this one, where that moves no number.
 
     n of its runs, at random, are made again by the code that is here now, and must come back to the bit. Every record
-    goes on naming the commit that it was made from. What was in progress is begun again.
+    goes on naming the commit that it was made from. What was in progress is begun again, and what is planned no more is
+    removed.
 
     Args:
         commit: of the sweep, or its first digits.
-        planned: ids of the runs that the sweep goes on to; others do not count.
+        planned: ids of the runs of the sweep that goes on.
         n, executor, say: as for `rerun`.
 
     Returns:
@@ -263,8 +264,8 @@ def keep(
         return 0
     with held(sweep.root):
         loaded = load_runs(sweep.current)
-        records = [r for r in (read_record(sweep.current / run.run_id) for run in loaded.done) if r is not None]
-        drawn = draw([r for r in records if r["run_id"] in planned], n, random.SystemRandom().randrange(2**31), say)
+        records = [read_record(sweep.current / run.run_id) for run in loaded.done if run.run_id in planned]
+        drawn = draw([r for r in records if r is not None], n, random.SystemRandom().randrange(2**31), say)
         if drawn:
             how = f" of commit {found[:8]} again by commit {here[:8]}"
             report = _make_again(drawn, measurements(loaded), executor, say, how)
@@ -272,7 +273,7 @@ def keep(
                 say("not every run came back to the bit: none is kept")
                 return report.code or 1
         for folder in (p for p in sweep.current.iterdir() if p.is_dir()):
-            if read_record(folder) is None:
+            if folder.name not in planned or read_record(folder) is None:
                 shutil.rmtree(folder)
         sweep.belong_here()
     say(f"{len(records)} finished runs of commit {found[:8]} stand")

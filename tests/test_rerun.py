@@ -422,9 +422,11 @@ def sweep(committed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S
     return found
 
 
-def kept(sweep: Sweep, executor: Executor, commit: str = OLD[:8]) -> tuple[int, str]:
+def kept(
+    sweep: Sweep, executor: Executor, commit: str = OLD[:8], planned: Sequence[AnySpec] = SPECS
+) -> tuple[int, str]:
     said: list[str] = []
-    code = keep(sweep, commit, {s.run_id() for s in SPECS}, 3, lambda device: executor, said.append)
+    code = keep(sweep, commit, {s.run_id() for s in planned}, 3, lambda device: executor, said.append)
     return code, "\n".join(said)
 
 
@@ -442,6 +444,13 @@ def test_finished_runs_stand_where_they_come_back_to_the_bit(sweep: Sweep, repla
     assert folders(sweep) == set(before)  # what was in progress is begun again
     assert {i: (sweep.current / i / "record.json").read_bytes() for i in before} == before
     assert sweep.open() == "going on with the unfinished sweep"
+
+
+def test_runs_that_are_planned_no_more_are_removed(sweep: Sweep, replay: Replay) -> None:
+    code, said = kept(sweep, replay, planned=SPECS[:2])
+    assert code == 0
+    assert "2 finished runs" in said
+    assert folders(sweep) == {s.run_id() for s in SPECS[:2]}
 
 
 def test_one_bit_that_does_not_come_back_keeps_nothing_and_changes_nothing(
