@@ -256,12 +256,12 @@ def keep(
     """
     there, (here, dirty) = sweep.version(), source_version()
     found = str((there or {}).get("commit", "none"))
+    if found == here:  # the same command again, after an interruption
+        return 0
     if len(commit) < 4 or not found.startswith(commit):
         raise UsageError(f"the unfinished sweep in {sweep.root} is of commit {found[:12]}, not {commit!r}.")
     if dirty or here == UNKNOWN or (there or {}).get("dirty") != "":
         raise UsageError("runs are kept from one commit to another; commit your changes, and start a sweep from there.")
-    if found == here:
-        return 0
     with held(sweep.root):
         loaded = load_runs(sweep.current)
         records = [read_record(sweep.current / run.run_id) for run in loaded.done if run.run_id in planned]

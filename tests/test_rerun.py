@@ -444,6 +444,7 @@ def test_finished_runs_stand_where_they_come_back_to_the_bit(sweep: Sweep, repla
     assert folders(sweep) == set(before)  # what was in progress is begun again
     assert {i: (sweep.current / i / "record.json").read_bytes() for i in before} == before
     assert sweep.open() == "going on with the unfinished sweep"
+    assert kept(sweep, replay) == (0, "")  # the same command again has nothing to do
 
 
 def test_runs_that_are_planned_no_more_are_removed(sweep: Sweep, replay: Replay) -> None:
