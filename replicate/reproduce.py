@@ -59,7 +59,7 @@ class Sweep:
     def open(self) -> str:
         """Make the folder ready; returns one line on what was found there."""
         if self.current.exists():
-            if self.version() == _version_here():
+            if self.belongs_here():
                 return "going on with the unfinished sweep"
             shutil.rmtree(self.current)
             self.current.mkdir(parents=True)
@@ -76,6 +76,10 @@ class Sweep:
         except (OSError, ValueError):
             return None
         return found if isinstance(found, dict) else None
+
+    def belongs_here(self) -> bool:
+        """Whether this version of the code made the sweep in progress, uncommitted changes and all."""
+        return self.version() == _version_here()
 
     def belong_here(self) -> None:
         """Mark the sweep in progress as this version's."""

@@ -254,27 +254,30 @@ def keep(
     Raises:
         UsageError: there is no such sweep, or what differs from a commit is not committed.
     """
-    there, (here, dirty) = sweep.version(), source_version()
-    found = str((there or {}).get("commit", "none"))
-    if found == here:  # the same command again, after an interruption
+    if sweep.belongs_here():  # the same command again, after an interruption
         return 0
+    there, (here, dirty) = sweep.version() or {}, source_version()
+    found = str(there.get("commit", "none"))
     if len(commit) < 4 or not found.startswith(commit):
         raise UsageError(f"the unfinished sweep in {sweep.root} is of commit {found[:12]}, not {commit!r}.")
-    if dirty or here == UNKNOWN or (there or {}).get("dirty") != "":
+    if dirty or here == UNKNOWN or there.get("dirty") != "":
         raise UsageError("runs are kept from one commit to another; commit your changes, and start a sweep from there.")
     with held(sweep.root):
         loaded = load_runs(sweep.current)
-        records = [read_record(sweep.current / run.run_id) for run in loaded.done if run.run_id in planned]
-        drawn = draw([r for r in records if r is not None], n, random.SystemRandom().randrange(2**31), say)
+        finished = (read_record(sweep.current / run.run_id) for run in loaded.done if run.run_id in planned)
+        records = {r["run_id"]: r for r in finished if r is not None}
+        drawn = draw(list(records.values()), n, random.SystemRandom().randrange(2**31), say)
+        if records and not drawn:
+            say("none of its runs can be made again here: none is kept")
+            return 1
         if drawn:
             how = f" of commit {found[:8]} again by commit {here[:8]}"
             report = _make_again(drawn, measurements(loaded), executor, say, how)
             if report.code or any(r.machine for r in report.runs):
                 say("not every run came back to the bit: none is kept")
                 return report.code or 1
-        for folder in (p for p in sweep.current.iterdir() if p.is_dir()):
-            if folder.name not in planned or read_record(folder) is None:
-                shutil.rmtree(folder)
+        for folder in (p for p in sweep.current.iterdir() if p.is_dir() and p.name not in records):
+            shutil.rmtree(folder)
         sweep.belong_here()
     say(f"{len(records)} finished runs of commit {found[:8]} stand")
     return 0

@@ -447,6 +447,30 @@ def test_finished_runs_stand_where_they_come_back_to_the_bit(sweep: Sweep, repla
     assert kept(sweep, replay) == (0, "")  # the same command again has nothing to do
 
 
+def test_uncommitted_changes_keep_nothing_and_lose_nothing(
+    sweep: Sweep, replay: Replay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the sweep is of the very commit that was changed: going on would start it afresh."""
+    before = folders(sweep)
+    for module in (rerun_module, reproduce_module):
+        monkeypatch.setattr(module, "source_version", lambda: (OLD, "something"))
+    with pytest.raises(UsageError, match="commit your changes"):
+        kept(sweep, replay)
+    assert folders(sweep) == before
+
+
+def test_runs_that_nothing_vouches_for_are_not_kept(
+    sweep: Sweep, replay: Replay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rerun_module, "obstacle", lambda spec: "it needs a CUDA device")
+    before = folders(sweep)
+    code, said = kept(sweep, replay)
+    assert code == 1
+    assert "none of its runs can be made again here" in said
+    assert sweep.version() == {"commit": OLD, "dirty": ""}
+    assert folders(sweep) == before
+
+
 def test_runs_that_are_planned_no_more_are_removed(sweep: Sweep, replay: Replay) -> None:
     code, said = kept(sweep, replay, planned=SPECS[:2])
     assert code == 0
