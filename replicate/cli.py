@@ -70,6 +70,11 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def say(line: str) -> None:
+    """A line of plain text, which names of files and runs may not turn into markup."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def again() -> str:
     """The command that was given, for who wants to go on with it."""
     return shlex.join(["replicate", *sys.argv[1:]])
@@ -230,7 +235,7 @@ def reproduce(
     for name, reason in registry.broken().items():
         errors.print(f"replicate: {name} is left out: {reason}", markup=False, highlight=False, soft_wrap=True)
     for what in skipped:
-        console.print(f"{what.name} is not run: {what.reason}", markup=False, highlight=False, soft_wrap=True)
+        say(f"{what.name} is not run: {what.reason}")
     claims = ledger_claims()
     limits = Limits(run_limit, memory_limit, checkpoint_every)
     executor = make_executor(device, jobs, runs_per_gpu, limits, scheduler, in_process)
@@ -244,16 +249,13 @@ def reproduce(
     if keep:
         from replicate.rerun import keep as keep_runs
 
-        def say(line: str) -> None:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-
         planned = {spec.run_id() for spec in specs}
         code = keep_runs(Sweep(runs / profile), keep, planned, keep_check, lambda _: executor, say)
         if code:
             raise typer.Exit(code)
     code = reproduce(specs, profile, runs, results, executor, time_budget, Progress(console), claims)
     if code == 3:
-        console.print(f"go on with: {again()}", markup=False, highlight=False, soft_wrap=True)
+        say(f"go on with: {again()}")
     raise typer.Exit(code)
 
 
@@ -363,7 +365,7 @@ def _print_claims(rows: list[dict[str, str]]) -> None:
         table.add_row(row["claim_id"], row["paper"], *cells)
     console.print(table)
     if rows:
-        console.print(summary_line(rows).replace("*", ""), markup=False, highlight=False, soft_wrap=True)
+        say(summary_line(rows).replace("*", ""))
 
 
 @app.command()
@@ -379,13 +381,13 @@ def verify(
     """Check committed results: files against the manifest, specs against their hashes, tables against records."""
     from replicate.report.build import remarks
     from replicate.report.build import verify as check
-    from replicate.report.readme import stale
+    from replicate.report.readme import PREFIX, stale
 
     folder = results / profile
     if not (folder / "MANIFEST.json").exists():
         raise UsageError(f"there is no {folder / 'MANIFEST.json'}; `make reproduce PROFILE={profile}` first.")
     problems = check(folder, ledger_claims())
-    if profile in ("standard", "full") and readme.exists() and stale(readme, folder):
+    if profile in PREFIX and readme.exists() and stale(readme, folder):
         problems.append(
             f"what {readme} says between its markers is not what {folder} gives; "
             f"`replicate report --profile {profile} --readme {readme}`"
@@ -393,16 +395,13 @@ def verify(
     for problem in problems:
         errors.print(f"replicate: {problem}", markup=False, highlight=False, soft_wrap=True)
     for remark in remarks(folder):
-        console.print(f"{folder}: {remark}", markup=False, highlight=False, soft_wrap=True)
+        say(f"{folder}: {remark}")
     if not problems:
         console.print(f"{folder}: every file, spec and table agrees")
     code = 0
     if rerun:
         from replicate.rerun import rerun as make_again
         from replicate.runs.limits import Limits
-
-        def say(line: str) -> None:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
         limits = Limits(run_limit)
         found = make_again(

@@ -19,8 +19,8 @@ LEGEND = (
     "`~` estimate; bold: best of the five families among numbers that cannot flatter."
 )
 
-#: what stands before the marks of a profile's blocks in README
-PREFIX = {"full": "full-"}
+#: profiles with blocks of their own in README, and what stands before their marks
+PREFIX = {"standard": "", "full": "full-"}
 
 
 class Best(NamedTuple):

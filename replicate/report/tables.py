@@ -327,14 +327,15 @@ def check_metrics(results: Results, task: str) -> list[str]:
 def task_table(results: Results, task: str) -> Table:
     """Every model of a task against every metric of quality that one of them has; why not the others is told."""
     asked, models = quality_metrics(results, task), results.models(task)
-    cells = {m: [results.cell(task, model, m) for model in models] for m in asked}
-    metrics = [m for m in asked if any(c.numbers or not c.reason for c in cells[m])]
+    cells = {m: {model: results.cell(task, model, m) for model in models} for m in asked}
+    metrics = [m for m in asked if any(c.numbers or not c.reason for c in cells[m].values())]
     columns = tuple(column(m, results, [task]) for m in metrics)
-    rows = by_family(results, models, len(columns), lambda model: tuple(results.cell(task, model, m) for m in metrics))
+    rows = by_family(results, models, len(columns), lambda model: tuple(cells[m][model] for m in metrics))
     caption = f"{task}: mean over seeds with its 95 % t-interval on the test split."
     without: dict[str, list[str]] = {}  # by their reasons
     for m in (m for m in asked if m not in metrics):
-        without.setdefault("; ".join(dict.fromkeys(c.reason for c in cells[m])), []).append(metric_info(m).label)
+        reasons = "; ".join(dict.fromkeys(c.reason for c in cells[m].values()))
+        without.setdefault(reasons, []).append(metric_info(m).label)
     for reason, labels in without.items():
         caption += f" No {', '.join(labels)}: {reason}."
     return Table(f"task-{slug(task)}", task, caption, ("family", "model"), columns, rows)
