@@ -81,7 +81,13 @@ def again() -> str:
 
 
 def make_executor(
-    device: str, jobs: int, runs_per_gpu: int, limits: Limits, scheduler: str | None, in_process: bool
+    device: str,
+    jobs: int,
+    runs_per_gpu: int,
+    limits: Limits,
+    scheduler: str | None,
+    in_process: bool,
+    together: bool = False,
 ) -> Executor:
     """Where runs are to be computed.
 
@@ -90,6 +96,10 @@ def make_executor(
     """
     if scheduler and in_process:
         raise UsageError("--scheduler and --in-process exclude each other; give one of them.")
+    if together and (scheduler or in_process):
+        raise UsageError(
+            "--together trains seeds in one child of this machine; leave out --scheduler and --in-process."
+        )
     if in_process:
         from replicate.runs.inline import Inline
 
@@ -100,7 +110,7 @@ def make_executor(
         return Cluster(scheduler, device, limits)
     from replicate.runs.pool import Pool, slots
 
-    return Pool(slots(device, jobs, runs_per_gpu), limits)
+    return Pool(slots(device, jobs, runs_per_gpu), limits, together)
 
 
 def ledger_claims() -> Claims:
@@ -203,6 +213,9 @@ def reproduce(
         bool, typer.Option("--in-process", help="One run after the other in this process, for a debugger.")
     ] = False,
     runs_per_gpu: Annotated[int, typer.Option(min=1, help="Runs that share a GPU.")] = 1,
+    together: Annotated[
+        bool, typer.Option("--together", help="Train all seeds at once where a model can; the same but for rounding.")
+    ] = False,
     run_limit: RunLimit = 7200.0,
     memory_limit: Annotated[int | None, typer.Option(min=1, help="Megabytes of memory that one run may take.")] = None,
     checkpoint_every: CheckpointEvery = 30.0,
@@ -238,7 +251,7 @@ def reproduce(
         say(f"{what.name} is not run: {what.reason}")
     claims = ledger_claims()
     limits = Limits(run_limit, memory_limit, checkpoint_every)
-    executor = make_executor(device, jobs, runs_per_gpu, limits, scheduler, in_process)
+    executor = make_executor(device, jobs, runs_per_gpu, limits, scheduler, in_process, together)
     if dry_run:
         expected = expected_seconds(specs, read_reference(results / profile))
         for spec in specs:

@@ -34,7 +34,7 @@ from replicate.runs.provenance import UNKNOWN, machine_differences, source_sha25
 from replicate.runs.spec import RESULTS_VERSION, AnySpec, RunSpec, spec_from_dict
 from replicate.runs.store import held, read_record
 
-#: labels of `Difference` that another machine excuses
+#: labels of `Difference` that another machine, or training seeds together, excuses
 TOLERATED = ("rounding", "within error")
 #: columns of measurements.csv beside the value that are the same on any machine, and on the same one
 ANYWHERE, EXACT = ("unit",), ("unit", "status", "stderr", "n")
@@ -51,7 +51,8 @@ class Rerun:
         name: of the run, for a reader.
         numbers: how many values were compared.
         found: values that are not the same bits.
-        machine: in what the machine is another; empty where the same bits are due.
+        machine: in what the machine, or the company in which it was trained, is another; empty where the same bits are
+            due.
         source: in what the code is another; "" where it is the same.
         other: what else is not as committed.
         error: why the repetition failed; "" if it did not.
@@ -78,7 +79,7 @@ class Rerun:
         counts = Counter(d.label for d in self.found)
         same = self.numbers - sum(not math.isnan(d.reference) for d in self.found)
         parts = [f"{same} of {self.numbers} numbers bit for bit", *(f"{n} {label}" for label, n in counts.items())]
-        how = f"by tolerance, on another machine: {'; '.join(self.machine)}" if self.machine else "same machine"
+        how = f"by tolerance: {'; '.join(self.machine)}" if self.machine else "same machine"
         head = f"{self.name}: {'' if self.held else 'NOT AS COMMITTED: '}{', '.join(parts)} ({how}){self._source()}"
         excused = TOLERATED if self.machine else ()
         bad = [f"  {d.metric}: {d.label}: {_text(d)}" for d in self.found if d.label not in excused]
@@ -297,7 +298,10 @@ def _compared(drawn: Sequence[tuple[AnySpec, Mapping[str, Any]]], root: Path, re
             out.append(Rerun(name, source=source, error=error))
             continue
         afresh = read_record(root / run_id) or {}
-        machine = machine_differences(record.get("provenance") or {}, afresh["provenance"], COMMITTED, AFRESH)
+        provenance = record.get("provenance") or {}
+        machine = machine_differences(provenance, afresh["provenance"], COMMITTED, AFRESH)
+        if any("together" in sitting for sitting in provenance.get("sittings", ())):
+            machine.append(f"seeds trained together {COMMITTED}, alone {AFRESH}")
         mine, committed = (_rows(frame, run_id) for frame in (new, reference))
         other = _other(mine, committed, exact=not machine)
         if not machine:

@@ -18,8 +18,9 @@ Without a `Journal` (in tests, in notebooks) `resumable` is `range`. This module
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol, runtime_checkable
@@ -148,6 +149,11 @@ class Journal:
         """Whether a loop asked for now would run inside a step of another."""
         return self._inside
 
+    @property
+    def position(self) -> tuple[int, int, int]:
+        """Loops that have ended, the number of the one that was cut short (-1: none), and its step."""
+        return (len(self.ended), self.cut["at"], self.cut["step"]) if self.cut else (len(self.ended), -1, 0)
+
     def loop(self, name: str, steps: int, state: State) -> Iterator[int]:
         """The body of `resumable`."""
         at, self._next = self._next, self._next + 1
@@ -188,7 +194,69 @@ class Journal:
         return {"at": at, "name": name, "steps": steps, "step": step, "seconds": seconds, "state": snapshot(state)}
 
 
-_JOURNAL: ContextVar[Journal | None] = ContextVar("journal", default=None)
+class Together:
+    """The journals of several runs whose loops are taken in step: each remembers its own, as if it ran alone.
+
+    Args:
+        journals: all at one position.
+        every: seconds between saves, which all make after the same step.
+    """
+
+    def __init__(self, journals: Sequence[Journal], every: float) -> None:
+        self.journals, self.every = journals, every
+        self.stopping = self.nested = False
+
+    @contextmanager
+    def active(self) -> Iterator[Together]:
+        """Inside, `resumable_together` loops of this thread are remembered here."""
+        token = _JOURNAL.set(self)
+        try:
+            yield self
+        finally:
+            _JOURNAL.reset(token)
+
+    def request_stop(self) -> None:
+        """Stop after the step that runs; outside a loop that is now.
+
+        Raises:
+            Stopped: no loop runs.
+        """
+        self.stopping = True
+        if not self.nested:
+            raise Stopped
+
+    def loop(self, name: str, steps: int, states: Sequence[State]) -> Iterator[int]:
+        """The body of `resumable_together`."""
+        loops = [journal.loop(name, steps, state) for journal, state in zip(self.journals, states, strict=True)]
+        saved, self.nested = time.monotonic(), True
+        try:
+            while True:
+                due = time.monotonic() - saved >= self.every
+                saved = time.monotonic() if due else saved
+                stopping = self.stopping  # a signal may come between two journals, and they must do the same
+                for journal in self.journals:
+                    journal.stopping, journal.every = stopping, 0.0 if due else math.inf
+                taken = [_next(loop) for loop in loops]
+                if stopping:
+                    raise Stopped
+                if taken[0] is None:
+                    break
+                yield taken[0]
+        finally:
+            self.nested = False
+        for journal in self.journals:
+            journal.save()
+
+
+def _next(loop: Iterator[int]) -> int | None:
+    """The loop's next step; None where it has ended, or saved and stopped."""
+    try:
+        return next(loop, None)
+    except Stopped:
+        return None
+
+
+_JOURNAL: ContextVar[Journal | Together | None] = ContextVar("journal", default=None)
 
 
 def stop_current() -> bool:
@@ -216,7 +284,20 @@ def resumable(name: str, steps: int, state: State) -> Iterator[int]:
         state: all that the steps change. Objects with `state_dict` and generators go on in place; other values are
             replaced, so read them from here. Leave the loop by its end or an error: a `break` is not remembered.
     """
+    return resumable_together(name, steps, [state])
+
+
+def resumable_together(name: str, steps: int, states: Sequence[State]) -> Iterator[int]:
+    """`resumable` for runs that take every step together, with a state of each; one state is one run alone.
+
+    Raises:
+        RuntimeError: several states in a run that is alone.
+    """
     journal = _JOURNAL.get()
     if journal is None or journal.nested:
         return iter(range(steps))
-    return journal.loop(name, steps, state)
+    if isinstance(journal, Together):
+        return journal.loop(name, steps, states)
+    if len(states) != 1:
+        raise RuntimeError(f"{name!r} trains {len(states)} runs together, and this run is alone")
+    return journal.loop(name, steps, states[0])

@@ -52,7 +52,7 @@ def test_a_graph_of_the_training_step_does_what_the_eager_step_does(
         with context.streams.initialisation():
             model = burda.ImportanceWeightedAutoencoder(784, (50,), (200,), draws, weighted=True, doubly=doubly)
         model = model.to(device)
-        losses = burda.fit(model, 0.25 + 0.5 * rows if dynamic else rows, dynamic, context)
+        (losses,) = burda.fit([model], 0.25 + 0.5 * rows if dynamic else rows, dynamic, [context])
         return losses, [p.detach().clone() for p in model.parameters()]
 
     graphed = trained()
@@ -61,3 +61,26 @@ def test_a_graph_of_the_training_step_does_what_the_eager_step_does(
     assert graphed[0] == pytest.approx(eager[0], rel=1e-6)
     for a, b in zip(graphed[1], eager[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_seeds_trained_together_are_those_trained_alone() -> None:
+    """Losses and weights of three seeds after four passes of fifty batches, one graph for all against one each."""
+    device = prepare_process("cuda")
+    rows = 0.25 + 0.5 * torch.rand(1000, 784, generator=torch.Generator().manual_seed(0)).round().to(device)
+
+    def trained(seeds: list[int]) -> list[tuple[list[float], list[Tensor]]]:
+        settings = {"batch_size": 20, "stages": 2, "shortened": 1}
+        contexts = [Context(settings, Streams("together", "t", seed, "cuda"), device) for seed in seeds]
+        models = []
+        for context in contexts:
+            with context.streams.initialisation():
+                model = burda.ImportanceWeightedAutoencoder(784, (50,), (200,), 5, weighted=True)
+            models.append(model.to(device))
+        losses = burda.fit(models, rows, True, contexts)
+        return [(loss, list(model.parameters())) for loss, model in zip(losses, models, strict=True)]
+
+    for seed, (losses, weights) in enumerate(trained([0, 1, 2])):
+        ((alone, single),) = trained([seed])
+        assert losses == pytest.approx(alone, rel=1e-5)
+        for a, b in zip(weights, single, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

@@ -73,7 +73,7 @@ def trained(draws: int, doubly: bool, dynamic: bool) -> tuple[dict[str, Tensor],
     with context.streams.initialisation():
         model = burda.ImportanceWeightedAutoencoder(9, (3,), (6,), draws, weighted=True, doubly=doubly)
     rows = bits(48, 9)
-    losses = burda.fit(model, 0.25 + 0.5 * rows if dynamic else rows, dynamic, context)
+    (losses,) = burda.fit([model], 0.25 + 0.5 * rows if dynamic else rows, dynamic, [context])
     return model.state_dict(), losses
 
 

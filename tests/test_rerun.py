@@ -184,8 +184,20 @@ def test_what_another_device_made_is_compared_by_tolerance_and_that_is_said(resu
     assert verify(results) == []
     report, said = again(results, replay)
     assert report.code == 0, said
-    assert "numbers bit for bit, 1 rounding (by tolerance, on another machine: device: Abacus as committed, " in said
+    assert "numbers bit for bit, 1 rounding (by tolerance: device: Abacus as committed, " in said
     assert "0 compared to the bit, 3 by tolerance" in said
+
+
+def test_a_run_whose_seeds_were_trained_together_is_compared_by_tolerance(results: Path, replay: Replay) -> None:
+    def together(record: dict[str, Any]) -> None:
+        if record["run_id"] == FLOW.run_id():
+            record["provenance"]["sittings"][0]["together"] = 3
+
+    change(results, together, one_ulp())
+    report, said = again(results, replay)
+    assert report.code == 0, said
+    assert "(by tolerance: seeds trained together as committed, alone here)" in said
+    assert "2 compared to the bit, 1 by tolerance" in said
 
 
 def test_no_machine_excuses_a_number_far_off(results: Path, replay: Replay) -> None:

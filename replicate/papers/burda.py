@@ -18,11 +18,12 @@ k = 1 is one and the same model for VAE and IWAE: the paper prints one number fo
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ from replicate.likelihood.importance import iw_bound
 from replicate.model import Model
 from replicate.papers.base import Paper
 from replicate.papers.burda_bounds import BOUNDS
-from replicate.resume import State, resumable
+from replicate.resume import State, resumable_together
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 from replicate.runs.graph import Repeated
 from replicate.tasks.images import FILES, TEST_BITS_SEED, binarise, grey_values, mnist_static
@@ -63,6 +64,16 @@ def training_and_test(dynamic: bool) -> tuple[Tensor, Tensor]:
 
 
 # -- the model
+
+#: a generator, or one for each of several models side by side
+Noise = torch.Generator | Sequence[torch.Generator]
+
+
+def normal(shape: Sequence[int], generator: Noise, like: Tensor) -> Tensor:
+    """Standard normal numbers on the device and in the precision of a tensor; of several generators one for a row."""
+    if isinstance(generator, torch.Generator):
+        return torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
+    return torch.stack([normal(shape[1:], g, like) for g in generator])
 
 
 def glorot(inputs: int, outputs: int) -> nn.Linear:
@@ -140,13 +151,12 @@ class ImportanceWeightedAutoencoder(Model):
         with torch.no_grad():
             self.output.bias.copy_(torch.logit(train.mean(0).clamp(0.001, 0.999)))
 
-    def log_weights(self, x: Tensor, k: int, generator: torch.Generator) -> Tensor:
-        """log p(x, h) - log q(h | x), shape (n, k), at h drawn layer by layer from q."""
-        below, log_w = x[:, None].expand(-1, k, -1), x.new_zeros(len(x), k)
+    def log_weights(self, x: Tensor, k: int, generator: Noise) -> Tensor:
+        """log p(x, h) - log q(h | x) of x (..., n, D), shape (..., n, k), at h drawn layer by layer from q."""
+        below, log_w = x.unsqueeze(-2).expand(*x.shape[:-1], k, -1), x.new_zeros(*x.shape[:-1], k)
         for i, q in enumerate(self.q):
-            mean, log_sigma = q(below if i else x[:, None])
-            shape = (len(x), k, mean.shape[-1])
-            noise = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
+            mean, log_sigma = q(below if i else x.unsqueeze(-2))
+            noise = normal((*x.shape[:-1], k, mean.shape[-1]), generator, x)
             above = mean + log_sigma.exp() * noise
             log_w = log_w - (-0.5 * noise.square() - log_sigma - 0.5 * LOG_2PI).sum(-1)
             log_w = log_w + (log_normal(below, *self.p[i - 1](above)) if i else self._log_bits(below, above))
@@ -154,31 +164,61 @@ class ImportanceWeightedAutoencoder(Model):
         return log_w + (-0.5 * below.square() - 0.5 * LOG_2PI).sum(-1)
 
     def _log_bits(self, x: Tensor, h: Tensor) -> Tensor:
-        """log p(x | h) of bits x (n, k, D)."""
+        """log p(x | h) of bits x (..., n, k, D)."""
         return F.logsigmoid((2 * x - 1) * self.output(self.output_hidden(h))).sum(-1)
 
-    def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
-        """Minus the objective, summed over the batch as in the code."""
+    def loss(self, batch: Tensor, generator: Noise) -> Tensor:
+        """Minus the objective, summed over the batch (..., n, D) as in the code, shape (...)."""
         if self.doubly:
             return -self._doubly_reparameterised(batch, generator)
         log_w = self.log_weights(batch, self.draws, generator)
-        objective = log_w.logsumexp(1) - math.log(self.draws) if self.weighted else log_w.mean(1)
-        return -objective.sum()
+        objective = log_w.logsumexp(-1) - math.log(self.draws) if self.weighted else log_w.mean(-1)
+        return -objective.sum(-1)
 
-    def _doubly_reparameterised(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """A scalar whose gradient is Tucker et al.'s eq. 5 and 6; its value is no bound.
+    def _doubly_reparameterised(self, x: Tensor, generator: Noise) -> Tensor:
+        """A number whose gradient is Tucker et al.'s eq. 5 and 6; its value is no bound.
 
         With q's parameters held fixed inside log w, the decoder is moved by the normalised weights, and the encoder,
         through h alone, by their squares.
         """
-        mean, log_sigma = self.q[0](x[:, None])
-        shape = (len(x), self.draws, mean.shape[-1])
-        h = mean + log_sigma.exp() * torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
-        log_w = self._log_bits(x[:, None].expand(-1, self.draws, -1), h) + (-0.5 * h.square() - 0.5 * LOG_2PI).sum(-1)
+        mean, log_sigma = self.q[0](x.unsqueeze(-2))
+        shape = (*x.shape[:-1], self.draws, mean.shape[-1])
+        h = mean + log_sigma.exp() * normal(shape, generator, x)
+        bits = x.unsqueeze(-2).expand(*x.shape[:-1], self.draws, -1)
+        log_w = self._log_bits(bits, h) + (-0.5 * h.square() - 0.5 * LOG_2PI).sum(-1)
         log_w = log_w - log_normal(h, mean.detach(), log_sigma.detach())
-        share = log_w.detach().softmax(1)
+        share = log_w.detach().softmax(-1)
         h.register_hook(lambda gradient: gradient * share[..., None])
-        return (share * log_w).sum()
+        return (share * log_w).sum((-2, -1))
+
+
+# -- seeds side by side
+
+
+class StackedLinear(nn.Module):
+    """P linear layers at once, which go on sharing their parameters with this."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.stack([layer.weight.detach() for layer in layers]))
+        self.bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in layers]))
+        for layer, weight, bias in zip(layers, self.weight.detach(), self.bias.detach(), strict=True):
+            layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (P, ..., inputs) -> (P, ..., outputs), layer p on x[p]."""
+        return torch.baddbmm(self.bias[:, None], x.flatten(1, -2), self.weight.mT).unflatten(1, x.shape[1:-1])
+
+
+def stacked(models: Sequence[ImportanceWeightedAutoencoder]) -> ImportanceWeightedAutoencoder:
+    """One model of x (P, n, D) that is `models` side by side; a step of it in place is a step of each of them."""
+    together = copy.deepcopy(models[0])
+    for name, layer in models[0].named_modules():
+        if isinstance(layer, nn.Linear):
+            parent, _, own = name.rpartition(".")
+            each = [cast(nn.Linear, model.get_submodule(name)) for model in models]
+            setattr(together.get_submodule(parent), own, StackedLinear(each))
+    return together
 
 
 # -- training
@@ -216,8 +256,9 @@ class CodeAdam:
         return {"first": self.first, "second": self.second, "step_number": self.step_number}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.first, self.second = ([m.clone() for m in state[name]] for name in ("first", "second"))
+        """Go on from there; the moments stay where they are in memory."""
+        for moment, saved in zip([*self.first, *self.second], [*state["first"], *state["second"]], strict=True):
+            moment.copy_(saved)
         self.step_number = state["step_number"]
 
 
@@ -231,47 +272,70 @@ def schedule(stages: int, shortened: int = 1) -> Iterator[tuple[int, float]]:
         yield max(1, 3**i // shortened), 1e-4 * round(10 ** (1 - i / 7), 1)
 
 
-def fit(model: ImportanceWeightedAutoencoder, train: Tensor, dynamic: bool, context: Context) -> list[float]:
-    """Train in place through all stages; the mean training loss of every stage in nats."""
-    noise, bits = context.streams.fresh("noise"), context.streams.fresh("bits")
-    model.initialise(train, noise)
+def adams(models: Sequence[ImportanceWeightedAutoencoder], joint: CodeAdam) -> list[CodeAdam]:
+    """One optimizer for each of the models of `stacked`, whose moments are its rows of the `joint` one's."""
+    each = [CodeAdam(list(model.parameters())) for model in models]
+    for i, adam in enumerate(each):
+        adam.first, adam.second = ([moment[i] for moment in moments] for moments in (joint.first, joint.second))
+    return each
+
+
+def fit(
+    models: Sequence[ImportanceWeightedAutoencoder], train: Tensor, dynamic: bool, contexts: Sequence[Context]
+) -> list[list[float]]:
+    """Train in place through all stages; the mean training loss of every stage in nats, for each model.
+
+    Several models are several seeds: their steps are taken at once, and leave what each alone would but for rounding.
+    """
+    p, alone = contexts[0].params, len(models) == 1
+    noise, bits = ([context.streams.fresh(name) for context in contexts] for name in ("noise", "bits"))
+    for model, generator in zip(models, noise, strict=True):
+        model.initialise(train, generator)
+    model = models[0] if alone else stacked(models)
     optimizer = CodeAdam(list(model.parameters()))
-    batches = train.split(context.params["batch_size"])
+    optimizers = [optimizer] if alone else adams(models, optimizer)
+    batches = train.split(p["batch_size"])
     # of every epoch: its stage's epochs and learning rate, and whether the stage ends with it
-    stages = schedule(context.params["stages"], context.params["shortened"])
+    stages = schedule(p["stages"], p["shortened"])
     plan = [(n, lr, i + 1 == n) for n, lr in stages for i in range(n)]
-    state: State = {
-        "model": model,
-        "optimizer": optimizer,
-        "noise": noise,
-        "bits": bits,
-        "total": torch.zeros((), device=train.device),
-        "losses": [],
-    }
+    states: list[State] = [
+        {
+            "model": one,
+            "optimizer": adam,
+            "noise": of_noise,
+            "bits": of_bits,
+            "total": torch.zeros((), device=train.device),
+            "losses": [],
+        }
+        for one, adam, of_noise, of_bits in zip(models, optimizers, noise, bits, strict=True)
+    ]
 
     def update(batch: Tensor, rate: Tensor | float) -> Tensor:
-        """One step of Adam on a batch; its loss."""
+        """One step of Adam on a batch; its loss, or that of each model."""
         model.zero_grad(set_to_none=True)
-        loss = model.loss(binarise(batch, bits) if dynamic else batch, noise)
-        loss.backward()
+        drawn = [binarise(batch, generator) for generator in bits] if dynamic else [batch] * len(models)
+        loss = model.loss(drawn[0], noise[0]) if alone else model.loss(torch.stack(drawn), noise)
+        loss.sum().backward()
         optimizer.step(rate)
         return loss.detach()
 
-    repeated = Repeated(update, train.device, (noise, bits))
+    repeated = Repeated(update, train.device, (*noise, *bits))
     # an epoch may take minutes, a batch does not
-    for step in resumable("training", len(plan) * len(batches), state):
+    for step in resumable_together("training", len(plan) * len(batches), states):
         epoch, i = divmod(step, len(batches))
         epochs, lr, last_of_stage = plan[epoch]
-        state["total"] += repeated(batches[i], optimizer.next_rate(lr))
-        if last_of_stage and i + 1 == len(batches):
-            state["losses"].append(float(state["total"]) / (epochs * len(train)))
-            state["total"].zero_()
-    losses: list[float] = state["losses"]
-    return losses
+        rates = [adam.next_rate(lr) for adam in optimizers]
+        losses = repeated(batches[i], rates[0])
+        for state, loss in zip(states, losses.reshape(-1), strict=True):
+            state["total"] += loss
+            if last_of_stage and i + 1 == len(batches):
+                state["losses"].append(float(state["total"]) / (epochs * len(train)))
+                state["total"].zero_()
+    return [state["losses"] for state in states]
 
 
-def train_and_score(context: Context) -> Outcome:
-    """One cell of table 1: train, and bound -log p of the test bits with many importance samples."""
+def start(context: Context) -> tuple[ImportanceWeightedAutoencoder, Tensor, Tensor]:
+    """An untrained model, training intensities or static bits, and test bits, all on the device."""
     p = context.params
     train, test = training_and_test(p["dynamic"])
     train, test = train[: p["rows"] or None].to(context.device), test[: p["rows"] or None].to(context.device)
@@ -279,8 +343,20 @@ def train_and_score(context: Context) -> Outcome:
         model = ImportanceWeightedAutoencoder(
             train.shape[1], LATENTS[p["layers"]], HIDDEN[p["layers"]], p["draws"], p["weighted"], p["doubly"]
         )
-    model = model.to(context.device)
-    losses = fit(model, train, p["dynamic"], context)
+    return model.to(context.device), train, test
+
+
+def train_together(contexts: Sequence[Context]) -> None:
+    """Several seeds of one cell, trained in common steps."""
+    begun = [start(context) for context in contexts]
+    fit([model for model, _, _ in begun], begun[0][1], contexts[0].params["dynamic"], contexts)
+
+
+def train_and_score(context: Context) -> Outcome:
+    """One cell of table 1: train, and bound -log p of the test bits with many importance samples."""
+    p = context.params
+    model, train, test = start(context)
+    (losses,) = fit([model], train, p["dynamic"], [context])
     bound = iw_bound(model, test, p["samples"], context.streams.fresh("evaluation"))
     stages = list(itertools.accumulate(float(n) for n, _ in schedule(p["stages"], p["shortened"])))
     line = Line("training bound", stages, losses)
@@ -322,6 +398,7 @@ def cell(
         profiles=("full",),
         files=FILES["mnist-dynamic" if dynamic else "mnist-static"],
         cuda_minutes=0 if shortened > 1 else GPU_MINUTES,
+        together=train_together,
     )
 
 

@@ -13,13 +13,13 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 from replicate.resume import Stopped, stop_current
-from replicate.runs.execute import execute, failure, prepare_process
+from replicate.runs.execute import execute, failure, prepare_process, train_together
 from replicate.runs.limits import Limits
 from replicate.runs.spec import AnySpec, spec_from_dict
 from replicate.runs.store import write_json
@@ -31,13 +31,15 @@ STDERR_TAIL = 2_000
 STDERR = "stderr.txt"
 
 
-def job(spec: AnySpec, folder: Path, limits: Limits, visible: str | None) -> dict[str, Any]:
+def job(runs: Sequence[tuple[AnySpec, Path]], limits: Limits, visible: str | None) -> dict[str, Any]:
     """What a child is told, JSON-ready.
 
     Args:
+        runs: a spec and its folder; several are seeds of one experiment, to be trained together and no more.
         visible: the GPU it may see (CUDA_VISIBLE_DEVICES); None leaves that as it is.
     """
-    return {"spec": spec.as_dict(), "folder": str(folder), "limits": limits.as_dict(), "visible": visible}
+    asked = [{"spec": spec.as_dict(), "folder": str(folder)} for spec, folder in runs]
+    return {"runs": asked, "limits": limits.as_dict(), "visible": visible}
 
 
 def make_ready(folder: Path) -> None:
@@ -61,10 +63,18 @@ def stderr_tail(folder: Path) -> str:
     return data[-STDERR_TAIL:].decode("utf-8", "replace").strip()
 
 
-def attempt(spec: AnySpec, folder: Path, limits: Limits) -> int:
-    """Run a spec in this process and leave a record or a failure in its folder; returns the exit code."""
+def attempt(runs: Sequence[tuple[AnySpec, Path]], limits: Limits) -> int:
+    """Do a job in this process and leave a record, or a failure in its first folder; returns the exit code.
+
+    Several runs leave checkpoints in place of a record.
+    """
+    spec, folder = runs[0]
     try:
-        execute(spec, folder, prepare_process(spec.device), limits)
+        device = prepare_process(spec.device)
+        if len(runs) == 1:
+            execute(spec, folder, device, limits)
+        else:
+            train_together(runs, device, limits)
     except Stopped:
         return STOPPED
     except Exception as error:
@@ -81,18 +91,20 @@ def run_job(told: dict[str, Any]) -> int:
     """A child's whole life after it was told its job."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, _stop)
-    limits, folder = Limits(**told["limits"]), Path(told["folder"])
+    limits = Limits(**told["limits"])
+    runs = [(spec_from_dict(run["spec"]), Path(run["folder"])) for run in told["runs"]]
     if told["visible"] is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = told["visible"]
     if limits.memory_mb is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (limits.memory_mb * 2**20, limits.memory_mb * 2**20))
+    folder = runs[0][1]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         log = os.open(folder / STDERR, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 2)
     except OSError:
         return UNWRITABLE
-    return attempt(spec_from_dict(told["spec"]), folder, limits)
+    return attempt(runs, limits)
 
 
 def _stop(number: int, frame: Any) -> None:

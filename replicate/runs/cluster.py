@@ -156,7 +156,7 @@ def compute(told: str, checkpoint: bytes) -> dict[str, Any]:
         if checkpoint:
             (root / "checkpoints").mkdir()
             write_atomic(root / "checkpoints" / asked["checkpoint"], checkpoint)
-        child = _start(job(spec_from_dict(asked["spec"]), root, limits, None), root)
+        child = _start(job([(spec_from_dict(asked["spec"]), root)], limits, None), root)
         worker.log_event(asked["session"], {"key": asked["key"], "worker": worker.address})
         code, timed_out = _watch(child, limits, lambda: _wanted(worker, asked["key"], asked["session"]))
         return {**found, "code": code, "timed_out": timed_out, "files": _left(root)}

@@ -22,7 +22,7 @@ from replicate.errors import UsageError
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.model import Estimate, LogLikelihood, Model
 from replicate.registry import data_sha256, experiment, load_task, model_entry
-from replicate.resume import Journal, State
+from replicate.resume import Journal, State, Together
 from replicate.runs.checkpoint import Checkpoints
 from replicate.runs.evaluate import Evaluator, Measurement, na
 from replicate.runs.experiment import Context, pack_examples
@@ -155,11 +155,51 @@ def check_data(spec: AnySpec) -> None:
         )
 
 
-class Sitting:
-    """One process's share of a run: its journal, its checkpoints, and what the record says of where it was made."""
+def train_together(runs: Sequence[tuple[AnySpec, Path]], device: torch.device, limits: Limits = DEFAULT) -> bool:
+    """Train seeds of one experiment in common steps, and leave checkpoints from which each run goes on alone.
 
-    def __init__(self, spec: AnySpec, folder: Path | None, device: torch.device, limits: Limits) -> None:
+    Args:
+        runs: specs that differ in the seed alone, with their folders.
+
+    Returns:
+        Whether anything was trained; not where the runs stand at different steps, or have all been trained.
+
+    Raises:
+        UsageError: the data here are not those that a spec names.
+        Stopped: the process was asked to stop and has left checkpoints.
+    """
+    for spec, _ in runs:
+        check_data(spec)
+    first = runs[0][0]
+    train_seeds = experiment(first.model, first.task).together
+    assert train_seeds is not None
+    sittings = [Sitting(spec, folder, device, limits, len(runs)) for spec, folder in runs]
+    journals = [sitting.journal for sitting in sittings]
+    positions = {journal.position for journal in journals}
+    if len(positions) > 1 or positions.pop()[0]:
+        return False
+    with Together(journals, limits.checkpoint_every).active():
+        train_seeds([_context(spec, device) for spec, _ in runs if isinstance(spec, ExperimentSpec)])
+    return True
+
+
+def _context(spec: ExperimentSpec, device: torch.device) -> Context:
+    """An experiment's. Designs and tolerances were settled on streams of the bare name; what is judged is afresh."""
+    return Context(spec.params, Streams(f"judged/{spec.task}", spec.model, spec.seed, device.type), device)
+
+
+class Sitting:
+    """One process's share of a run: its journal, its checkpoints, and what the record says of where it was made.
+
+    Args:
+        together: so many runs are trained in this process in common steps.
+    """
+
+    def __init__(
+        self, spec: AnySpec, folder: Path | None, device: torch.device, limits: Limits, together: int = 1
+    ) -> None:
         self.device, self.started, self._begin = device, time.time(), time.monotonic()
+        self.together = together
         self.checkpoints = Checkpoints(folder, spec.run_id(), "+".join(source_version()))
         saved = self.checkpoints.read()
         self.before: list[dict[str, Any]] = saved["sittings"] if saved else []
@@ -172,8 +212,8 @@ class Sitting:
             print(f"a checkpoint could not be written: {error}", file=sys.stderr)
 
     def seconds_before(self) -> float:
-        """Wall seconds of earlier sittings."""
-        return float(sum(s["seconds"] for s in self.before))
+        """Wall seconds of earlier sittings, a run's share of those that trained several together."""
+        return float(sum(s["seconds"] / s.get("together", 1) for s in self.before))
 
     def seconds(self) -> float:
         """Wall seconds of all sittings so far."""
@@ -187,6 +227,7 @@ class Sitting:
             "seconds": round(time.monotonic() - self._begin, 3),
             "checkpoints": self.journal.saves,
             "checkpoint_seconds": round(self.journal.save_seconds, 3),
+            **({"together": self.together} if self.together > 1 else {}),
         }
 
     def provenance(self) -> dict[str, Any]:
@@ -245,10 +286,8 @@ def _model(spec: RunSpec, sitting: Sitting) -> _Found:
 
 def _experiment(spec: ExperimentSpec, sitting: Sitting) -> _Found:
     what = experiment(spec.model, spec.task)
-    # designs and tolerances were settled on the streams of the bare name; what is judged is drawn afresh
-    streams = Streams(f"judged/{spec.task}", spec.model, spec.seed, sitting.device.type)
     begin = time.perf_counter()
-    outcome = what.run(Context(spec.params, streams, sitting.device))
+    outcome = what.run(_context(spec, sitting.device))
     seconds = time.perf_counter() - begin + sitting.seconds_before()
     measurements = [Measurement(name, e) for name, e in outcome.estimates.items()]
     measurements += [na(name, reason) for name, reason in outcome.missing.items()]

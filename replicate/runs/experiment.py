@@ -185,6 +185,8 @@ class Experiment:
             one is absent it is not run, and their sha256 enters the run's hash.
         cuda_minutes: about how many minutes a seed takes on one CUDA device of the H200 class; without such a device it
             is not run. 0 for what a CPU does as well.
+        together: trains several seeds in common steps, and no more: what `run` does with a seed alone up to its first
+            loop's end, which is `resumable_together` here. To rounding it leaves what each alone would.
     """
 
     name: str
@@ -199,6 +201,7 @@ class Experiment:
     precision: str = "float32"
     files: tuple[str, ...] = ()
     cuda_minutes: float = 0.0
+    together: Callable[[Sequence[Context]], None] | None = None
 
     @property
     def needs(self) -> str:

@@ -37,7 +37,7 @@ class Inline:
             make_ready(folder)
             listen("started", spec, "")
             with _alarm(self.limits.seconds, deadline):
-                code = attempt(spec, folder, self.limits)
+                code = attempt([(spec, folder)], self.limits)
             if code == STOPPED:
                 if deadline is not None and time.monotonic() >= deadline:
                     return False

@@ -2,6 +2,9 @@
 
 Every run starts from the same state whatever ran before it and however many run beside it, so that the number of
 workers cannot change a number. On GPUs a slot is a device, or a share of one, and a child sees that device alone.
+
+Seeds that are to be trained together are one child's job first. It leaves their checkpoints, and each is then a run
+like any other; so it is where training them together failed.
 """
 
 from __future__ import annotations
@@ -9,18 +12,19 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import cast
 
+from replicate.registry import experiment
 from replicate.runs import server
 from replicate.runs.child import job, make_ready, worker
 from replicate.runs.executor import Listener, Runs, outcome
 from replicate.runs.limits import DEFAULT, Limits
-from replicate.runs.spec import AnySpec
+from replicate.runs.spec import AnySpec, ExperimentSpec
 
 
 def slots(device: str, jobs: int, runs_per_gpu: int = 1) -> list[str | None]:
@@ -41,11 +45,23 @@ def slots(device: str, jobs: int, runs_per_gpu: int = 1) -> list[str | None]:
     return offered[: jobs or len(offered)]
 
 
+def groups(specs: Iterable[AnySpec], together: bool) -> list[list[AnySpec]]:
+    """What a child each is to do: one run, or before it seeds of one experiment that are trained `together`.
+
+    Such a group stands where its first run stood, and its runs follow it in `Pool.run_all`.
+    """
+    found: dict[str, list[AnySpec]] = {}
+    for spec in specs:
+        joins = together and isinstance(spec, ExperimentSpec) and experiment(spec.model, spec.task).together
+        key = replace(spec, seed=0).run_id() if joins else spec.run_id()
+        found.setdefault(key, []).append(spec)
+    return list(found.values())
+
+
 @dataclass
 class _Child:
     process: BaseProcess
-    spec: AnySpec
-    folder: Path
+    runs: list[tuple[AnySpec, Path]]
     slot: str | None
     ends: float
     timed_out: bool = False
@@ -57,10 +73,12 @@ class Pool:
     Args:
         slots: one entry a child that may run at a time, see `slots`.
         limits: of each run.
+        together: train seeds together where an experiment can; what they leave is equal to rounding, not to the bit,
+            and their records say so.
     """
 
-    def __init__(self, slots: Sequence[str | None], limits: Limits = DEFAULT) -> None:
-        self.slots, self.limits = list(slots), limits
+    def __init__(self, slots: Sequence[str | None], limits: Limits = DEFAULT, together: bool = False) -> None:
+        self.slots, self.limits, self.together = list(slots), limits, together
 
     @property
     def jobs(self) -> int:
@@ -70,7 +88,7 @@ class Pool:
     def run_all(self, specs: Sequence[AnySpec], runs: Runs, listen: Listener, deadline: float | None = None) -> bool:
         """See `Executor`."""
         context = server.context()
-        waiting = list(runs.missing(specs))
+        waiting = groups(runs.missing(specs), self.together)
         free = list(self.slots)
         children: dict[int, _Child] = {}
         try:
@@ -80,29 +98,44 @@ class Pool:
                 while waiting and free:
                     child = self._start(context, waiting.pop(0), runs, free.pop(0))
                     children[child.process.sentinel] = child
-                    listen("started", child.spec, "")
+                    for spec, _ in child.runs:
+                        listen("started", spec, "")
                 for sentinel in wait(list(children), _until(children, deadline)):
                     child = children.pop(cast(int, sentinel))
                     child.process.join()
                     free.append(child.slot)
+                    if len(child.runs) > 1:
+                        waiting[:0] = [[spec] for spec, _ in child.runs]
+                        self._tell_of_group(child, listen)
+                        continue
                     error = self._error(child)
-                    listen("failed" if error else "done", child.spec, error)
+                    listen("failed" if error else "done", child.runs[0][0], error)
                 for child in children.values():
                     self._enforce(child)
             return True
         finally:
             self._stop(list(children.values()))
 
-    def _start(self, context: mp.context.ForkServerContext, spec: AnySpec, runs: Runs, slot: str | None) -> _Child:
-        folder = runs.folder(spec)
-        make_ready(folder)
-        told = job(spec, folder, self.limits, slot)
-        process = context.Process(target=worker, args=(told,), name=f"{spec.model} on {spec.task} seed {spec.seed}")
+    def _start(
+        self, context: mp.context.ForkServerContext, specs: list[AnySpec], runs: Runs, slot: str | None
+    ) -> _Child:
+        asked = [(spec, runs.folder(spec)) for spec in specs]
+        for _, folder in asked:
+            make_ready(folder)
+        name = f"{specs[0].model} on {specs[0].task} seed {', '.join(str(s.seed) for s in specs)}"
+        process = context.Process(target=worker, args=(job(asked, self.limits, slot),), name=name)
         process.start()
-        return _Child(process, spec, folder, slot, time.monotonic() + self.limits.seconds)
+        return _Child(process, asked, slot, time.monotonic() + self.limits.seconds)
 
     def _error(self, child: _Child) -> str:
-        return outcome(child.spec, child.folder, child.process.exitcode, self.limits if child.timed_out else None)
+        spec, folder = child.runs[0]
+        return outcome(spec, folder, child.process.exitcode, self.limits if child.timed_out else None)
+
+    def _tell_of_group(self, child: _Child, listen: Listener) -> None:
+        """Say what ended a job that trains several seeds, if it was not done."""
+        if child.process.exitcode:
+            error = f"its seeds are not trained together, each goes on alone: {self._error(child)}"
+            listen("lost", child.runs[0][0], error)
 
     def _enforce(self, child: _Child) -> None:
         """Ask a child that has used up its time to save and stop; kill it when it has not."""
