@@ -1,7 +1,8 @@
 """MAF: a flow of autoregressive steps, each a masked network with the order of the one before turned round.
 
 Followed: Papamakarios, Pavlakou and Murray 2017, Masked autoregressive flow for density estimation, 1705.07057, and its
-released code: rectified units whose degrees run through 1 .. D - 1 in turn, the dimensions first in their given order.
+released code: rectified units whose degrees run through 1 .. D - 1 in turn, or lie evenly there where the units are
+fewer (the code draws them), the dimensions first in their given order.
 One block is MADE with a Gaussian for each conditional, the paper's own baseline.
 
 Deviations:
@@ -41,7 +42,8 @@ class MaskedNet(nn.Module):
     def __init__(self, dim: int, hidden: int, layers: int, rate: float, reach: float = 0.0) -> None:
         super().__init__()
         self.rate, self.reach = rate, reach
-        degrees = torch.arange(hidden) % max(1, dim - 1)
+        most = max(1, dim - 1)
+        degrees = torch.arange(hidden) % most if hidden >= most else torch.arange(hidden) * most // hidden
         *below, last, _ = build_masks(torch.arange(dim)[None], degrees.expand(1, layers, -1), size=2)
         self.hidden = nn.ModuleList(MaskedLinear(mask) for mask in below)
         self.last = MaskedLinear(last)

@@ -40,6 +40,13 @@ def labels(seed: int = 0, n: int = GREY) -> bytes:
     return np.array([2049, n], dtype=">i4").tobytes() + named.tobytes()
 
 
+def colour(seed: int = 0, n: int = STATIC) -> bytes:
+    """A batch of CIFAR-10's binary version."""
+    rows = np.random.default_rng(seed).integers(0, 256, (n, 3073), dtype=np.uint8)
+    rows[:, 0] %= 10
+    return rows.tobytes()
+
+
 def silhouettes() -> bytes:
     """A MATLAB file of silhouettes."""
     stream = io.BytesIO()
@@ -50,16 +57,22 @@ def silhouettes() -> bytes:
 
 def forget() -> None:
     """Let go what the tasks have read."""
-    for cached in (images.mnist_static, images.mnist_dynamic, images._grey, binary.caltech_silhouettes):
+    for cached in (
+        images.mnist_static,
+        images.mnist_dynamic,
+        images._grey,
+        images.cifar_10,
+        binary.caltech_silhouettes,
+    ):
         cached.cache_clear()
 
 
 @pytest.fixture
 def small_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder: static bits with and without .gz, MNIST's and Fashion-MNIST's IDX files, silhouettes."""
+    """The folder: static bits with and without .gz, MNIST's and Fashion-MNIST's IDX files, silhouettes, CIFAR-10."""
     monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
     monkeypatch.setattr("replicate.data.files.expected", lambda path: None)  # made-up content under real names
-    for folder in ("mnist", "fashion-mnist", "mnist-static", "caltech101-silhouettes"):
+    for folder in ("mnist", "fashion-mnist", "mnist-static", "caltech101-silhouettes", "cifar-10"):
         (tmp_path / folder).mkdir()
     (tmp_path / binary.SILHOUETTES_FILE).write_bytes(silhouettes())
     for i, name in enumerate(images.FILES["mnist-static"]):
@@ -68,6 +81,8 @@ def small_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     for i, name in enumerate((*images.FILES["mnist"], *images.FILES["fashion-mnist"])):
         content = labels(i) if "labels" in name else grey(i)
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
+    for i, name in enumerate(images.FILES["cifar-10"]):
+        (tmp_path / name).write_bytes(colour(i))
     forget()
     yield tmp_path
     forget()

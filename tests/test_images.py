@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from image_data import GREY, STATIC, amat, bits, forget, grey, labels, small_images
+from image_data import GREY, STATIC, amat, bits, colour, forget, grey, labels, small_images
 from scipy import stats
 
 from replicate.data.catalog import catalog
@@ -22,7 +22,7 @@ from replicate.tasks import images
 from replicate.tasks.base import Task
 
 __all__ = ["small_images"]
-NAMES = ("mnist-static", "mnist-dynamic", "mnist", "fashion-mnist")
+NAMES = ("mnist-static", "mnist-dynamic", "mnist", "fashion-mnist", "cifar-10")
 IMAGES = "mnist/train-images-idx3-ubyte.gz"
 
 
@@ -41,6 +41,31 @@ def test_grey_values_and_labels_are_read_as_written(small_images: Path) -> None:
         assert [len(p) for p in task.labels] == [GREY // 2, GREY // 2, GREY]
     whole = torch.cat([images.mnist().train, images.mnist().valid])
     assert torch.equal(whole[:, :3], torch.frombuffer(bytearray(grey(0)[16:]), dtype=torch.uint8).view(-1, 784)[:, :3])
+
+
+def test_colour_values_and_labels_are_read_as_written_and_the_last_tenth_of_training_is_for_validation(
+    small_images: Path,
+) -> None:
+    task = images.cifar_10()
+    assert task.info == DataInfo(3072, "levels", 256)
+    assert [len(p) for p in (task.train, task.valid, task.test)] == [180, 20, 40]
+    assert task.labels is not None
+    rows = [torch.frombuffer(bytearray(colour(i)), dtype=torch.uint8).view(-1, 3073) for i in range(6)]
+    whole, labels = torch.cat(rows[:5])[:, 1:], torch.cat(rows)[:, 0]
+    assert torch.equal(torch.cat([task.train, task.valid]), whole.float())
+    assert torch.equal(task.test, rows[5][:, 1:].float())
+    assert torch.equal(torch.cat(task.labels), labels.long())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "0 bytes"), (colour()[:-1], "122919 bytes are not rows of 3073"), (b"\x0a" + bytes(3072), "a label is 10")],
+    ids=["empty", "one byte missing", "label"],
+)
+def test_a_damaged_batch_of_colour_images_is_refused(small_images: Path, content: bytes, message: str) -> None:
+    (small_images / "cifar-10/data_batch_3.bin").write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        images.cifar_10()
 
 
 def test_training_bits_are_drawn_afresh_and_test_bits_are_frozen(small_images: Path) -> None:

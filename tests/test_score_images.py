@@ -238,6 +238,7 @@ def small_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(score_images, "TASKS", {"mnist": lambda: task, "fashion-mnist": lambda: task})
     monkeypatch.setattr(score_images, "sample_quality", quality)
+    monkeypatch.setattr("replicate.metrics.inception.find", lambda name: None)
     monkeypatch.setattr(score_images, "image_features", lambda name: SimpleNamespace(sha256="f" * 64))
 
 
@@ -283,6 +284,27 @@ def paper_of(name: str) -> str:
     """The paper that lists an experiment."""
     (key,) = (p.key for p in (scoreflow.PAPER, score_sde.PAPER) if name in {e.name for e in p.experiments})
     return key
+
+
+@pytest.mark.parametrize("name", ["score-mnist-vp", "ncsn-mnist"])
+def test_with_the_weights_on_disk_every_variant_has_a_fid_and_the_record_names_them(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = outcome(name)
+    fids = {metric for metric in without.missing if metric.startswith("fid")}
+    assert fids == ({"fid", "fid:denoised"} if name == "ncsn-mnist" else {"fid"})
+    assert all("is not in REPLICATE_DATA" in without.missing[metric] for metric in fids)
+
+    def features(x: Tensor, image: tuple[int, int], device: torch.device) -> Tensor:
+        return x.view(-1, *image).mean(1)
+
+    monkeypatch.setattr(score_images, "unavailable", lambda: "")
+    monkeypatch.setattr(score_images, "inception", lambda: SimpleNamespace(features=features, sha256="e" * 64))
+    found = outcome(name)
+    assert found.estimates.keys() - without.estimates.keys() == fids
+    assert all(found.estimates[metric].unit == "squared feature distance" for metric in fids)
+    assert found.classifiers == {**without.classifiers, "inception": "e" * 64}
+    assert not found.missing
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -32,7 +32,6 @@ from scipy.optimize import brentq, minimize_scalar
 from scipy.special import ndtr
 from torch import Tensor
 
-from replicate.data.files import contents, data_file
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.metrics.quality import frechet
 from replicate.model import Estimate
@@ -44,6 +43,7 @@ from replicate.runs.spec import make_spec
 from replicate.sampling.annealed import annealed_langevin
 from replicate.score_based.matching import tweedie
 from replicate.score_based.ncsn import NCSN
+from replicate.tasks.images import read_cifar
 
 
 @dataclass(frozen=True)
@@ -181,10 +181,8 @@ def read_images() -> Tensor:
     Raises:
         UsageError: the folder is not set, the file is not there, or it is another file.
     """
-    source = "the binary version of CIFAR-10 (cs.toronto.edu/~kriz/cifar.html)"
-    path = data_file(IMAGE_FILE, source)
-    rows = np.frombuffer(contents(path), np.uint8).reshape(-1, 1 + IMAGE_DIM)  # a label, then the pixels
-    return torch.from_numpy(rows[:, 1:].astype(np.float32)) / 255
+    images, _ = read_cifar(IMAGE_FILE)
+    return images.float() / 255
 
 
 @dataclass(frozen=True)

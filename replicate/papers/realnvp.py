@@ -34,9 +34,9 @@ from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 from replicate.runs.seeds import Streams
 from replicate.runs.training import History, train
 from replicate.tasks.base import Task
-from replicate.tasks.images import FILES, fashion_mnist, mnist
+from replicate.tasks.images import FILES, cifar_10, fashion_mnist, mirrored, mnist
 
-TASKS: dict[str, Callable[[], Task]] = {"mnist": mnist, "fashion-mnist": fashion_mnist}
+TASKS: dict[str, Callable[[], Task]] = {"mnist": mnist, "fashion-mnist": fashion_mnist, "cifar-10": cifar_10}
 #: images that a flow scores at a time
 CHUNK = 1_000
 
@@ -121,12 +121,15 @@ def image_row(entry: ModelEntry, context: Context) -> Outcome:
     """Train one flow on dequantised images and bound the bits per dimension of the test images.
 
     Args:
-        entry: of a model of continuous data; the settings give its parameters.
+        entry: of a model of continuous data; the settings give its parameters. With "mirror" the training images are
+            there twice, once with left and right exchanged.
     """
     p, streams = context.params, context.streams
     task = TASKS[p["data"]]()
     info, rows = task.info, slice(p["rows"] or None)
     train_x, valid_x, test_x = (part[rows].to(context.device) for part in (task.train, task.valid, task.test))
+    if p.get("mirror"):
+        train_x = torch.cat([train_x, mirrored(train_x)])
     with streams.initialisation():
         inner = entry.build(info, **{name: p[name] for name in entry.params})
     model = preprocessed(inner, info, p["transform"], p["alpha"]).to(context.device)

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from replicate.model import DataInfo, Estimate, LogLikelihood, Training
-from replicate.runs.experiment import Context, Line, Outcome, Plot
+from replicate.runs.experiment import MAX_PIXELS, Context, Line, Outcome, Plot
 from replicate.tasks.base import Task
-from replicate.tasks.images import mnist_static
+from replicate.tasks.images import COLOUR_SHAPE, mnist_static
 
 STATIC_BITS = "mnist-static"
 #: images in a row of a sheet
@@ -32,12 +32,15 @@ def in_bits(log_p: LogLikelihood, dim: int, variant: str = "") -> dict[str, Esti
 
 
 def sheet(name: str, title: str, rows: Mapping[str, Tensor], info: DataInfo) -> Plot:
-    """The first images of each row, unselected; a row has grey values 0..levels-1, (n, D)."""
-    assert info.image is not None
+    """The first images of each row, unselected; a row has grey values 0..levels-1, (n, D), or the mean of colours."""
     assert info.levels is not None
-    image, white = info.image, info.levels - 1
-    lines = [Plot.row_of_images(label, (x[:IN_A_ROW].cpu() / white).unflatten(1, image)) for label, x in rows.items()]
-    return Plot(name, title, "pixel", "grey", tuple(lines), style="images", image=image)
+    planes, *image = (1, *info.image) if info.image else COLOUR_SHAPE
+    shown = min(IN_A_ROW, MAX_PIXELS // math.prod(image))
+    lines = []
+    for label, x in rows.items():
+        grey = x[:shown].cpu().unflatten(1, (planes, *image)).mean(1)
+        lines.append(Plot.row_of_images(label, grey / (info.levels - 1)))
+    return Plot(name, title, "pixel", "grey", tuple(lines), style="images", image=(image[0], image[1]))
 
 
 # -- bits

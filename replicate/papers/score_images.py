@@ -33,6 +33,8 @@ from torch import Tensor
 
 from replicate.likelihood.estimator import Effort, log_likelihood
 from replicate.metrics.features import image_features, sample_quality
+from replicate.metrics.inception import WEIGHTS, inception, unavailable
+from replicate.metrics.quality import frechet
 from replicate.model import Estimate, LogLikelihood, Training
 from replicate.papers.rows import IN_A_ROW, in_bits, sheet
 from replicate.resume import State, resumable
@@ -92,6 +94,25 @@ def training_of(p: Mapping[str, Any], steps: int, lr: float) -> Training:
     """Adam with warm-up and a cosine; the averaged weights of the last step, with no selection."""
     warmup = min(p["warmup"], steps // 2)
     return Training(steps, p["batch_size"], lr, betas=(0.9, 0.99), warmup=warmup, ema=p["ema"])
+
+
+def judged(samples: Mapping[str, Tensor], data: Data, context: Context) -> Outcome:
+    """Quality of the samples of every variant ("" or ":name"), and FID where Inception's weights are there."""
+    name, info = context.params["data"], data.task.info
+    assert info.image is not None
+    estimates: dict[str, Estimate] = {}
+    missing, classifiers = {}, {name: image_features(name).sha256}
+    for variant, x in samples.items():
+        estimates |= {f"{metric}{variant}": e for metric, e in sample_quality(x.cpu(), data.reference, name).items()}
+    if why := unavailable():
+        missing = {f"fid{variant}": why for variant in samples}
+    else:
+        judge = inception()
+        real = judge.features(data.reference, info.image, context.device)
+        for variant, x in samples.items():
+            estimates[f"fid{variant}"] = frechet(judge.features(x.cpu(), info.image, context.device), real)
+        classifiers["inception"] = judge.sha256
+    return Outcome(estimates, missing=missing, classifiers=classifiers)
 
 
 # -- diffusions
@@ -162,11 +183,11 @@ def likelihoods(context: Context) -> Outcome:
         "train_seconds": Estimate(sum(h.seconds for h in curves.values()), 0.0, "exact", "seconds", 1),
     }
     samples = uniform.sample(p["samples"], context.streams.fresh("sample"))
-    estimates |= sample_quality(samples.cpu(), data.reference, p["data"])
+    quality = judged({"": samples}, data, context)
     rows = {"data": data.test, **{f"samples {i + 1}": samples[IN_A_ROW * i :] for i in range(4)}}
     plots = (sheet("samples", "Samples of the probability flow", rows, data.task.info), training_curve(curves))
-    classifiers = {p["data"]: image_features(p["data"]).sha256}
-    return Outcome(estimates, plots, examples={data.task.name: log_p}, classifiers=classifiers)
+    found = {**estimates, **quality.estimates}
+    return Outcome(found, plots, quality.missing, {data.task.name: log_p}, quality.classifiers)
 
 
 # -- NCSN
@@ -213,9 +234,7 @@ def annealed(context: Context) -> Outcome:
     y = inner.sample(p["samples"], context.streams.fresh("sample"))
     samples = {"": inverse(y), ":denoised": inverse(denoised(inner, y))}
     estimates = {"nfe": Estimate(float(inner.nfe), 0.0, "exact", "network evaluations", 1)}
-    for variant, x in samples.items():
-        found = sample_quality(x.cpu(), data.reference, p["data"])
-        estimates |= {f"{metric}{variant}": e for metric, e in found.items()}
+    quality = judged(samples, data, context)
     given = data.test[: p["inpainted"]]
     known = upper_half(data.task).to(context.device)
     seen, _ = model.transform(given, context.streams.fresh("dequantise"))
@@ -234,7 +253,7 @@ def annealed(context: Context) -> Outcome:
         sheet("inpainting", "Lower halves by algorithm 2", rows, data.task.info),
         training_curve({"score": history}),
     )
-    return Outcome(estimates, plots, classifiers={p["data"]: image_features(p["data"]).sha256})
+    return Outcome({**estimates, **quality.estimates}, plots, quality.missing, classifiers=quality.classifiers)
 
 
 def upper_half(task: Task) -> Tensor:
@@ -281,7 +300,16 @@ def _diffusion(name: str, about: str, minutes: int, **changes: Any) -> Experimen
     params = {**_DIFFUSION, **changes}
     files = FILES[params["data"]]
     return Experiment(
-        name, about, "score", likelihoods, params, seeds=3, profiles=("full",), files=files, cuda_minutes=minutes
+        name,
+        about,
+        "score",
+        likelihoods,
+        params,
+        seeds=3,
+        profiles=("full",),
+        files=files,
+        optional_files=(WEIGHTS,),
+        cuda_minutes=minutes,
     )
 
 
@@ -319,6 +347,7 @@ NCSN_MNIST = Experiment(
     seeds=3,
     profiles=("full",),
     files=FILES["mnist"],
+    optional_files=(WEIGHTS,),
     cuda_minutes=6,
 )
 

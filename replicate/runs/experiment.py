@@ -183,6 +183,8 @@ class Experiment:
         precision: "float32" or "float64", for the record; the function itself must keep to it.
         files: paths below REPLICATE_DATA that it reads, each as it is or packed (.gz, .xz); where
             one is absent it is not run, and their sha256 enters the run's hash.
+        optional_files: paths below REPLICATE_DATA without which it measures less; where one is there, its sha256 enters
+            the run's hash too.
         cuda_minutes: about how many minutes a seed takes on one CUDA device of the H200 class; without such a device it
             is not run. 0 for what a CPU does as well.
         together: trains several seeds in common steps, and no more: what `run` does with a seed alone up to its first
@@ -200,6 +202,7 @@ class Experiment:
     profiles: tuple[str, ...] = ("standard",)
     precision: str = "float32"
     files: tuple[str, ...] = ()
+    optional_files: tuple[str, ...] = ()
     cuda_minutes: float = 0.0
     together: Callable[[Sequence[Context]], None] | None = None
 

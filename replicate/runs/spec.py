@@ -331,7 +331,8 @@ def experiment_spec(
     paper: str, experiment: Experiment, seed: int, profile: str = "standard", device: str = "cpu"
 ) -> ExperimentSpec:
     """The spec of one seed of a paper's experiment."""
-    digests = "".join([*map(data_sha256, experiment.tasks), *map(sha256, experiment.files)])
+    files = (*experiment.files, *experiment.optional_files)  # an absent one has no digest
+    digests = "".join([*map(data_sha256, experiment.tasks), *map(sha256, files)])
     return ExperimentSpec(
         model=paper,
         family=experiment.family,

@@ -1,4 +1,4 @@
-"""Images of 28x28 pixels as tasks: MNIST as grey values and as bits, and Fashion-MNIST, from files of REPLICATE_DATA.
+"""Images as tasks, from files of REPLICATE_DATA: MNIST as grey values and as bits, Fashion-MNIST, CIFAR-10.
 
 Binarised MNIST is two data sets. Static: Larochelle's fixed bits (Larochelle and Murray 2011), 50,000 / 10,000 /
 10,000 rows whose order is not MNIST's, without labels. Dynamic: every training batch draws its bits afresh from the
@@ -8,6 +8,7 @@ are drawn once from recorded seeds, where some public code draws them again at e
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import numpy as np
@@ -29,6 +30,7 @@ ORIGINS = {
     "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/",
     "mnist": "MNIST, http://yann.lecun.com/exdb/mnist/ and its mirrors",
     "fashion-mnist": "Fashion-MNIST, https://github.com/zalandoresearch/fashion-mnist",
+    "cifar-10": "the binary version of CIFAR-10, https://www.cs.toronto.edu/~kriz/cifar.html",
 }
 _IMAGES = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
 _LABELS = ("train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte")
@@ -38,7 +40,10 @@ FILES: dict[str, tuple[str, ...]] = {
     "mnist-dynamic": tuple(f"mnist/{name}" for name in _IMAGES),
     "mnist": tuple(f"mnist/{name}" for name in (*_IMAGES, *_LABELS)),
     "fashion-mnist": tuple(f"fashion-mnist/{name}" for name in (*_IMAGES, *_LABELS)),
+    "cifar-10": (*(f"cifar-10/data_batch_{i}.bin" for i in range(1, 6)), "cifar-10/test_batch.bin"),
 }
+#: colour planes, height and width of CIFAR-10's images
+COLOUR_SHAPE = (3, 32, 32)
 
 
 def parse_amat(content: bytes, dim: int = DIM) -> Tensor:
@@ -133,6 +138,56 @@ def mnist_dynamic() -> Task:
     return Task("mnist-dynamic", MNIST_DYNAMIC.about, info, train[:cut], valid, test, redraw=binarise)
 
 
+def parse_cifar(content: bytes, what: str) -> tuple[Tensor, Tensor]:
+    """Images (n, 3072) as uint8, the red, green and blue plane one after the other, and labels (n,) of a batch.
+
+    Args:
+        content: the file's bytes, from anywhere.
+        what: its name, for the message.
+
+    Raises:
+        UsageError: these are not the bytes of a batch of the binary version.
+    """
+    size = 1 + math.prod(COLOUR_SHAPE)  # a label, then the pixels
+    if not content or len(content) % size:
+        raise UsageError(f"{what} is no batch of CIFAR-10: {len(content)} bytes are not rows of {size}.")
+    rows = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, size)
+    labels = rows[:, 0].long()
+    if int(labels.max()) > 9:
+        raise UsageError(f"{what} is no batch of CIFAR-10: a label is {int(labels.max())}, and the last one is 9.")
+    return rows[:, 1:], labels
+
+
+def read_cifar(name: str) -> tuple[Tensor, Tensor]:
+    """A batch of CIFAR-10 below REPLICATE_DATA, as `parse_cifar`.
+
+    Raises:
+        UsageError: the file is missing, damaged or no such batch.
+    """
+    path = data_file(name, ORIGINS["cifar-10"])
+    return parse_cifar(contents(path), f"{path} (from {ORIGINS['cifar-10']})")
+
+
+@cache
+def cifar_10() -> Task:
+    """CIFAR-10's colour values 0..255, 45,000 / 5,000 / 10,000 rows of 3072 with labels.
+
+    Raises:
+        UsageError: a file is missing or wrong.
+    """
+    *batches, (test, test_labels) = [read_cifar(name) for name in FILES["cifar-10"]]
+    train, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    cut = len(train) * 9 // 10
+    parts = (train[:cut].float(), train[cut:].float(), test.float())
+    info = DataInfo(train.shape[1], "levels", 256)
+    return Task("cifar-10", CIFAR_10.about, info, *parts, labels=(labels[:cut], labels[cut:], test_labels))
+
+
+def mirrored(x: Tensor) -> Tensor:
+    """Colour images (n, 3072), left and right exchanged."""
+    return x.unflatten(1, COLOUR_SHAPE).flip(-1).flatten(1)
+
+
 MNIST_STATIC = TaskEntry("MNIST, Larochelle's fixed bits", mnist_static, "data", files=FILES["mnist-static"])
 MNIST_DYNAMIC = TaskEntry(
     "MNIST, training bits drawn afresh for every batch, test bits frozen",
@@ -142,3 +197,4 @@ MNIST_DYNAMIC = TaskEntry(
 )
 MNIST = TaskEntry("MNIST, 256 grey values", mnist, "data", files=FILES["mnist"])
 FASHION_MNIST = TaskEntry("Fashion-MNIST, 256 grey values", fashion_mnist, "data", files=FILES["fashion-mnist"])
+CIFAR_10 = TaskEntry("CIFAR-10, 256 levels of three colours", cifar_10, "data", files=FILES["cifar-10"])

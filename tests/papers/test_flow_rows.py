@@ -20,6 +20,7 @@ from replicate.papers import realnvp, rows
 from replicate.papers.base import Paper
 from replicate.runs.experiment import MAX_PIXELS, Context, Experiment, Outcome
 from replicate.runs.seeds import Streams
+from replicate.tasks import images
 from replicate.tasks.base import Task
 
 PAPERS: tuple[Paper, ...] = tuple(
@@ -49,8 +50,11 @@ def generator(seed: int = 0) -> torch.Generator:
 def images_of(levels: int, sides: tuple[int, int], sizes: tuple[int, int, int]) -> Task:
     """Pixels without any structure: the entropy of an image is D log(levels), whatever has been learned."""
     dim = sides[0] * sides[1]
-    x = torch.randint(levels, (sum(sizes), dim), generator=generator()).float()
-    return Task("mnist", "made up", DataInfo(dim, "levels", levels, sides), *x.split(sizes))
+    return Task("mnist", "made up", DataInfo(dim, "levels", levels, sides), *fair(levels, dim, sizes))
+
+
+def fair(levels: int, dim: int, sizes: tuple[int, int, int]) -> tuple[Tensor, ...]:
+    return torch.randint(levels, (sum(sizes), dim), generator=generator()).float().split(sizes)
 
 
 def context(experiment: Experiment, seed: int = 0, **changes: object) -> Context:
@@ -60,9 +64,13 @@ def context(experiment: Experiment, seed: int = 0, **changes: object) -> Context
 
 @pytest.fixture
 def small_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """30 + 20 + 12 images of 4 x 4 pixels with two levels."""
+    """30 + 20 + 12 images of 4 x 4 pixels, or of three colours at 2 x 2, with two levels."""
     task = images_of(2, (4, 4), (30, 20, 12))
-    monkeypatch.setattr(realnvp, "TASKS", {"mnist": lambda: task, "fashion-mnist": lambda: task})
+    colour = Task("cifar-10", "made up", DataInfo(12, "levels", 2), *fair(2, 12, (30, 20, 12)))
+    for module in (images, rows):
+        monkeypatch.setattr(module, "COLOUR_SHAPE", (3, 2, 2))
+    loads = {"mnist": lambda: task, "fashion-mnist": lambda: task, "cifar-10": lambda: colour}
+    monkeypatch.setattr(realnvp, "TASKS", loads)
 
 
 @pytest.mark.usefixtures("small_images")
@@ -85,30 +93,33 @@ def test_a_row_is_measured_as_its_claims_name_it_and_killed_twice_ends_with_the_
     outcome = rest.outcome(run)
     assert outcome is not None
     assert found(outcome) == found(want)
-    assert torch.equal(outcome.examples["mnist"].values, want.examples["mnist"].values)
+    (data,) = want.examples
+    assert torch.equal(outcome.examples[data].values, want.examples[data].values)
     assert first.count + second.count + rest.count == undisturbed.count
-    check(want)
+    check(want, data, 12 if data == "cifar-10" else 16)
     for claim in paper.claims().claims:
         if claim.experiment == experiment.name:
             assert claim.measure in want.estimates
             assert set(claim.plots) <= {plot.name for plot in want.plots}
 
 
-def check(outcome: Outcome) -> None:
+def check(outcome: Outcome, data: str, dim: int) -> None:
     """Bounds of every test image, in nats and in bits per dimension; an image row a record can hold."""
-    images = outcome.examples["mnist"]
-    assert (images.kind, images.draws, images.values.shape) == ("lower_bound", 4, (12,))
+    log_p = outcome.examples[data]
+    assert (log_p.kind, log_p.draws, log_p.values.shape) == ("lower_bound", 4, (12,))
     for variant in ("", ":iw_bound"):
         nll, bits = outcome.estimates[f"nll{variant}"], outcome.estimates[f"bits_per_dim{variant}"]
         assert (nll.kind, bits.kind, bits.unit, bits.n) == ("upper_bound", "upper_bound", "bits/dim", 12)
-        assert bits.value == pytest.approx(nll.value / (16 * math.log(2)))
-    assert -images.mean().value == outcome.estimates["nll"].value
+        assert bits.value == pytest.approx(nll.value / (dim * math.log(2)))
+    assert -log_p.mean().value == outcome.estimates["nll"].value
     assert outcome.estimates["nll:iw_bound"].value <= outcome.estimates["nll"].value
     curve, sheet = outcome.plots
     assert list(curve.lines[0].x) == [2, 4, 6]
     assert all(math.isfinite(v) for v in curve.lines[0].y)
     assert [line.label for line in sheet.lines] == ["data", "samples"]
-    assert all(value in (0.0, 1.0) for line in sheet.lines for value in line.y)
+    mean_of_colours = {0.0, 1 / 3, 2 / 3, 1.0}
+    shown = {round(value, 6) for line in sheet.lines for value in line.y}
+    assert shown <= ({0.0, 1.0} if dim == 16 else {round(value, 6) for value in mean_of_colours})
     assert rows.IN_A_ROW * 28 * 28 <= MAX_PIXELS
 
 
@@ -222,3 +233,13 @@ def test_claims_read_and_name_what_the_experiments_have(paper: Paper) -> None:
         assert claim.needs
         if claim.minus:
             assert claim.minus.split("/")[0] in set(LABELS)
+
+
+def test_a_row_of_colour_images_fits_a_record_and_mirrored_images_are_their_own_mirror() -> None:
+    x = torch.arange(6 * 3072).remainder(256).float().view(6, 3072)
+    (line,) = rows.sheet("samples", "", {"data": x}, DataInfo(3072, "levels", 256)).lines
+    assert len(line.y) == 4 * 32 * 32 <= MAX_PIXELS
+    assert line.y[33] == pytest.approx(float(x[0, [33, 1024 + 33, 2048 + 33]].mean()) / 255)
+    once = images.mirrored(x)
+    assert torch.equal(once[0, :32], x[0, :32].flip(0))
+    assert torch.equal(images.mirrored(once), x)
