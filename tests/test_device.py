@@ -57,10 +57,18 @@ def test_a_training_step_stays_on_the_device(name: str) -> None:
 
 
 @pytest.mark.parametrize("doubly", [False, True])
-def test_so_does_the_step_that_becomes_a_graph(doubly: bool) -> None:
-    model = burda.ImportanceWeightedAutoencoder(9, (3,), (6,), 5, weighted=True, doubly=doubly).to(META)
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_so_does_the_step_that_becomes_a_graph(seeds: int, doubly: bool) -> None:
+    models = [
+        burda.ImportanceWeightedAutoencoder(9, (3,), (6,), 5, weighted=True, doubly=doubly).to(META)
+        for _ in range(seeds)
+    ]
+    alone = seeds == 1
+    model = models[0] if alone else burda.stacked(models)
     optimizer = burda.CodeAdam(list(model.parameters()))
-    model.loss(torch.ones(4, 9, device=META), Nowhere()).backward()
+    batch = torch.ones(4, 9, device=META)
+    loss = model.loss(batch, Nowhere()) if alone else model.loss(batch.expand(3, -1, -1), [Nowhere()] * 3)
+    loss.sum().backward()
     optimizer.step(torch.ones((), device=META))
     assert all(p.device == META for p in model.parameters())
 
