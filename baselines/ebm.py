@@ -235,7 +235,11 @@ class GaussianMixture(nn.Module):
         self.register_buffer("inverse", torch.eye(dim).repeat(components, 1, 1))
 
     def fit(self, x: Tensor, generator: torch.Generator, prior: float, inflation: float, rounds: int = 40) -> None:
-        """EM from randomly chosen centres on x (n, D); a mixture sees at most 10,000 rows."""
+        """EM from randomly chosen centres on x (n, D); a mixture sees at most 10,000 rows.
+
+        Raises:
+            ValueError: a component sits on copies of one row, and no prior keeps its covariance regular.
+        """
         k = len(self.mean)
         order = torch.randperm(len(x), generator=generator, device=x.device)
         self.mean.copy_(x[order[:k]])
@@ -258,7 +262,11 @@ class GaussianMixture(nn.Module):
         pooled = (len(x) * pooled + prior * diagonal) / (len(x) + prior)
         pooled = pooled + 1e-6 * diagonal.mean() * torch.eye(len(pooled), dtype=x.dtype, device=x.device)
         covariance = pooled[None] if len(mean) == 1 else (scatter + prior * pooled) / (count + prior)[:, None, None]
-        factor = torch.linalg.cholesky(covariance)
+        try:
+            factor = torch.linalg.cholesky(covariance)
+        except torch.linalg.LinAlgError:
+            why = "a component of the Gaussian mixture has a singular covariance, as copies of one row give it"
+            raise ValueError(f"{why}; set prior > 0 (now {prior:g})") from None
         self.log_weight.copy_((count / count.sum()).log())
         self.mean.copy_(mean)
         self.factor.copy_(factor)

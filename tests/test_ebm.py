@@ -357,6 +357,14 @@ class TestBase:
         truth = torch.distributions.MultivariateNormal(x.mean(0), torch.cov(x.T, correction=0))
         assert torch.allclose(base.log_prob(x), truth.log_prob(x), atol=1e-3)
 
+    def test_a_component_on_copies_of_one_row_is_a_clear_error_and_a_prior_mends_it(self) -> None:
+        x = torch.cat([torch.full((50, 2), 9.0), 1e-3 * torch.randn(200, 2, generator=seeded(2))])
+        with pytest.raises(ValueError, match=r"singular covariance.*set prior > 0 \(now 0\)"):
+            GaussianMixture(2, 2).fit(x, seeded(0), prior=0.0, inflation=1.0)
+        base = GaussianMixture(2, 2)
+        base.fit(x, seeded(0), prior=1.0, inflation=1.0)
+        assert base.log_prob(x).isfinite().all()
+
     def test_mixture_finds_two_modes_and_samples_what_it_scores(self) -> None:
         g = seeded(1)
         x = torch.cat([torch.randn(1000, 2, generator=g) - 4, 0.5 * torch.randn(3000, 2, generator=g) + 4])
