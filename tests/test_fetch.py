@@ -17,6 +17,7 @@ import urllib.request
 import urllib.response
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -438,6 +439,21 @@ def test_one_member_is_taken_out_of_an_archive(site: Site, tmp_path: Path, endin
     wanted = entry(url, member="in/it", archive_limit=10**6)
     assert get(wanted, tmp_path).read_bytes() == CONTENT
     assert below(tmp_path) == {NAME}
+
+
+def test_what_else_is_wanted_of_an_archive_is_taken_out_on_the_way(site: Site, tmp_path: Path) -> None:
+    url = site.put("/archive.tar.gz", tar(GOOD))
+    wanted = entry(url, member="in/it", archive_limit=10**6)
+    digest = hashlib.sha256(b"other").hexdigest()
+    other = replace(wanted, name="else/other", sha256=digest, size=5, member="other")
+    wrong = replace(other, name="else/wrong", sha256="0" * 64)
+    elsewhere = replace(other, name="else/where", urls=(site.base + "/another.tar.gz",))
+    get(wanted, tmp_path, also=[wanted, other, wrong, elsewhere])
+    assert len(site.asked) == 1
+    assert below(tmp_path) == {NAME, "else/other"}
+    assert (tmp_path / "else/other").read_bytes() == b"other"
+    with pytest.raises(FetchError, match="it sent something else"):
+        get(wrong, tmp_path)
 
 
 HOSTILE = {

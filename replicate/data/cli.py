@@ -145,7 +145,8 @@ def fetch_(
     """Download data files that are not there or damaged, each checked by its sha256."""
     folder = data_folder()
     failed = False
-    for entry in _chosen(names) if names else [e for e in catalog().values() if e.urls]:
+    chosen = _chosen(names) if names else [e for e in catalog().values() if e.urls]
+    for i, entry in enumerate(chosen):
         status, path, wrong = _status(entry)
         if status == "present":
             _say(f"{entry.name} is there: {path}")
@@ -154,7 +155,7 @@ def fetch_(
             _say(f"{entry.name} is damaged: {wrong}")
         try:
             with _bar(entry.name) as show:
-                _say(f"{entry.name} is fetched: {fetch(entry, folder, show=show)}")
+                _say(f"{entry.name} is fetched: {fetch(entry, folder, show=show, also=chosen[i + 1 :])}")
         except FetchError as error:
             failed = True
             _say(f"replicate: {error}", error=True)

@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from http.client import HTTPException
 from itertools import chain
 from pathlib import Path
@@ -78,7 +78,13 @@ def silent(done: int, total: int) -> None:
     """Show nothing."""
 
 
-def fetch(entry: Entry, folder: Path, open_url: OpenUrl = https_only, show: Show = silent) -> Path:
+def fetch(
+    entry: Entry,
+    folder: Path,
+    open_url: OpenUrl = https_only,
+    show: Show = silent,
+    also: Sequence[Entry] = (),
+) -> Path:
     """Download a file of the catalogue, going on where an earlier call was interrupted.
 
     Args:
@@ -86,6 +92,7 @@ def fetch(entry: Entry, folder: Path, open_url: OpenUrl = https_only, show: Show
         folder: the data folder.
         open_url: opens a request; tests give one that talks to this machine.
         show: called with the bytes that are there and the bytes in all (0 where the server does not say).
+        also: other files that are wanted; those that lie in the same archive are taken out of it on the way.
 
     Returns:
         The file, whose content is the catalogue's. Other copies of it under the same name are removed.
@@ -102,7 +109,8 @@ def fetch(entry: Entry, folder: Path, open_url: OpenUrl = https_only, show: Show
         with _alone(folder):
             for url in entry.urls:
                 try:
-                    return _fetch_from(url, entry, target, open_url, show)
+                    beside = [other for other in also if url in other.urls and other != entry]
+                    return _fetch_from(url, entry, target, open_url, show, beside)
                 except _Failed as failed:
                     reasons.append(f"{url}: {failed}")
     except OSError as error:
@@ -123,7 +131,7 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _fetch_from(url: str, entry: Entry, target: Path, open_url: OpenUrl, show: Show) -> Path:
+def _fetch_from(url: str, entry: Entry, target: Path, open_url: OpenUrl, show: Show, beside: Sequence[Entry]) -> Path:
     """Download from one address and put in place.
 
     A beginning that is there already may be an older version's or another mirror's: where the whole is wrong, it is
@@ -136,15 +144,15 @@ def _fetch_from(url: str, entry: Entry, target: Path, open_url: OpenUrl, show: S
         begun = _size(part) > 0
         _download(url, part, limit, open_url, show)
         try:
-            return _install(part, ending, entry, target)
+            return _install(part, ending, entry, target, beside)
         except _Failed:
             part.unlink()
             if not begun:
                 raise
 
 
-def _install(part: Path, ending: str, entry: Entry, target: Path) -> Path:
-    """Check what was downloaded and rename it, or its member, into place."""
+def _install(part: Path, ending: str, entry: Entry, target: Path, beside: Sequence[Entry] = ()) -> Path:
+    """Check what was downloaded and rename it, or its member and those `beside` it, into place."""
     if ending in ARCHIVES:
         ready, place = target.with_name(f"{target.name}.member.part"), target
         with open(ready, "wb") as handle:
@@ -158,10 +166,16 @@ def _install(part: Path, ending: str, entry: Entry, target: Path) -> Path:
             ready.unlink()
         raise _Failed(f"it sent something else: {wrong}")
     os.replace(ready, place)
+    if ending in ARCHIVES:
+        folder = target.parents[entry.name.count("/")]
+        for other in beside:
+            with contextlib.suppress(_Failed):  # whoever wants it is told when it is its turn
+                (folder / other.name).parent.mkdir(parents=True, exist_ok=True)
+                _install(part, ending, other, folder / other.name)
     left = [*ENDINGS, *(ending + ".part" for ending in (*ENDINGS, *ARCHIVES))]
-    for other in (target.with_name(target.name + name) for name in left):
-        if other != place:
-            other.unlink(missing_ok=True)
+    for copy in (target.with_name(target.name + name) for name in left):
+        if copy != place:
+            copy.unlink(missing_ok=True)
     return place
 
 
