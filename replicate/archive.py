@@ -1,6 +1,6 @@
 """The runs of a sweep in one file: a machine that keeps nothing computes a slice of a profile and hands it back.
 
-    replicate reproduce --profile full --device cuda --time-budget 500; replicate data pack-runs slice.zip
+    replicate reproduce --profile full --cuda-rows --time-budget 500; replicate data pack-runs slice.zip
     replicate data unpack-runs slice.zip      # here, and there before the next slice
 
 An archive holds records, failures, arrays for the report, and the newest checkpoint of what is unfinished; weights
@@ -72,7 +72,7 @@ def pack_runs(root: Path, profile: str, target: Path) -> Moved:
         UsageError: there are no runs, or a sweep is at work on them.
     """
     sweep = Sweep(root / profile)
-    runs = sweep.current if sweep.current.is_dir() else sweep.finished
+    runs = sweep.runs
     if not runs.is_dir():
         raise UsageError(f"there are no runs of profile {profile} in {root}; `replicate reproduce` makes them.")
     counts = {"record.json": 0, "failure.json": 0, "checkpoint": 0}
@@ -88,7 +88,7 @@ def pack_runs(root: Path, profile: str, target: Path) -> Moved:
 
 
 def unpack_runs(archive: Path, root: Path) -> Moved:
-    """Add the runs of an archive to the sweep of its profile; `replicate reproduce` goes on from there.
+    """Add the runs of an archive to the sweep of its profile, a finished one too; `replicate reproduce` goes on there.
 
     Finished runs that are here already stay as they are; of a run's checkpoints the one that is further on stays.
 
@@ -108,7 +108,7 @@ def unpack_runs(archive: Path, root: Path) -> Moved:
         raise UsageError(f"{archive} cannot be used: {why}. `replicate data pack-runs` makes such files.") from None
     sweep = Sweep(writable(root / profile))
     with held(sweep.root):
-        sweep.open()
+        sweep.open(add=True)
         return _add(content, sweep.current)
 
 

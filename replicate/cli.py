@@ -212,6 +212,10 @@ def reproduce(
     in_process: Annotated[
         bool, typer.Option("--in-process", help="One run after the other in this process, for a debugger.")
     ] = False,
+    cuda_rows: Annotated[
+        bool,
+        typer.Option("--cuda-rows", help="Run what needs a CUDA device, and no more; it joins the sweep of the rest."),
+    ] = False,
     runs_per_gpu: Annotated[int, typer.Option(min=1, help="Runs that share a GPU.")] = 1,
     together: Annotated[
         bool, typer.Option("--together", help="Train all seeds at once where a model can; the same but for rounding.")
@@ -236,15 +240,22 @@ def reproduce(
     if profile in PROFILES and not (scheduler or in_process or dry_run):
         server.start(("digits", "digits-binary"))  # of every profile
     from replicate import registry
-    from replicate.papers.plan import whole_plan
+    from replicate.papers.plan import cuda_plan, whole_plan
     from replicate.reproduce import Sweep, expected_seconds, read_reference, reproduce
     from replicate.runs.limits import Limits
     from replicate.runs.progress import Progress, clock
     from replicate.runs.store import default_runs_folder
 
     # on a cluster it is the workers' devices that count, and only the user knows them
+    if cuda_rows and device == "cpu":
+        raise UsageError("--cuda-rows are what needs a CUDA device, and --device is cpu; leave out one of them.")
+    device = "cuda" if cuda_rows else device
     device = resolve_device(device) if scheduler is None else {"auto": "cpu"}.get(device, device)
-    specs, skipped = whole_plan(profile, device, seeds or None)
+    if cuda_rows:
+        (specs, skipped), (rest, _) = cuda_plan(profile, seeds or None), whole_plan(profile, "cpu", seeds or None)
+    else:
+        specs, skipped = whole_plan(profile, device, seeds or None)
+        rest = cuda_plan(profile, seeds or None)[0] if device == "cpu" else []
     for name, reason in registry.broken().items():
         errors.print(f"replicate: {name} is left out: {reason}", markup=False, highlight=False, soft_wrap=True)
     for what in skipped:
@@ -262,11 +273,12 @@ def reproduce(
     if keep:
         from replicate.rerun import keep as keep_runs
 
-        planned = {spec.run_id() for spec in specs}
+        planned = {spec.run_id() for spec in (*specs, *rest)}
         code = keep_runs(Sweep(runs / profile), keep, planned, keep_check, lambda _: executor, say)
         if code:
             raise typer.Exit(code)
-    code = reproduce(specs, profile, runs, results, executor, time_budget, Progress(console), claims)
+    show = Progress(console)
+    code = reproduce(specs, profile, runs, results, executor, time_budget, show, claims, rest, add=cuda_rows)
     if code == 3:
         say(f"go on with: {again()}")
     raise typer.Exit(code)

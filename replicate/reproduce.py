@@ -7,7 +7,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from replicate.registry import experiment
 from replicate.report.build import Claims, build
 from replicate.report.compare import compare_with_reference
 from replicate.report.ledger import by_verdict, read_claims_csv
@@ -25,7 +26,7 @@ from replicate.runs.inline import Inline
 from replicate.runs.limits import Limits
 from replicate.runs.progress import Progress
 from replicate.runs.provenance import source_version
-from replicate.runs.spec import AnySpec
+from replicate.runs.spec import AnySpec, ExperimentSpec
 from replicate.runs.store import exclusive, held, read_record, writable, write_json
 
 DONE, FAILED, STOPPED = 0, 1, 3
@@ -41,7 +42,7 @@ class Sweep:
 
     A sweep belongs to one version of the code: after a change of commit it starts afresh, unless it is shown that the
     change moves no number of what is done (`replicate.rerun.keep`). A finished sweep is set aside, so that the next
-    call computes everything again.
+    call computes everything again, unless that is to add to it.
     """
 
     root: Path
@@ -56,8 +57,19 @@ class Sweep:
         """Runs of the last sweep that was completed."""
         return self.root / "finished"
 
-    def open(self) -> str:
-        """Make the folder ready; returns one line on what was found there."""
+    @property
+    def runs(self) -> Path:
+        """Runs of the sweep in progress, or where there is none of the finished one."""
+        return self.current if self.current.exists() or not self.finished.exists() else self.finished
+
+    def open(self, add: bool = False) -> str:
+        """Make the folder ready; returns one line on what was found there.
+
+        Args:
+            add: go on with a finished sweep of this version, where there is none in progress.
+        """
+        if add and self.belongs_here():
+            self.reopen()
         if self.current.exists():
             if self.belongs_here():
                 return "going on with the unfinished sweep"
@@ -70,20 +82,25 @@ class Sweep:
         return "starting afresh"
 
     def version(self) -> dict[str, Any] | None:
-        """The commit of the sweep in progress and the hash of what differed from it; None where none is told."""
+        """The commit of the sweep, in progress or finished, and the hash of what differed from it; None: not told."""
         try:
-            found = json.loads((self.current / "version.json").read_text())
+            found = json.loads((self.runs / "version.json").read_text())
         except (OSError, ValueError):
             return None
         return found if isinstance(found, dict) else None
 
     def belongs_here(self) -> bool:
-        """Whether this version of the code made the sweep in progress, uncommitted changes and all."""
+        """Whether this version of the code made the sweep, uncommitted changes and all."""
         return self.version() == _version_here()
 
     def belong_here(self) -> None:
         """Mark the sweep in progress as this version's."""
         write_json(self.current / "version.json", _version_here())
+
+    def reopen(self) -> None:
+        """Make the finished sweep the one in progress, where there is none."""
+        if self.runs == self.finished:
+            self.finished.rename(self.current)
 
     def close(self) -> None:
         """Set the completed sweep aside."""
@@ -97,7 +114,10 @@ def _version_here() -> dict[str, Any]:
 
 
 def expected_seconds(specs: list[AnySpec], reference: pd.DataFrame | None) -> dict[str, float]:
-    """Seconds that each run may take, by run id: from the committed reference where it has the model and task."""
+    """Seconds that each run may take, by run id: from the committed reference where it has the model and task.
+
+    Elsewhere what an experiment for a CUDA device says of itself, or the mean of the reference.
+    """
     known: dict[tuple[str, str], float] = {}
     if reference is not None:
         cost = reference[reference.metric.isin(["train_seconds", "evaluate_seconds"])]
@@ -105,7 +125,12 @@ def expected_seconds(specs: list[AnySpec], reference: pd.DataFrame | None) -> di
         mean = per_run.groupby(["model", "task"], as_index=False)["value"].mean()
         known = dict(zip(zip(mean["model"], mean["task"], strict=True), mean["value"].astype(float), strict=True))
     typical = sum(known.values()) / len(known) if known else 10.0
-    return {s.run_id(): known.get((s.model, s.task), typical) for s in specs}
+
+    def guess(spec: AnySpec) -> float:
+        needed = experiment(spec.model, spec.task).cuda_minutes if isinstance(spec, ExperimentSpec) else 0
+        return 60 * needed or typical
+
+    return {s.run_id(): known.get((s.model, s.task)) or guess(s) for s in specs}
 
 
 def read_reference(out: Path) -> pd.DataFrame | None:
@@ -125,8 +150,14 @@ def reproduce(
     time_budget: float | None,
     show: Progress,
     claims: Claims,
+    rest: Sequence[AnySpec] = (),
+    add: bool = False,
 ) -> int:
     """Run every spec afresh, write results/PROFILE, and say how it compares with what was there before.
+
+    Args:
+        rest: what else the profile has, for another kind of device: reported where it has been run.
+        add: the specs join a sweep of the rest, a finished one too, which ends when both have been run.
 
     Returns:
         0 all good, 1 some run failed or a disk did not take what was to be written, 3 stopped by the time budget or a
@@ -136,7 +167,7 @@ def reproduce(
     out = writable(results / profile)
     sweep = Sweep(writable(runs_root / profile))
     try:
-        return _reproduce(specs, profile, sweep, out, executor, deadline, show, claims)
+        return _reproduce(specs, profile, sweep, out, executor, deadline, show, claims, rest, add)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         show.say(f"stopped: {what}. What is finished is kept; mend that, and the same command goes on from here")
@@ -152,10 +183,12 @@ def _reproduce(
     deadline: float | None,
     show: Progress,
     claims: Claims,
+    rest: Sequence[AnySpec],
+    add: bool,
 ) -> int:
     reference = read_reference(out)
     with held(sweep.root):
-        show.say(sweep.open())
+        show.say(sweep.open(add))
         expected = expected_seconds(specs, reference)
         todo = sorted(specs, key=lambda s: -expected[s.run_id()])  # longest first packs the workers best
         show.begin([(s.run_id(), expected[s.run_id()]) for s in todo], executor.jobs)
@@ -179,7 +212,7 @@ def _reproduce(
             return STOPPED
         show.say(f"writing tables, figures and report to {out}")
         with exclusive(out):
-            build(sweep.current, out, profile, [s.run_id() for s in specs], claims)
+            build(sweep.current, out, profile, [s.run_id() for s in (*specs, *rest)], claims)
         for verdict, count in standing(out).items():
             show.say(f"claims {verdict}: {count}")
         _compare(out, reference, show)
@@ -188,7 +221,13 @@ def _reproduce(
             show.say("failed: " + ", ".join(f"{name} ({n} runs)" for name, n in sorted(counts.items())))
             show.say("the same command tries the failed runs again")
             return FAILED
-        sweep.close()
+        left = [s for s in rest if add and read_record(sweep.current / s.run_id()) is None]
+        if left:
+            show.say(
+                f"the sweep stays open: of what needs no CUDA device {len(left)} of {len(rest)} runs are not there"
+            )
+        else:
+            sweep.close()
         show.say(f"report: {out / 'report.html'}")
         return DONE
 

@@ -238,7 +238,9 @@ def keep(
     executor: Callable[[str], Executor],
     say: Callable[[str], None],
 ) -> int:
-    """Let what an unfinished sweep of another commit has finished stand under this one, where that moves no number.
+    """Let what a sweep of another commit has finished stand under this one, where that moves no number.
+
+    A sweep that is finished as a whole is in progress again, so that what this commit has more is run.
 
     n of its runs, at random, are made again by the code that is here now, and must come back to the bit. Every record
     goes on naming the commit that it was made from. What was in progress is begun again, and what is planned no more is
@@ -260,12 +262,12 @@ def keep(
     there, (here, dirty) = sweep.version() or {}, source_version()
     found = str(there.get("commit", "none"))
     if len(commit) < 4 or not found.startswith(commit):
-        raise UsageError(f"the unfinished sweep in {sweep.root} is of commit {found[:12]}, not {commit!r}.")
+        raise UsageError(f"the sweep in {sweep.root} is of commit {found[:12]}, not {commit!r}.")
     if dirty or here == UNKNOWN or there.get("dirty") != "":
         raise UsageError("runs are kept from one commit to another; commit your changes, and start a sweep from there.")
     with held(sweep.root):
-        loaded = load_runs(sweep.current)
-        finished = (read_record(sweep.current / run.run_id) for run in loaded.done if run.run_id in planned)
+        loaded = load_runs(sweep.runs)
+        finished = (read_record(sweep.runs / run.run_id) for run in loaded.done if run.run_id in planned)
         records = {r["run_id"]: r for r in finished if r is not None}
         drawn = draw(list(records.values()), n, random.SystemRandom().randrange(2**31), say)
         if records and not drawn:
@@ -277,6 +279,7 @@ def keep(
             if report.code or any(r.machine for r in report.runs):
                 say("not every run came back to the bit: none is kept")
                 return report.code or 1
+        sweep.reopen()
         for folder in (p for p in sweep.current.iterdir() if p.is_dir() and p.name not in records):
             shutil.rmtree(folder)
         sweep.belong_here()

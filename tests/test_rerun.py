@@ -459,6 +459,16 @@ def test_finished_runs_stand_where_they_come_back_to_the_bit(sweep: Sweep, repla
     assert kept(sweep, replay) == (0, "")  # the same command again has nothing to do
 
 
+def test_so_do_those_of_a_finished_sweep_which_is_in_progress_again(sweep: Sweep, replay: Replay) -> None:
+    shutil.rmtree(sweep.current / "in-progress")
+    sweep.close()
+    code, said = kept(sweep, replay)
+    assert code == 0, said
+    assert sweep.version() == {"commit": NEW, "dirty": ""}
+    assert folders(sweep) == {s.run_id() for s in SPECS}
+    assert not sweep.finished.exists()
+
+
 def test_uncommitted_changes_keep_nothing_and_lose_nothing(
     sweep: Sweep, replay: Replay, monkeypatch: pytest.MonkeyPatch
 ) -> None:

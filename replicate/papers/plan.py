@@ -57,6 +57,25 @@ def ledger_plan(profile: str, device: str = "cpu", seeds: int | None = None) -> 
     return specs, skipped
 
 
+def cuda_plan(profile: str, seeds: int | None = None) -> tuple[list[AnySpec], list[Skipped]]:
+    """What of a profile needs a CUDA device, and so is in no plan for a CPU.
+
+    Args:
+        seeds: as in `ledger_plan`.
+    """
+    specs: list[AnySpec] = []
+    skipped: list[Skipped] = []
+    for key in sorted(papers()):
+        for experiment in papers()[key].experiments:
+            if profile not in experiment.profiles or not experiment.cuda_minutes:
+                continue
+            if absent := experiment.absent("cuda"):
+                skipped.append(Skipped(experiment.name, absent))
+            else:
+                specs += (experiment_spec(key, experiment, s, profile, "cuda") for s in _seeds(experiment, seeds))
+    return specs, skipped
+
+
 def whole_plan(profile: str, device: str = "cpu", seeds: int | None = None) -> tuple[list[AnySpec], list[Skipped]]:
     """The comparison and the ledger of a profile together; runs that both ask for stand there once.
 

@@ -1,0 +1,111 @@
+"""Rows that need a CUDA device join the sweep of those that do not, in progress or finished, and lose nothing of it."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from image_data import small_images
+from rich.console import Console
+
+from replicate import reproduce as module
+from replicate.archive import Moved, pack_runs, unpack_runs
+from replicate.papers.plan import cuda_plan, whole_plan
+from replicate.registry import papers
+from replicate.report.build import Claims
+from replicate.report.records import read_measurements
+from replicate.reproduce import DONE, Sweep, reproduce
+from replicate.runs.inline import Inline
+from replicate.runs.progress import Progress
+from replicate.runs.spec import AnySpec, ExperimentSpec, make_spec
+
+__all__ = ["small_images"]
+#: stand for what a CPU does, and for what needs another device
+REST = [make_spec("truth", "two-gaussians", seed, "smoke") for seed in range(2)]
+ROWS = [make_spec("truth", "rings", 0, "smoke")]
+
+
+def swept(folder: Path, specs: Sequence[AnySpec], rest: Sequence[AnySpec], add: bool) -> tuple[int, str]:
+    said = Console(file=io.StringIO(), width=200)
+    show, claims = Progress(said), Claims()
+    code = reproduce(specs, "smoke", folder / "runs", folder / "results", Inline(), None, show, claims, rest, add)
+    return code, said.file.getvalue()  # type: ignore[attr-defined]
+
+
+def reported(folder: Path) -> set[str]:
+    return set(read_measurements(folder / "results/smoke/measurements.csv")["run_id"])
+
+
+def ids(*specs: AnySpec) -> set[str]:
+    return {spec.run_id() for spec in specs}
+
+
+def test_rows_join_a_finished_sweep_and_the_report_has_both(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path / "runs/smoke")
+    assert swept(tmp_path, REST, ROWS, add=False)[0] == DONE
+    assert reported(tmp_path) == ids(*REST)
+    before = {s.run_id(): (sweep.finished / s.run_id() / "record.json").read_bytes() for s in REST}
+    code, said = swept(tmp_path, ROWS, REST, add=True)
+    assert (code, "going on with the unfinished sweep" in said, "stays open" in said) == (DONE, True, False)
+    assert reported(tmp_path) == ids(*REST, *ROWS)
+    assert {i: (sweep.finished / i / "record.json").read_bytes() for i in before} == before
+    assert not sweep.current.exists()
+
+
+def test_rows_that_come_first_wait_for_the_rest(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path / "runs/smoke")
+    code, said = swept(tmp_path, ROWS, REST, add=True)
+    assert code == DONE
+    assert "the sweep stays open: of what needs no CUDA device 2 of 2 runs are not there" in said
+    assert reported(tmp_path) == ids(*ROWS)
+    assert swept(tmp_path, REST, ROWS, add=False)[0] == DONE
+    assert reported(tmp_path) == ids(*REST, *ROWS)
+    assert not sweep.current.exists()
+
+
+def test_rows_of_a_slice_are_added_to_a_finished_sweep(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    swept(here, REST, ROWS, add=False)
+    swept(there, ROWS, REST, add=True)
+    pack_runs(there / "runs", "smoke", tmp_path / "slice.zip")
+    assert unpack_runs(tmp_path / "slice.zip", here / "runs") == Moved(records=1)
+    assert swept(here, REST, ROWS, add=False)[0] == DONE
+    assert reported(here) == ids(*REST, *ROWS)
+
+
+def test_rows_never_join_a_finished_sweep_of_other_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = Sweep(tmp_path / "runs/smoke")
+    swept(tmp_path, REST, ROWS, add=False)
+    monkeypatch.setattr(module, "source_version", lambda: ("b" * 40, ""))
+    swept(tmp_path, ROWS, REST, add=True)
+    assert reported(tmp_path) == ids(*ROWS)
+    assert {p.name for p in sweep.finished.iterdir() if p.is_dir()} == ids(*REST)  # it stays for `--keep`
+    assert json.loads((sweep.finished / "version.json").read_text())["commit"] != "b" * 40
+
+
+def test_the_plan_of_the_rows_is_what_a_cpu_leaves_out(small_images: Path) -> None:
+    rows, absent = cuda_plan("full")
+    planned, skipped = whole_plan("full", "cpu")
+    needy = {e.name for p in papers().values() for e in p.experiments if "full" in e.profiles and e.cuda_minutes}
+    assert ({spec.task for spec in rows}, absent) == (needy, [])
+    assert needy <= {what.name for what in skipped}
+    assert all(isinstance(spec, ExperimentSpec) and spec.device == "cuda" for spec in rows)
+    assert not ids(*rows) & ids(*planned)
+    assert ids(*rows) <= ids(*whole_plan("full", "cuda")[0])
+    assert cuda_plan("standard") == ([], [])
+    minutes = {e.name: e.cuda_minutes for p in papers().values() for e in p.experiments}
+    expected = module.expected_seconds(rows, None)
+    assert all(expected[spec.run_id()] == 60 * minutes[spec.task] for spec in rows)
+
+
+def test_without_a_cuda_device_there_is_nothing_to_run_them_on(
+    replicate: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for words, reason in ((["--device", "cpu"], "leave out one of them"), ([], "no CUDA device was found")):
+        code, _, err = replicate("reproduce", "--profile", "full", "--cuda-rows", *words)
+        assert (code, err.count("\n")) == (2, 1)
+        assert reason in err
