@@ -604,23 +604,44 @@ def fitted_family(context: Context, table: Table, objective: Objective) -> DeepK
 
 
 class Evaluated:
-    """log f and its gradient, computed together and remembered for the last point that was asked for.
+    """log f and its gradient, computed together and remembered for the last two points that were asked for.
 
-    A Metropolis-adjusted step asks for both at one point, and annealing for the first once more.
+    A Metropolis-adjusted step asks for both where it stands and where it may go. Where it then stands each row is one
+    of the two, and nothing is computed.
     """
 
     def __init__(self, log_density: Callable[[Tensor], Tensor]) -> None:
         self._log_density = log_density
-        self._at: tuple[Tensor, Tensor, Tensor] | None = None
+        self._known: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def _evaluate(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self._at is None or self._at[0] is not x:
-            with torch.enable_grad():
-                leaf = x.detach().requires_grad_(True)
-                value = self._log_density(leaf)
-                (gradient,) = torch.autograd.grad(value.sum(), leaf)
-            self._at = x, value.detach(), gradient
-        return self._at
+        found = next((known for known in self._known if known[0] is x), None)
+        if found is not None:
+            return found
+        found = self._chosen(x)
+        if found is not None:
+            self._known = [found]
+            return found
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_(True)
+            value = self._log_density(leaf)
+            (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        found = x, value.detach(), gradient
+        self._known = [*self._known[-1:], found]
+        return found
+
+    def _chosen(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What is known of a point whose rows are each a row of one of the two remembered points; else None."""
+        if len(self._known) < 2 or any(known[0].shape != x.shape for known in self._known):
+            return None
+        (stood, *of_stood), (gone, *of_gone) = self._known
+        moved = (x == gone).all(1)
+        if not bool((moved | (x == stood).all(1)).all()):
+            return None
+        value, gradient = (
+            torch.where(moved.view(-1, *[1] * (b.dim() - 1)), b, a) for a, b in zip(of_stood, of_gone, strict=True)
+        )
+        return x, value, gradient
 
     def value(self, x: Tensor) -> Tensor:
         """log f (n, D) -> (n,)."""

@@ -351,19 +351,22 @@ def test_score_is_the_gradient_of_the_log_density(family: ssm_kernel.DeepKernelF
     torch.testing.assert_close(family.score(x), gradient, rtol=1e-8, atol=1e-8)
 
 
-def test_a_point_is_evaluated_once_for_density_and_score(family: ssm_kernel.DeepKernelFamily) -> None:
+def test_where_a_chain_stands_nothing_is_evaluated_again(family: ssm_kernel.DeepKernelFamily) -> None:
     asked = []
 
     def log_density(x: Tensor) -> Tensor:
         asked.append(x)
         return family.log_density(x)
 
-    x, y = (torch.randn(4, 3, generator=generator(s), dtype=torch.float64) for s in (0, 1))
+    x, y, z = (torch.randn(4, 3, generator=generator(s), dtype=torch.float64) for s in range(3))
+    accepted = torch.tensor([True, False, False, True])
+    stands = torch.where(accepted[:, None], y, x)
     found = ssm_kernel.Evaluated(log_density)
-    for point in (x, y, x):  # one point is remembered, and no more
+    # a step: where it is, where it may go, where it then is; the next one, all of whose proposals are refused
+    for point, evaluations in ((x, 1), (y, 2), (stands, 2), (z, 3), (stands.clone(), 3), (x, 4)):
         torch.testing.assert_close(found.value(point), family.log_density(point).detach())
         torch.testing.assert_close(found.score(point), family.score(point).detach(), rtol=1e-8, atol=1e-8)
-    assert len(asked) == 3
+        assert len(asked) == evaluations
 
 
 def test_minimiser_has_no_slope() -> None:
