@@ -190,7 +190,9 @@ def _reproduce(
     with held(sweep.root):
         show.say(sweep.open(add))
         expected = expected_seconds(specs, reference)
-        todo = sorted(specs, key=lambda s: -expected[s.run_id()])  # longest first packs the workers best
+        # longest first packs the workers best; under a time budget shortest first finishes most
+        sign = -1 if deadline is None else 1
+        todo = sorted(specs, key=lambda s: sign * expected[s.run_id()])
         show.begin([(s.run_id(), expected[s.run_id()]) for s in todo], executor.jobs)
         for spec in todo:
             if read_record(sweep.current / spec.run_id()) is not None:

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from image_data import small_images
@@ -99,6 +100,24 @@ def test_the_plan_of_the_rows_is_what_a_cpu_leaves_out(small_images: Path) -> No
     minutes = {e.name: e.cuda_minutes for p in papers().values() for e in p.experiments}
     expected = module.expected_seconds(rows, None)
     assert all(expected[spec.run_id()] == 60 * minutes[spec.task] for spec in rows)
+
+
+@pytest.mark.parametrize(("budget", "order"), [(None, [9.0, 5.0, 1.0]), (1e9, [1.0, 5.0, 9.0])])
+def test_the_longest_start_first_and_under_a_time_budget_the_shortest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: float | None, order: list[float]
+) -> None:
+    seconds = dict(zip([s.run_id() for s in (*REST, *ROWS)], (5.0, 9.0, 1.0), strict=True))
+    monkeypatch.setattr(module, "expected_seconds", lambda specs, reference: seconds)
+    asked: list[float] = []
+
+    class Asked(Inline):
+        def run_all(self, specs: Sequence[AnySpec], *others: Any) -> bool:
+            asked.extend(seconds[s.run_id()] for s in specs)
+            return False
+
+    show = Progress(Console(file=io.StringIO()))
+    reproduce([*REST, *ROWS], "smoke", tmp_path / "runs", tmp_path / "results", Asked(), budget, show, Claims())
+    assert asked == order
 
 
 def test_without_a_cuda_device_there_is_nothing_to_run_them_on(
