@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -236,6 +237,19 @@ def test_the_ledger_is_written_read_and_verified(results: Path, paper: PaperClai
     line = blocks(results)["ledger"]
     assert "3 claims of 1 paper: 1 reproduced, 1 not reproduced, 0 inconclusive, 0 not comparable, 1 not run" in line
     assert line.endswith("Not reproduced: T2.")
+
+
+def test_a_cell_not_run_names_its_own_need_and_not_that_of_what_it_is_compared_with(paper: PaperClaims) -> None:
+    own = replace(paper.claims[0], measure="a/toy/nll", experiment="", needs="a CUDA device")
+    gap = replace(own, id="gap", minus="b/toy/nll", needs="a CUDA device and the file of b")
+    row = tuple(MeasureCell(measure) for measure in ("a/toy/nll", "b/toy/nll", "run/toy/a"))
+    table = MeasureTable("side", "Side by side", "A caption.", ("a", "b", "c"), (row,))
+    for claims in ((own, gap), (gap, own)):
+        (filled,) = ledger.filled_tables([table], frame(a=[1.0]), [replace(paper, claims=claims)])
+        assert filled.rows[0][:2] == (
+            "not run: needs a CUDA device",
+            "not run: needs a CUDA device and the file of b",
+        )
 
 
 def test_contract_columns_come_first_and_in_order() -> None:

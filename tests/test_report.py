@@ -28,11 +28,13 @@ from replicate.report.drawing import Drawing
 from replicate.report.labels import fixed, latex, markdown, slug
 from replicate.report.maps import Picture, samples_figure
 from replicate.report.page import NOTEBOOKS
+from replicate.report.plots import experiment_drawings
 from replicate.report.readme import headline_markdown, refresh, stale, update_readme
 from replicate.report.records import (
     MEASUREMENT_COLUMNS,
     SUMMARY_COLUMNS,
     ReportError,
+    Run,
     load_runs,
     read_measurements,
     read_summary,
@@ -848,3 +850,20 @@ def test_a_number_far_off_is_drawn_at_the_edge_and_squeezes_no_other() -> None:
     assert _far([80.0, 92.0, 105.0, 130.0]) == math.inf
     assert 105.0 < _far([80.0, 92.0, 105.0, 54596.0]) < 110.0
     assert _far([]) == math.inf
+
+
+@pytest.mark.parametrize("high", [0.11, 0.3, 3.0, 300.0])
+def test_a_logarithmic_axis_has_numbers_to_read_it_by_and_none_on_another(high: float) -> None:
+    lines = [{"label": "error", "x": [1, 2, 3], "y": [0.06, 0.08, high]}]
+    plot = {"name": "p", "title": "A title", "x_label": "x", "y_label": "y", "style": "line", "lines": lines}
+    plot |= {"log_x": False, "log_y": True, "levels": {}}
+    spec = {"kind": "experiment", "model": "toy", "task": "run", "seed": 0}
+    (drawing,) = experiment_drawings([Run("a", spec, Path(), plots=(plot,), about="a toy")])
+    figure = drawing.figure
+    figure.draw_without_rendering()
+    axis = figure.axes[0].yaxis
+    low, top = axis.get_view_interval()
+    ticks = [t for t in (*axis.get_major_ticks(), *axis.get_minor_ticks()) if low <= t.get_loc() <= top]
+    boxes = [t.label1.get_window_extent() for t in ticks if t.label1.get_text()]
+    assert len(boxes) >= 2
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])

@@ -48,6 +48,8 @@ from replicate.score_based.contrastive import GaussianNoise, noise_contrastive
 SOURCE_STD = math.pi / math.sqrt(3)
 #: objectives, besides maximum likelihood, whose minimum is the truth as the data grow
 CONSISTENT = ("sm", "ssm", "ssm-vr", "nce", "nce-full", "cd")
+#: of a search by L-BFGS
+MAX_ITERATIONS = 1000
 #: test examples of a learning curve
 CURVE_EXAMPLES = 5000
 
@@ -135,13 +137,24 @@ class Fit:
 
     Attributes:
         model: at the end.
-        path: W after each recorded iteration, the start first.
+        path: W after each recorded iteration, the start first, shape (iterations, D, D).
         log_z: learned log Z where the objective has one.
     """
 
     model: Ica
-    path: tuple[Tensor, ...]
+    path: Tensor
     log_z: float = math.nan
+
+
+def room_for_path(start: Tensor, iterations: int) -> Tensor:
+    """Where a path of so many iterations will stand.
+
+    Room is taken at once: small matrices that are kept one by one, between blocks of a whole data set that come and go,
+    leave holes that no block fits into, and a long search of 50 dimensions then takes ten gigabytes.
+    """
+    path = start.new_empty(1 + iterations, *start.shape)
+    path[0] = start
+    return path
 
 
 def minimise(objective: Objective, start: Tensor, white: Tensor) -> Fit:
@@ -153,7 +166,7 @@ def minimise(objective: Objective, start: Tensor, white: Tensor) -> Fit:
         white: whitening matrix, shape (D, D).
     """
     d = len(start)
-    path = [start @ white]
+    path, taken = room_for_path(start @ white, MAX_ITERATIONS), 1
     log_det = float(torch.linalg.slogdet(start @ white).logabsdet)
 
     def tensor(v: np.ndarray) -> Tensor:
@@ -166,12 +179,14 @@ def minimise(objective: Objective, start: Tensor, white: Tensor) -> Fit:
         return float(loss.detach()), grad.cpu().numpy()
 
     def record(v: np.ndarray) -> None:
-        path.append(tensor(v)[:-1].view(d, d) @ white)
+        nonlocal taken
+        path[taken] = tensor(v)[:-1].view(d, d) @ white
+        taken += 1
 
     first = np.append(start.flatten().cpu().numpy(), log_det)
-    options = {"maxiter": 1000, "maxfun": 2000, "ftol": 1e-12, "gtol": 1e-6}
+    options = {"maxiter": MAX_ITERATIONS, "maxfun": 2000, "ftol": 1e-12, "gtol": 1e-6}
     found = minimize(value_and_grad, first, jac=True, method="L-BFGS-B", callback=record, options=options)
-    return Fit(Ica(tensor(found.x)[:-1].view(d, d) @ white), tuple(path), -float(found.x[-1]))
+    return Fit(Ica(tensor(found.x)[:-1].view(d, d) @ white), path[:taken].clone(), -float(found.x[-1]))
 
 
 def contrastive_divergence(
@@ -192,9 +207,9 @@ def contrastive_divergence(
         "optimizer": optimizer,
         "schedule": schedule,
         "generator": generator,
-        "path": [start @ white],
+        "path": room_for_path(start @ white, steps),
     }
-    for _ in resumable("contrastive divergence", steps, state):
+    for i in resumable("contrastive divergence", steps, state):
         now = Ica(m.detach())
         chain = mala(now.log_density, now.score, z, params["cd_steps"], params["cd_step_size"], generator)
         model = Ica(m)
@@ -202,8 +217,8 @@ def contrastive_divergence(
         (model.log_density(chain.samples).mean() - model.log_density(z).mean()).backward()
         optimizer.step()
         schedule.step()
-        state["path"].append(m.detach() @ white)
-    return Fit(Ica(m.detach() @ white), tuple(state["path"]))
+        state["path"][i + 1] = m.detach() @ white
+    return Fit(Ica(m.detach() @ white), state["path"])
 
 
 def whitening(x: Tensor) -> Tensor:
@@ -240,7 +255,7 @@ def fit_all(x: Tensor, params: Mapping[str, Any], streams: Streams) -> dict[str,
         state["found"].append({"w": fit.model.w, "path": fit.path, "log_z": fit.log_z})
     fits = {n: Fit(Ica(f["w"]), f["path"], f["log_z"]) for n, f in zip(names, state["found"], strict=True)}
     fits["cd"] = contrastive_divergence(x, start, white, params, streams.fresh("chains"))
-    fits["whitened"] = Fit(Ica(start @ white), ())
+    fits["whitened"] = Fit(Ica(start @ white), start.new_empty(0, *start.shape))
     return fits
 
 
@@ -271,7 +286,7 @@ def learning_curves(fits: Mapping[str, Fit], test: Tensor, truth: Ica) -> Plot:
     true = truth.log_prob(test).mean()
     lines = []
     for name, fit in fits.items():
-        if fit.path:
+        if len(fit.path):
             chosen = sorted({round(i * (len(fit.path) - 1) / 60) for i in range(61)})
             gap = [max(float(true - Ica(fit.path[i]).log_prob(test).mean()), 1e-5) for i in chosen]
             lines.append(Line(name, [i / max(len(fit.path) - 1, 1) for i in chosen], gap))

@@ -360,7 +360,10 @@ def filled_tables(
         papers: their claims say what a measure that was not run needs.
     """
     measured = Measured(frame)
-    needs = {m: c.needs for p in papers for c in p.claims if c.needs for m in _owners(c, p.key)}
+    asking = [(_owners(c, p.key), c.needs) for p in papers for c in p.claims if c.needs]
+    # what a comparison needs may be the need of its other side: the claim that measures least speaks last
+    asking.sort(key=lambda owners_needs: len(owners_needs[0]), reverse=True)
+    needs = {owner: needed for owners, needed in asking for owner in owners}
 
     def text(cell: str | MeasureCell) -> str:
         return cell if isinstance(cell, str) else _measured_text(cell, measured, needs)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter
+from matplotlib.axis import Axis
+from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from replicate.report.drawing import QUIET, Drawing, csv_text, fitting, new_figure, panels, plain
@@ -104,10 +105,20 @@ def _dress(ax: Axes, plot: Mapping[str, Any]) -> None:
     if plot["log_y"]:
         ax.set_yscale("log")
     for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
-        if axis.get_scale() == "log" and math.ceil(math.log10(low)) <= math.floor(math.log10(high)):
-            axis.set_minor_formatter(NullFormatter())  # a power of ten is labelled, and minor labels would collide
+        if axis.get_scale() == "log":
+            _label_logarithmic(axis, math.floor(math.log10(high)) - math.ceil(math.log10(low)) + 1)
     ax.set_xlabel(plain(plot["x_label"]))
     ax.set_ylabel(plain(plot["y_label"]))
+
+
+def _label_logarithmic(axis: Axis, powers: int) -> None:
+    """Numbers on a logarithmic axis with so many powers of ten in view: one alone would give no scale."""
+    if powers > 1:
+        axis.set_minor_formatter(NullFormatter())  # they are labelled, and minor labels would collide
+    elif powers == 1:
+        axis.set_minor_locator(LogLocator(subs=(2, 5)))
+        for set_formatter in (axis.set_major_formatter, axis.set_minor_formatter):
+            set_formatter("{x:g}")
 
 
 def _clouds(name: str, about: str, seeds: Sequence[Mapping[str, Any]]) -> Drawing:
