@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from replicate import registry
 from replicate.model import Training
-from replicate.registry import UsageError, unsupported
+from replicate.papers.claims import resolved
+from replicate.papers.plan import all_claims
+from replicate.registry import UsageError, papers, unsupported
 from replicate.runs.profiles import COMPARISON, plan
 from replicate.runs.spec import (
     MAX_SEED,
@@ -236,3 +238,16 @@ def test_every_profile_plans_distinct_runs(profile: str) -> None:
 def test_all_models_of_a_task_see_the_same_preprocessing() -> None:
     found = {s.preprocessing for s in plan("standard") if s.task == "digits"}
     assert found == {"none", "gaussianise"}
+
+
+def test_every_side_of_a_claim_is_run_at_the_profile_that_judges_it() -> None:
+    profiles = {f"{e.name}/{key}": e.profiles for key, paper in papers().items() for e in paper.experiments}
+    unjudgeable = [
+        (claim.id, owner)
+        for paper in all_claims()
+        for claim in paper.claims
+        for measure in (claim.measure, claim.minus, claim.over)
+        if (owner := resolved(measure, claim, paper.key).rpartition("/")[0]) in profiles
+        and claim.profile not in profiles[owner]
+    ]
+    assert not unjudgeable

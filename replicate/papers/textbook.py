@@ -507,6 +507,7 @@ REALNVP = Experiment(
     {**_LOOP, "couplings": 8, "hidden": 256, "draws": 16, "width": HALF_CELL},
     seeds=3,
     tasks=("digits",),
+    profiles=("standard", "full"),  # in full beside the model with noise over the whole cell
 )
 REALNVP_WHOLE_CELL = replace(
     REALNVP,
