@@ -245,11 +245,21 @@ def test_a_cell_not_run_names_its_own_need_and_not_that_of_what_it_is_compared_w
     row = tuple(MeasureCell(measure) for measure in ("a/toy/nll", "b/toy/nll", "run/toy/a"))
     table = MeasureTable("side", "Side by side", "A caption.", ("a", "b", "c"), (row,))
     for claims in ((own, gap), (gap, own)):
-        (filled,) = ledger.filled_tables([table], frame(a=[1.0]), [replace(paper, claims=claims)])
+        (filled,) = ledger.filled_tables([table], frame(a=[1.0]), [replace(paper, claims=claims)], "full")
         assert filled.rows[0][:2] == (
             "not run: needs a CUDA device",
             "not run: needs a CUDA device and the file of b",
         )
+
+
+def test_a_cell_names_the_profile_that_measures_it(paper: PaperClaims) -> None:
+    cells = tuple(MeasureCell(measure) for measure in ("a/toy/nll", "run/toy/a"))
+    table = MeasureTable("side", "Side by side", "A caption.", ("a", "b"), (cells,))
+    claim = replace(paper.claims[0], measure="a/toy/nll", experiment="", profile="standard")
+    given = [table], frame(a=[1.0]), [replace(paper, claims=(claim,))]
+    assert ledger.filled_tables(*given, "full")[0].rows[0][0] == "not run: the standard profile measures it"
+    assert ledger.filled_tables(*given, "smoke")[0].rows[0][0] == "not run: needs the standard profile"
+    assert ledger.filled_tables(*given, "standard")[0].rows[0][0] == "not run"
 
 
 def test_contract_columns_come_first_and_in_order() -> None:

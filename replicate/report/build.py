@@ -108,7 +108,7 @@ def _write_all(runs: Runs, profile: str, folder: Path, claims: Claims) -> None:
     if judged:
         _write(folder / "claims.csv", claims_ledger.to_csv(judged, profile))
     tables = all_tables(results)
-    plain = _plain(frame, [run.as_record() for run in runs.runs], claims)
+    plain = _plain(frame, [run.as_record() for run in runs.runs], claims, profile)
     (folder / "tables").mkdir()
     for name, text in _table_texts(tables, judged, plain).items():
         _write(folder / "tables" / name, text)
@@ -117,10 +117,10 @@ def _write_all(runs: Runs, profile: str, folder: Path, claims: Claims) -> None:
     _write(folder / "report.html", render(runs, results, totals, tables, shown, profile, judged, plain))
 
 
-def _plain(frame: pd.DataFrame, records: list[dict[str, Any]], claims: Claims) -> list[Plain]:
+def _plain(frame: pd.DataFrame, records: list[dict[str, Any]], claims: Claims, profile: str) -> list[Plain]:
     """The tables of print beside our numbers, and that of models paired by test example."""
     pairs = paired_table(records)
-    return [*claims_ledger.filled_tables(claims.tables, frame, claims.papers), *([pairs] if pairs else [])]
+    return [*claims_ledger.filled_tables(claims.tables, frame, claims.papers, profile), *([pairs] if pairs else [])]
 
 
 def _table_texts(tables: list[Table], judged: list[claims_ledger.Entry], plain: list[Plain]) -> dict[str, str]:
@@ -254,10 +254,11 @@ def remarks(out_folder: Path) -> list[str]:
 def _table_problems(folder: Path, frame: pd.DataFrame, records: list[dict[str, Any]], claims: Claims) -> list[str]:
     experiments = {r["run_id"] for r in records if r["spec"].get("kind") == "experiment"}
     judged: list[claims_ledger.Entry] = []
+    profile = ""  # of claims, where there are any
     if claims.papers:
         profile = claims_ledger.read_claims_csv(folder / "claims.csv")[0]["profile"]
         judged = claims_ledger.entries(claims.papers, frame, profile)
-    plain = _plain(frame, records, claims)
+    plain = _plain(frame, records, claims, profile)
     right = _table_texts(all_tables(Results(frame[~frame["run_id"].isin(experiments)])), judged, plain)
     return [
         f"tables/{name} is not the table that the measurements give"

@@ -17,7 +17,7 @@ from replicate.papers.tables import MeasureCell, MeasureTable
 from replicate.report.compare import kind_of_difference
 from replicate.report.labels import latex, markdown, symbol
 from replicate.report.records import ReportError, interval, mean
-from replicate.report.verdicts import VERDICTS, Asked, Judged, Measured, judge
+from replicate.report.verdicts import VERDICTS, Asked, Judged, Measured, away, judge
 
 CLAIM_COLUMNS = (
     "claim_id",
@@ -352,21 +352,21 @@ def ledger_table(ledger: Sequence[Entry]) -> Plain:
 
 
 def filled_tables(
-    tables: Iterable[MeasureTable], frame: pd.DataFrame, papers: Iterable[PaperClaims] = ()
+    tables: Iterable[MeasureTable], frame: pd.DataFrame, papers: Iterable[PaperClaims], profile: str
 ) -> list[Plain]:
     """Tables of print beside our numbers, their measures filled in; without those of which nothing was measured.
 
     Args:
-        papers: their claims say what a measure that was not run needs.
+        papers: their claims say what a measure that was not run needs, or which profile measures it.
     """
     measured = Measured(frame)
-    asking = [(_owners(c, p.key), c.needs) for p in papers for c in p.claims if c.needs]
+    asking = [(_owners(c, p.key), why) for p in papers for c in p.claims if (why := away(c.needs, c.profile, profile))]
     # what a comparison needs may be the need of its other side: the claim that measures least speaks last
-    asking.sort(key=lambda owners_needs: len(owners_needs[0]), reverse=True)
-    needs = {owner: needed for owners, needed in asking for owner in owners}
+    asking.sort(key=lambda owners_why: len(owners_why[0]), reverse=True)
+    reasons = {owner: why for owners, why in asking for owner in owners}
 
     def text(cell: str | MeasureCell) -> str:
-        return cell if isinstance(cell, str) else _measured_text(cell, measured, needs)
+        return cell if isinstance(cell, str) else _measured_text(cell, measured, reasons)
 
     return [
         Plain(t.name, t.title, t.caption, t.heads, tuple(tuple(text(c) for c in row) for row in t.rows))
@@ -381,13 +381,13 @@ def _owners(claim: Claim, key: str) -> set[str]:
     return {m.rpartition("/")[0] for m in measures if m}
 
 
-def _measured_text(cell: MeasureCell, measured: Measured, needs: Mapping[str, str]) -> str:
+def _measured_text(cell: MeasureCell, measured: Measured, reasons: Mapping[str, str]) -> str:
     first = measured.seeds(cell.measure)
     other = measured.seeds(cell.minus) if cell.minus else {}
     both = sorted(set(first) & set(other)) if cell.minus else sorted(first)
     if not both:
-        needed = needs.get(cell.measure.rpartition("/")[0])
-        return measured.why_none([cell.measure]) or (f"not run: needs {needed}" if needed else "not run")
+        why = reasons.get(cell.measure.rpartition("/")[0])
+        return measured.why_none([cell.measure]) or (f"not run: {why}" if why else "not run")
     values = [first[s][0] - (other[s][0] if cell.minus else 0.0) for s in both]
     kinds = {kind_of_difference(first[s][1], other[s][1]) if cell.minus else first[s][1] for s in both}
     return _number_text(kinds.pop() if len(kinds) == 1 else "estimate", mean(values), *interval(values))

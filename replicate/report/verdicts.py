@@ -179,13 +179,16 @@ def _without_numbers(asked: Asked, measured: Measured, measures: list[str], fail
         return Judged("not run", f"{failed} runs failed")
     if none := measured.why_none(measures):
         return Judged("not run", none)
-    if asked.needs:
-        return Judged("not run", f"needs {asked.needs}")
-    if _RANK[profile] < _RANK[asked.judged_at]:
-        return Judged("not run", f"needs the {asked.judged_at} profile")
-    if _RANK[profile] > _RANK[asked.judged_at]:
-        return Judged("not run", f"the {asked.judged_at} profile measures it")
-    return Judged("not run", f"the {profile} profile did not measure it")
+    return Judged("not run", away(asked.needs, asked.judged_at, profile) or f"the {profile} profile did not measure it")
+
+
+def away(needs: str, judged_at: str, profile: str) -> str:
+    """Why a profile has no number for what needs something, or is judged at another profile; "" where neither holds."""
+    if needs:
+        return f"needs {needs}"
+    if _RANK[profile] < _RANK[judged_at]:
+        return f"needs the {judged_at} profile"
+    return f"the {judged_at} profile measures it" if _RANK[profile] > _RANK[judged_at] else ""
 
 
 def _verdict(
