@@ -214,7 +214,10 @@ def reproduce(
     ] = False,
     cuda_rows: Annotated[
         bool,
-        typer.Option("--cuda-rows", help="Run what needs a CUDA device, and no more; it joins the sweep of the rest."),
+        typer.Option(
+            "--cuda-rows",
+            help="Run what needs a CUDA device and is not in the results yet, and no more; it joins the rest.",
+        ),
     ] = False,
     runs_per_gpu: Annotated[int, typer.Option(min=1, help="Runs that share a GPU.")] = 1,
     together: Annotated[
@@ -241,7 +244,7 @@ def reproduce(
         server.start(("digits", "digits-binary"))  # of every profile
     from replicate import registry
     from replicate.papers.plan import cuda_plan, whole_plan
-    from replicate.reproduce import Sweep, expected_seconds, read_reference, reproduce
+    from replicate.reproduce import Sweep, expected_seconds, read_ids, read_reference, reproduce
     from replicate.runs.limits import Limits
     from replicate.runs.progress import Progress, clock
     from replicate.runs.store import default_runs_folder
@@ -253,6 +256,10 @@ def reproduce(
     device = resolve_device(device) if scheduler is None else {"auto": "cpu"}.get(device, device)
     if cuda_rows:
         (specs, skipped), (rest, _) = cuda_plan(profile, seeds or None), whole_plan(profile, "cpu", seeds or None)
+        there = read_ids(results / profile)
+        whole, specs = len(specs), [s for s in specs if s.run_id() not in there]
+        if len(specs) < whole:
+            say(f"{whole - len(specs)} of {whole} runs for a CUDA device are in {results / profile} already")
     else:
         specs, skipped = whole_plan(profile, device, seeds or None)
         rest = cuda_plan(profile, seeds or None)[0] if device == "cpu" else []
@@ -277,6 +284,9 @@ def reproduce(
         code = keep_runs(Sweep(runs / profile), keep, planned, keep_check, lambda _: executor, say)
         if code:
             raise typer.Exit(code)
+    if cuda_rows and not specs:
+        say("nothing is left to run")
+        return
     show = Progress(console)
     code = reproduce(specs, profile, runs, results, executor, time_budget, show, claims, rest, add=cuda_rows)
     if code == 3:
@@ -291,19 +301,29 @@ def report(
     readme: Annotated[
         Path | None, typer.Option(help="Also rewrite the ledger's line and the headline table of this README.")
     ] = None,
+    add: Annotated[
+        bool, typer.Option("--add", help="Let the runs join what the results have; without any, write that again.")
+    ] = False,
+    runs: Annotated[
+        Path | None, typer.Option(help="Folder of runs (default: the profile's last finished sweep in REPLICATE_RUNS).")
+    ] = None,
 ) -> None:
-    """Write tables, figures and report again from the runs of the last finished sweep."""
+    """Write tables, figures and report again from the runs of the last finished sweep, or add runs to what is there."""
     from replicate.report.build import build
     from replicate.report.readme import refresh
     from replicate.reproduce import Sweep
-    from replicate.runs.store import default_runs_folder, writable
+    from replicate.runs.store import default_runs_folder, exclusive, writable
 
     sweep = Sweep(default_runs_folder() / profile)
-    runs = sweep.finished if sweep.finished.exists() else sweep.current
-    if runs.exists():
-        console.print(
-            f"report: {build(runs, writable(results / profile), profile, claims=ledger_claims())}", soft_wrap=True
-        )
+    if runs is None:
+        # runs that join may be of a sweep in progress, which is the newer one
+        runs = sweep.runs if add or not sweep.finished.exists() else sweep.finished
+    elif not runs.is_dir():
+        raise UsageError(f"there is no folder of runs {runs}; `replicate run` makes one with --out.")
+    if add or runs.exists():
+        out, keep = writable(results / profile), None if add else ()
+        with exclusive(out):
+            console.print(f"report: {build(runs, out, profile, claims=ledger_claims(), keep=keep)}", soft_wrap=True)
     elif readme is None:
         raise UsageError(
             f"there are no runs of profile {profile} in {sweep.root}; `make reproduce PROFILE={profile}` first."

@@ -19,7 +19,7 @@ from replicate.registry import experiment
 from replicate.report.build import Claims, build
 from replicate.report.compare import compare_with_reference
 from replicate.report.ledger import by_verdict, read_claims_csv
-from replicate.report.records import ReportError, read_measurements
+from replicate.report.records import ReportError, read_measurements, read_records
 from replicate.resume import Stopped, stop_current
 from replicate.runs.executor import Executor, Outcome, Runs
 from replicate.runs.inline import Inline
@@ -141,6 +141,12 @@ def read_reference(out: Path) -> pd.DataFrame | None:
         return None
 
 
+def read_ids(out: Path) -> set[str]:
+    """The ids of the finished runs that a results folder tells of; none where there are no results."""
+    path = out / "records.jsonl"
+    return {str(r["run_id"]) for r in read_records(path) if "error" not in r} if path.exists() else set()
+
+
 def reproduce(
     specs: list[AnySpec],
     profile: str,
@@ -156,8 +162,9 @@ def reproduce(
     """Run every spec afresh, write results/PROFILE, and say how it compares with what was there before.
 
     Args:
-        rest: what else the profile has, for another kind of device: reported where it has been run.
-        add: the specs join a sweep of the rest, a finished one too, which ends when both have been run.
+        rest: what else the profile has, for another kind of device: reported where the sweep or results/PROFILE has it.
+        add: the specs join a sweep of the rest, a finished one too, which ends when both have been run; all that
+            results/PROFILE has stays.
 
     Returns:
         0 all good, 1 some run failed or a disk did not take what was to be written, 3 stopped by the time budget or a
@@ -214,7 +221,8 @@ def _reproduce(
             return STOPPED
         show.say(f"writing tables, figures and report to {out}")
         with exclusive(out):
-            build(sweep.current, out, profile, [s.run_id() for s in (*specs, *rest)], claims)
+            keep = None if add else [s.run_id() for s in rest]
+            build(sweep.current, out, profile, [s.run_id() for s in (*specs, *rest)], claims, keep)
         for verdict, count in standing(out).items():
             show.say(f"claims {verdict}: {count}")
         _compare(out, reference, show)
@@ -224,12 +232,12 @@ def _reproduce(
             show.say("the same command tries the failed runs again")
             return FAILED
         left = [s for s in rest if add and read_record(sweep.current / s.run_id()) is None]
-        if left:
-            show.say(
-                f"the sweep stays open: of what needs no CUDA device {len(left)} of {len(rest)} runs are not there"
-            )
-        else:
+        if not left:
             sweep.close()
+        elif absent := {s.run_id() for s in left} - read_ids(out):
+            show.say(
+                f"the sweep stays open: of what needs no CUDA device {len(absent)} of {len(rest)} runs are not there"
+            )
         show.say(f"report: {out / 'report.html'}")
         return DONE
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from replicate import reproduce as module
 from replicate.archive import Moved, pack_runs, unpack_runs
 from replicate.papers.plan import cuda_plan, whole_plan
 from replicate.registry import papers
-from replicate.report.build import Claims
+from replicate.report.build import Claims, verify
 from replicate.report.records import read_measurements
 from replicate.reproduce import DONE, Sweep, reproduce
 from replicate.runs.inline import Inline
@@ -82,9 +83,52 @@ def test_rows_never_join_a_finished_sweep_of_other_sources(tmp_path: Path, monke
     swept(tmp_path, REST, ROWS, add=False)
     monkeypatch.setattr(module, "source_version", lambda: ("b" * 40, ""))
     swept(tmp_path, ROWS, REST, add=True)
-    assert reported(tmp_path) == ids(*ROWS)
+    assert {p.name for p in sweep.current.iterdir() if p.is_dir()} == ids(*ROWS)
     assert {p.name for p in sweep.finished.iterdir() if p.is_dir()} == ids(*REST)  # it stays for `--keep`
     assert json.loads((sweep.finished / "version.json").read_text())["commit"] != "b" * 40
+
+
+def test_rows_join_results_whose_runs_are_gone(tmp_path: Path) -> None:
+    """A fresh clone has results and no runs."""
+    swept(tmp_path, REST, ROWS, add=False)
+    shutil.rmtree(tmp_path / "runs")
+    code, said = swept(tmp_path, ROWS, REST, add=True)
+    assert (code, "stays open" in said) == (DONE, False)
+    assert reported(tmp_path) == ids(*REST, *ROWS)
+    assert verify(tmp_path / "results/smoke") == []
+
+
+def test_what_is_computed_afresh_without_the_device_leaves_its_rows_in_the_results(tmp_path: Path) -> None:
+    swept(tmp_path, REST, ROWS, add=False)
+    swept(tmp_path, ROWS, REST, add=True)
+    shutil.rmtree(tmp_path / "runs")
+    assert swept(tmp_path, REST[:1], ROWS, add=False)[0] == DONE
+    assert reported(tmp_path) == ids(REST[0], *ROWS)  # the rest is what was asked for now
+    swept(tmp_path, REST, [], add=False)
+    assert reported(tmp_path) == ids(*REST)  # and rows that are planned no more are gone
+
+
+def test_only_rows_that_are_not_in_the_results_are_run(
+    replicate: Callable[..., tuple[int, str, str]], small_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    rows = cuda_plan("full")[0]
+    words = ("reproduce", "--profile", "full", "--cuda-rows", "--results", str(tmp_path), "--jobs", "1")
+    listed = replicate(*words, "--dry-run")[1].splitlines()
+    assert [line[:12] for line in listed[:-1]] == [spec.run_id()[:12] for spec in rows]
+    lines = [{"run_id": spec.run_id(), "spec": {}} for spec in rows]
+    lines[0]["error"] = "it failed, and is tried again"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = replicate(*words, "--dry-run")[1]
+    assert f"{len(rows) - 1} of {len(rows)} runs for a CUDA device are in {tmp_path / 'full'} already" in said
+    assert rows[0].run_id()[:12] in said
+    assert rows[1].run_id()[:12] not in said
+    del lines[0]["error"]
+    (tmp_path / "full/records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, said, _ = replicate(*words)
+    assert (code, said.splitlines()[-1]) == (0, "nothing is left to run")
 
 
 def test_the_plan_of_the_rows_is_what_a_cpu_leaves_out(small_images: Path) -> None:

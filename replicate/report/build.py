@@ -27,6 +27,7 @@ from replicate.papers.tables import MeasureTable
 from replicate.report import ledger as claims_ledger
 from replicate.report.drawing import Drawing, save, style
 from replicate.report.figures import all_figures
+from replicate.report.kept import carried, carry, joined, kept_runs, read_index, write_index
 from replicate.report.labels import TIMING_METRICS, short
 from replicate.report.ledger import Plain
 from replicate.report.page import Shown, render
@@ -97,7 +98,7 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _write_all(runs: Runs, profile: str, folder: Path, claims: Claims) -> None:
+def _write_all(runs: Runs, profile: str, folder: Path, claims: Claims, earlier: Path) -> None:
     frame = measurements(runs)
     compared = measurements(runs.comparison)
     results, totals = Results(compared), summary(compared)
@@ -113,7 +114,11 @@ def _write_all(runs: Runs, profile: str, folder: Path, claims: Claims) -> None:
     for name, text in _table_texts(tables, judged, plain).items():
         _write(folder / "tables" / name, text)
     with style():
-        shown = _saved([*all_figures(results, runs.comparison), *experiment_drawings(runs.runs)], folder / "figures")
+        drawings = [*all_figures(results, runs.comparison), *experiment_drawings(runs.runs)]
+        shown = _saved(drawings, folder / "figures")
+    old = carried(earlier, runs, [d.name for d in drawings])
+    shown += [carry(name, entry, runs, earlier, folder / "figures") for name, entry in old.items()]
+    write_index(drawings, old, folder)
     _write(folder / "report.html", render(runs, results, totals, tables, shown, profile, judged, plain))
 
 
@@ -162,6 +167,7 @@ def build(
     profile: str,
     run_ids: Iterable[str] | None = None,
     claims: Claims = Claims(),
+    keep: Iterable[str] | None = (),
 ) -> Path:
     """Write measurements, summary, records, tables, figures, report and manifest of a folder of runs.
 
@@ -174,6 +180,7 @@ def build(
         profile: named in the report.
         run_ids: the runs to report on; all in the folder by default.
         claims: judged on these runs; without any there is no ledger.
+        keep: ids of runs that the results folder tells of and that stay in it, None for all; the others join them.
 
     Returns:
         The path of report.html.
@@ -181,13 +188,15 @@ def build(
     Raises:
         ReportError: there are no runs, or one cannot be read.
     """
-    runs = load_runs(runs_folder, run_ids)
+    earlier = kept_runs(out_folder, keep)
+    new = Runs(()) if earlier.runs and not runs_folder.is_dir() else load_runs(runs_folder, run_ids)
+    runs = joined(new, earlier)
     if not runs.runs:
         raise ReportError(f"there are no finished runs in {runs_folder}; `replicate reproduce` makes them")
     out_folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out_folder.name}.", dir=out_folder.resolve().parent) as temporary:
         fresh = Path(temporary)
-        _write_all(runs, profile, fresh, claims)
+        _write_all(runs, profile, fresh, claims, out_folder)
         if not claims.papers:
             (out_folder / "claims.csv").unlink(missing_ok=True)
         for name in OWNED:
@@ -226,6 +235,7 @@ def verify(out_folder: Path, claims: Claims = Claims()) -> list[str]:
     except ReportError as error:
         return [*problems, str(error)]
     problems += _record_problems(records, frame) + _provenance_problems(records, frame)
+    problems += _figure_problems(out_folder, {str(r.get("run_id")) for r in records})
     return problems or _table_problems(out_folder, frame, records, claims)
 
 
@@ -329,6 +339,19 @@ def _record_problems(records: list[dict[str, Any]], frame: pd.DataFrame) -> list
             problems.append(f"measurements.csv: run {short(run_id)} is {names}, its record says {list(known[run_id])}")
     lost = sorted(set(known) - set(frame["run_id"]))
     return problems + [f"records.jsonl: run {short(run_id)} has no measurements" for run_id in lost]
+
+
+def _figure_problems(folder: Path, known: set[str]) -> list[str]:
+    """Figures without texts, texts without a figure, and figures of runs that have no record."""
+    try:
+        index = read_index(folder)
+    except ReportError as error:
+        return [str(error)]
+    there = {p.stem for p in (folder / "figures").glob("*.png")}
+    problems = [f"figures.json has no entry for {name}" for name in sorted(there - set(index))]
+    problems += [f"figures.json names {name}, which is not in figures" for name in sorted(set(index) - there)]
+    strange = (name for name, entry in sorted(index.items()) if not known.issuperset(entry["runs"]))
+    return problems + [f"figures.json: {name} shows a run that has no record" for name in strange]
 
 
 #: what the provenance of a record says: the code, the libraries, the machine, the settings of the kernels, the times

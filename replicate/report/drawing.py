@@ -32,6 +32,8 @@ DPI = 100
 MAX_FULL, MAX_PNG = 180_000, 250_000
 #: largest CSV beside a figure, in bytes
 MAX_CSV = 580_000
+#: a figure's files
+ENDINGS = ("png", "svg", "csv")
 INK, QUIET, FRAME = "#22262B", "#5F6670", "#C9CED6"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 DENSITY = LinearSegmentedColormap.from_list(
@@ -50,6 +52,7 @@ class Drawing:
         figure: drawn.
         csv: the data, as CSV text.
         also: names of further figures' CSV files that this one was drawn from.
+        runs: ids of the runs whose arrays or plots it shows; none where the records' numbers are enough to draw it.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Drawing:
     figure: Figure
     csv: str
     also: tuple[str, ...] = ()
+    runs: tuple[str, ...] = ()
 
 
 @contextmanager

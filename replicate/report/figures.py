@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -468,13 +468,13 @@ def all_figures(results: Results, runs: Runs) -> Iterator[Drawing]:
         dimension_figure(results),
     ]
     yield from (d for d in overview if d is not None)
-    for task in data:
-        yield from _some(samples_figure(results, task, pictures(runs, task)))
-    for task in planar:
-        pictured = pictures(runs, task)
-        yield from _some(density_figure(results, task, pictured))
-        yield from _some(score_figure(results, task, pictured))
-        yield from _some(path_figure(results, task, pictured))
+    for task in [*data, *planar]:
+        shown = [r for r in runs.done if r.task == task]
+        if any(r.folder is None for r in shown):
+            continue  # its arrays are not at hand
+        pictured, ids = pictures(runs, task), tuple(sorted(r.run_id for r in shown))
+        for make in (samples_figure,) if task in data else (density_figure, score_figure, path_figure):
+            yield from (replace(d, runs=ids) for d in _some(make(results, task, pictured)))
     for task in [*data, *density_tasks(results)]:
         yield from _some(training_figure(results, runs, task))
 

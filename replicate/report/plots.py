@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,10 +34,14 @@ def experiment_drawings(runs: Iterable[Run]) -> Iterator[Drawing]:
             by_experiment.setdefault((run.model, run.task), []).append(run)
     for (paper, experiment), group in sorted(by_experiment.items()):
         ordered = sorted(group, key=lambda r: r.seed)
-        for plot in ordered[0].plots:
-            same = [p for r in ordered for p in r.plots if p["name"] == plot["name"]]
+        plots = [r.plots for r in ordered if r.plots is not None]
+        if len(plots) < len(ordered):
+            continue  # what is to be drawn is not at hand
+        ids = tuple(r.run_id for r in ordered)
+        for plot in plots[0]:
+            same = [p for found in plots for p in found if p["name"] == plot["name"]]
             name = figure_name(paper, experiment, str(plot["name"]))
-            yield _DRAW[plot["style"]](name, ordered[0].about, same)
+            yield replace(_DRAW[plot["style"]](name, ordered[0].about, same), runs=ids)
 
 
 def _array(values: Sequence[float | None]) -> Array:

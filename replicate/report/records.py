@@ -72,21 +72,21 @@ class Run:
     Attributes:
         run_id: sha256 of the canonical spec.
         spec: the specification (model, task, family, seed, settings).
-        folder: where arrays.npz lies, if there is one.
+        folder: where arrays.npz lies, if there is one; None of a run that a results folder tells of (`kept_runs`).
         measurements: rows as dictionaries; empty for a failed run.
         history: losses by step; empty for a failed run.
         provenance: commit, device, versions, times.
         about, paper: the model in one line, and its source.
         error, traceback_tail: why a failed run failed; "" for a whole one.
         weights_sha256: of a trained model's safetensors; "" for an experiment.
-        plots: what an experiment draws.
+        plots: what an experiment draws; None where the results folder that tells of the run did not keep them.
         examples: packed log p of every test example, by task.
         classifiers: sha256 of the weights of each classifier whose features judged samples, by task.
     """
 
     run_id: str
     spec: Mapping[str, Any]
-    folder: Path
+    folder: Path | None
     measurements: tuple[Mapping[str, Any], ...] = ()
     history: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class Run:
     error: str = ""
     traceback_tail: str = ""
     weights_sha256: str = ""
-    plots: tuple[Mapping[str, Any], ...] = ()
+    plots: tuple[Mapping[str, Any], ...] | None = ()
     examples: Mapping[str, Any] = field(default_factory=dict)
     classifiers: Mapping[str, str] = field(default_factory=dict)
 
@@ -140,15 +140,25 @@ class Run:
         """Task, family, model, seed."""
         return (task_key(self.task), family_key(self.family), self.model, self.seed, self.run_id)
 
+    @property
+    def group(self) -> tuple[str, ...]:
+        """What its pictures are of: all models on a task, or all seeds of a paper's experiment."""
+        return (self.task, self.model) if self.is_experiment else (self.task,)
+
+    @property
+    def has_arrays(self) -> bool:
+        """Whether it kept any arrays."""
+        return self.folder is not None and (self.folder / "arrays.npz").exists()
+
     def arrays(self) -> dict[str, np.ndarray]:
         """The run's arrays by name; empty where it kept none.
 
         Raises:
             ReportError: arrays.npz is broken or holds pickles.
         """
-        path = self.folder / "arrays.npz"
-        if not path.exists():
+        if self.folder is None or not self.has_arrays:
             return {}
+        path = self.folder / "arrays.npz"
         try:
             with np.load(path, allow_pickle=False) as data:
                 return {name: data[name] for name in data.files}
@@ -166,7 +176,7 @@ class Run:
         if self.classifiers:
             rest["classifiers"] = dict(self.classifiers)
         if self.is_experiment:
-            return {**head, **rest}
+            return {**head, **rest, **({"plots": list(self.plots)} if self.plots else {})}
         return {**head, **rest, "weights_sha256": self.weights_sha256, "history": dict(self.history)}
 
 
