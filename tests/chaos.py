@@ -197,7 +197,9 @@ def _disturbed(
     if code != 0:
         again = call(folder, *whole.words)
         if again.returncode != 0:
-            return Sweep(tuple(kills), 0, f"the next call ended with {again.returncode}: {again.stdout[-500:]}")
+            return Sweep(
+                tuple(kills), 0, f"the next call ended with {again.returncode}: {(again.stdout + again.stderr)[-500:]}"
+            )
     records = [json.loads(p.read_text()) for p in (folder / "runs" / "smoke" / "finished").glob("*/record.json")]
     resumed = sum(len(r["provenance"]["sittings"]) > 1 for r in records)
     same = untimed(folder) == whole.measurements

@@ -17,6 +17,8 @@ import pytest
 from small_sweep import ROOT, call, command, environment, here, untimed
 
 from replicate import registry
+from replicate.errors import UsageError
+from replicate.runs.store import held
 
 GOOD = "marginals:two-moons"
 QUICK = "realnvp:two-gaussians:80"
@@ -371,3 +373,37 @@ def test_a_damaged_record_is_computed_again(tmp_path: Path, undisturbed: str) ->
     json.loads(path.read_text())  # still a record by its form
     assert here(tmp_path, GOOD, QUICK).returncode == 0
     assert untimed(tmp_path) == undisturbed
+
+
+DRAW_FOR_EVER = """
+import sys, time
+from pathlib import Path
+from replicate.report import build
+from replicate.runs.store import held
+
+def draw(drawing, folder):
+    (folder / drawing).touch()
+    time.sleep(600)
+
+build.save = draw
+build.os.sched_getaffinity = lambda process: {0, 1}
+folder = Path(sys.argv[1])
+with held(folder):
+    build._saved(["first", "second"], folder)
+"""
+
+
+def test_processes_that_draw_end_with_their_parent_and_let_its_folder_go(tmp_path: Path) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", DRAW_FOR_EVER, str(tmp_path)], text=True)
+    try:
+        until(lambda: (tmp_path / "first").exists() and (tmp_path / "second").exists(), parent)
+        drawing = psutil.Process(parent.pid).children()
+        assert len(drawing) == 2
+        with pytest.raises(UsageError, match="in use"), held(tmp_path):
+            pass
+    finally:
+        parent.kill()
+        parent.wait()
+    assert psutil.wait_procs(drawing, timeout=60)[1] == []
+    with held(tmp_path):
+        pass

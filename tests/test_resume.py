@@ -223,15 +223,20 @@ def undisturbed(model: str, task: str) -> Any:
     return numbers(record)
 
 
-#: on the plane: one a family in every run of the tests, the others in `make chaos`
+#: on the plane, or on digits if it needs images: one a family in every run of the tests, the others in `make chaos`
 FIRST = ("causal-conv", "realnvp", "vae", "energy", "sde-vp", "ssm")
-TRAINED = [name for name, entry in sorted(models().items()) if "continuous" in entry.domains and entry.training.steps]
+TRAINED = {n: e for n, e in sorted(models().items()) if "continuous" in e.domains and e.training.steps}
+EVERY = [
+    pytest.param(
+        name,
+        "digits" if entry.needs_image else "two-gaussians",
+        marks=() if name in FIRST else pytest.mark.slow,
+    )
+    for name, entry in TRAINED.items()
+]
 
 
-PLANE = [pytest.param(n, "two-gaussians", marks=() if n in FIRST else pytest.mark.slow) for n in TRAINED]
-
-
-@pytest.mark.parametrize(("model", "task"), [*PLANE, *ON_DATA])
+@pytest.mark.parametrize(("model", "task"), [*EVERY, *ON_DATA])
 def test_every_model_cut_in_training_and_in_evaluation_ends_with_the_same_bits(
     model: str, task: str, tmp_path: Path
 ) -> None:

@@ -52,6 +52,7 @@ from replicate.report.records import (
     write_summary,
 )
 from replicate.report.tables import Results, Table, all_tables, to_csv, to_latex, to_markdown
+from replicate.runs.orphan import die_with_parent
 
 __all__ = ["MANIFEST", "TIMING_METRICS", "build", "remarks", "verify", "write_manifest"]
 
@@ -154,7 +155,7 @@ def _saved(drawings: list[Drawing], folder: Path) -> list[Shown]:
         return [Shown.of(d, save(d, folder)) for d in drawings]
     _DRAWINGS[:] = drawings
     try:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), die_with_parent) as pool:
             pngs = list(pool.map(_save_one, range(len(drawings)), repeat(folder)))
     finally:
         _DRAWINGS.clear()

@@ -13,14 +13,14 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from replicate.resume import Stopped, stop_current
 from replicate.runs.execute import execute, failure, prepare_process, train_together
 from replicate.runs.limits import Limits
+from replicate.runs.orphan import die_when, die_with_parent
 from replicate.runs.spec import AnySpec, spec_from_dict
 from replicate.runs.store import write_json
 
@@ -112,24 +112,9 @@ def _stop(number: int, frame: Any) -> None:
         raise Stopped
 
 
-def die_when(watcher_ends: Callable[[], Any]) -> None:
-    """End this process as soon as `watcher_ends` returns; a half-done run helps nobody, and its checkpoint stays."""
-
-    def watch() -> None:
-        watcher_ends()
-        os._exit(FAILED)
-
-    Thread(target=watch, daemon=True).start()
-
-
 def worker(told: dict[str, Any]) -> None:
     """The target of a forked child."""
-    from multiprocessing import parent_process
-    from multiprocessing.connection import wait
-
-    parent = parent_process()
-    if parent is not None:
-        die_when(lambda: wait([parent.sentinel]))
+    die_with_parent()
     try:
         code = run_job(told)
     except Stopped:  # between two safe points
