@@ -45,6 +45,10 @@ def paper_betas(thinning: int = 1) -> Tensor:
     return torch.cat([whole, torch.tensor([100_000])]).double() / 100_000
 
 
+#: share of a step's mean in the moving average of the hidden units
+SLIDING = 0.01
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a machine is trained by stochastic gradient ascent.
@@ -59,6 +63,9 @@ class Recipe:
         persistent: negatives go on from the last step's (100 chains, or one a row of the batch).
         nesterov: Nesterov's momentum instead of the classical one.
         scale: standard deviation of the first weights.
+        centred: the gradient is that of the energy in v - mu and h - lambda, with mu the mean of the data and lambda
+            that of the hidden units on them, a moving average (Melchior, Fischer and Wiskott 2016, How to center deep
+            Boltzmann machines, JMLR 17(99)); visible biases start at the base rates.
     """
 
     epochs: int = 250
@@ -73,6 +80,7 @@ class Recipe:
     persistent: bool = False
     nesterov: bool = False
     scale: float = 0.01
+    centred: bool = False
 
     @staticmethod
     def of(params: Mapping[str, Any]) -> Recipe:
@@ -97,10 +105,24 @@ def new_machine(dim: int, hidden: int, scale: float, generator: torch.Generator)
     return Machine(weights, torch.zeros(dim, device=device), torch.zeros(hidden, device=device))
 
 
+def centred(step: Machine, visible: Tensor, hidden: Tensor) -> Machine:
+    """A step of the plain machine as that of one whose energy is in v - visible and h - hidden, written as a plain one.
+
+    Args:
+        step: difference of statistics; what is subtracted from its weights beside them is kept.
+        visible, hidden: the offsets mu (D,) and lambda (H,).
+    """
+    weights = step.weights - torch.outer(visible, step.hidden) - torch.outer(step.visible, hidden)
+    return Machine(weights, step.visible - weights @ hidden, step.hidden - visible @ weights)
+
+
 def train(rows: Tensor, hidden: int, recipe: Recipe, context: Context) -> Machine:
     """A machine trained on bits (n, D) by (persistent) contrastive divergence."""
     g = context.streams.fresh("training")
     machine = new_machine(rows.shape[1], hidden, recipe.scale, context.streams.fresh("weights"))
+    mean = rows.mean(0)
+    if recipe.centred:
+        machine = machine._replace(visible=torch.logit(mean.clamp(1e-3, 1 - 1e-3)))
     velocity = Machine(*(torch.zeros_like(part) for part in machine))
     chains = rows[torch.randperm(len(rows), generator=g, device=g.device)[: recipe.batch]]
     batches = Minibatches(rows, recipe.batch, g)
@@ -108,6 +130,7 @@ def train(rows: Tensor, hidden: int, recipe: Recipe, context: Context) -> Machin
         "machine": tuple(machine),
         "velocity": tuple(velocity),
         "chains": chains,
+        "offset": torch.full_like(machine.hidden, 0.5),
         "batches": batches,  # and with them their generator, which is that of the chains
     }
     for i in resumable("contrastive divergence", recipe.epochs * len(batches), state):
@@ -116,8 +139,12 @@ def train(rows: Tensor, hidden: int, recipe: Recipe, context: Context) -> Machin
         batch = next(batches)
         ahead = machine.plus(velocity, momentum) if recipe.nesterov else machine
         chains = ahead.gibbs(state["chains"] if recipe.persistent else batch, k, g)
-        step = ahead.statistics(batch).plus(ahead.statistics(chains), -1.0)
+        positive = ahead.statistics(batch)
+        step = positive.plus(ahead.statistics(chains), -1.0)
         step = step._replace(weights=step.weights - recipe.weight_cost * ahead.weights)
+        if recipe.centred:
+            state["offset"] = (1 - SLIDING) * state["offset"] + SLIDING * positive.hidden
+            step = centred(step, mean, state["offset"])
         velocity = Machine(*(momentum * old + rate * new for old, new in zip(velocity, step, strict=True)))
         state |= {"machine": tuple(machine.plus(velocity)), "velocity": tuple(velocity), "chains": chains}
     return Machine(*state["machine"])

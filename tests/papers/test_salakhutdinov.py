@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -126,18 +127,24 @@ class TestTraining:
         wide = salakhutdinov.doubled(m)
         return float(wide.free_energy(rows.double()).mean() + rbm_log_z(*wide.table()))
 
-    @pytest.mark.parametrize("variant", ["cd", "ramp", "pcd"])
+    @pytest.mark.parametrize("variant", ["cd", "ramp", "pcd", "centred"])
     def test_every_variant_learns(self, variant: str) -> None:
         recipe = {
             "cd": Recipe(epochs=60, batch=50),
             "ramp": Recipe(epochs=60, batch=50, gibbs=25, ramp=True),
             "pcd": Recipe(epochs=60, batch=50, persistent=True, nesterov=True, momentum=0.9, last_rate=0.01),
+            "centred": Recipe(
+                epochs=60, batch=50, persistent=True, momentum=0, late_momentum=0, rate=0.2, centred=True
+            ),
         }[variant]
         rows, run = bits(), context(salakhutdinov.CD_1)
         before, after = (self.nll(train(rows, 4, r, run), rows) for r in (Recipe(epochs=0), recipe))
         assert before == pytest.approx(8 * math.log(2), abs=0.01)
         mean = rows.mean(0).double()
         independent = -float((mean * mean.log() + (1 - mean) * (1 - mean).log()).sum())
+        if recipe.centred:
+            start = self.nll(train(rows, 4, replace(recipe, epochs=0), run), rows)
+            assert start == pytest.approx(independent, abs=0.01)
         assert after < independent - 0.3
 
     def test_weight_cost_shrinks_the_weights_alone(self) -> None:
@@ -146,6 +153,33 @@ class TestTraining:
         free, held = (train(bits(), 4, recipe, run) for recipe in recipes)
         assert float(held.weights.norm()) < 0.1 * float(free.weights.norm())
         assert float(held.visible.norm()) > 0.5  # biases are not held
+
+    def test_a_centred_step_is_the_gradient_of_the_centred_energy(self) -> None:
+        """By enumeration: parameters of E = -(v-mu)'W(h-lambda) - (v-mu)'b' - (h-lambda)'c' follow their gradient."""
+        plain, g = machine(4, 3), seeded(2)
+        mu, offset = torch.rand(4, generator=g).double(), torch.rand(3, generator=g).double()
+        data = (torch.rand(30, 4, generator=g) < mu).double()
+        v, h = (states(n, 2, 0, 2**n) for n in (4, 3))
+
+        def log_likelihood(w: Tensor, b: Tensor, c: Tensor) -> Tensor:
+            def joint(x: Tensor) -> Tensor:
+                x = x - mu
+                return x @ w @ (h - offset).T + (x @ b)[:, None] + (h - offset) @ c
+
+            return joint(data).logsumexp(1).mean() - joint(v).logsumexp((0, 1))
+
+        w, b, c = plain
+        parts = [p.clone().requires_grad_() for p in (w, b + w @ offset, c + mu @ w)]
+        gradient = torch.autograd.grad(log_likelihood(*parts), parts)
+        moved = [p.detach() + 0.01 * d for p, d in zip(parts, gradient, strict=True)]
+        want = Machine(moved[0], moved[1] - moved[0] @ offset, moved[2] - mu @ moved[0])
+
+        p = torch.softmax(-plain.free_energy(v), 0)
+        model = Machine((v * p[:, None]).T @ plain.hidden_mean(v), p @ v, p @ plain.hidden_mean(v))
+        step = plain.statistics(data).plus(model, -1.0)
+        got = plain.plus(salakhutdinov.centred(step, mu, offset), 0.01)
+        for ours, theirs in zip(got, want, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
     def test_nll_with_annealed_log_z_is_the_exact_one(self) -> None:
         rows, run = bits(), context(salakhutdinov.CD_1, hidden=6, epochs=30, chains=200, thinning=100)
