@@ -33,3 +33,10 @@ def test_every_page_that_the_report_links_is_there(folder: Path) -> None:
     links = re.findall(r'href="([^"#][^"]*)"', (folder / "report.html").read_text())
     assert sum(link.startswith("../notebooks/") for link in links) == 6
     assert [link for link in links if not (folder / link).is_file()] == []
+
+
+@committed
+def test_every_figure_stands_on_the_page_once(folder: Path) -> None:
+    page = (folder / "report.html").read_text()
+    names = [p.stem for p in (folder / "figures").glob("*.png")]
+    assert [name for name in names if page.count(f'id="figure-{name}"') != 1] == []

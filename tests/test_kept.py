@@ -100,6 +100,13 @@ def test_a_report_written_again_from_the_results_alone_is_the_same_bytes(built: 
     assert verify(results) == []
 
 
+def test_every_figure_stands_on_the_page_once_claimed_or_not(built: Path) -> None:
+    page = (built / "report.html").read_text()
+    assert {name: page.count(f'id="figure-{name}"') for name in read_index(built)} == dict.fromkeys(
+        read_index(built), 1
+    )
+
+
 def test_a_run_that_joins_stands_in_every_table_and_the_old_pictures_say_that_they_are_older(
     results: Path, tmp_path: Path
 ) -> None:

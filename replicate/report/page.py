@@ -386,6 +386,14 @@ def ledger_rows(ledger: Sequence[Entry], shown: Sequence[Shown], runs: Runs) -> 
     return out
 
 
+def further(shown: Sequence[Shown], placed: Sequence[Section], claimed: Sequence[LedgerRow]) -> list[Section]:
+    """A section with the figures that have no place elsewhere on the page: of experiments that no claim shows."""
+    there = {s.name for section in placed for part in (section, *section.parts) for s in part.figures}
+    there |= {s.name for row in claimed for s in row.figures}
+    rest = tuple(s for s in shown if s.name not in there)
+    return [Section("further", "Further figures of experiments", figures=rest, folded=True)] if rest else []
+
+
 def _settings(spec: Mapping[str, Any]) -> str:
     kept = {k: v for k, v in spec.items() if k not in ("seed", "model", "task", "family", "kind")}
     return json.dumps(kept, indent=1, sort_keys=True)
@@ -413,12 +421,13 @@ def render(
         plain: tables of print beside our numbers.
     """
     pictures = shrunk(shown)
+    placed, claimed = sections(results, tables, pictures), ledger_rows(ledger, pictures, runs)
     template = environment().get_template("template.html")
     order: Callable[[str], Any] = task_key
     return template.render(
         profile=profile,
-        sections=sections(results, tables, pictures),
-        ledger=ledger_rows(ledger, pictures, runs),
+        sections=[*placed, *further(pictures, placed, claimed)],
+        ledger=claimed,
         verdicts=by_verdict(e.judged.verdict for e in ledger),
         ledger_papers=list({e.paper.key: e.paper for e in ledger}.values()),
         sources=SOURCES,
