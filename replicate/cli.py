@@ -219,6 +219,9 @@ def reproduce(
             help="Run what needs a CUDA device and is not in the results yet, and no more; it joins the rest.",
         ),
     ] = False,
+    missing: Annotated[
+        bool, typer.Option("--missing", help="Run what is not in the results yet, and no more; it joins what is there.")
+    ] = False,
     runs_per_gpu: Annotated[int, typer.Option(min=1, help="Runs that share a GPU.")] = 1,
     together: Annotated[
         bool, typer.Option("--together", help="Train all seeds at once where a model can; the same but for rounding.")
@@ -256,13 +259,15 @@ def reproduce(
     device = resolve_device(device) if scheduler is None else {"auto": "cpu"}.get(device, device)
     if cuda_rows:
         (specs, skipped), (rest, _) = cuda_plan(profile, seeds or None), whole_plan(profile, "cpu", seeds or None)
-        there = read_ids(results / profile)
-        whole, specs = len(specs), [s for s in specs if s.run_id() not in there]
-        if len(specs) < whole:
-            say(f"{whole - len(specs)} of {whole} runs for a CUDA device are in {results / profile} already")
     else:
         specs, skipped = whole_plan(profile, device, seeds or None)
         rest = cuda_plan(profile, seeds or None)[0] if device == "cpu" else []
+    if cuda_rows or missing:
+        there = read_ids(results / profile)
+        done = [s for s in specs if s.run_id() in there]
+        if done:
+            say(f"{len(done)} of {len(specs)} runs are in {results / profile} already")
+        specs, rest = [s for s in specs if s.run_id() not in there], [*rest, *done]
     for name, reason in registry.broken().items():
         errors.print(f"replicate: {name} is left out: {reason}", markup=False, highlight=False, soft_wrap=True)
     for what in skipped:
@@ -284,11 +289,11 @@ def reproduce(
         code = keep_runs(Sweep(runs / profile), keep, planned, keep_check, lambda _: executor, say)
         if code:
             raise typer.Exit(code)
-    if cuda_rows and not specs:
+    if (cuda_rows or missing) and not specs:
         say("nothing is left to run")
         return
     show = Progress(console)
-    code = reproduce(specs, profile, runs, results, executor, time_budget, show, claims, rest, add=cuda_rows)
+    code = reproduce(specs, profile, runs, results, executor, time_budget, show, claims, rest, cuda_rows or missing)
     if code == 3:
         say(f"go on with: {again()}")
     raise typer.Exit(code)

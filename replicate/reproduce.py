@@ -162,7 +162,7 @@ def reproduce(
     """Run every spec afresh, write results/PROFILE, and say how it compares with what was there before.
 
     Args:
-        rest: what else the profile has, for another kind of device: reported where the sweep or results/PROFILE has it.
+        rest: what else the profile has and this call does not run: reported where the sweep or results/PROFILE has it.
         add: the specs join a sweep of the rest, a finished one too, which ends when both have been run; all that
             results/PROFILE has stays.
 
@@ -235,9 +235,7 @@ def _reproduce(
         if not left:
             sweep.close()
         elif absent := {s.run_id() for s in left} - read_ids(out):
-            show.say(
-                f"the sweep stays open: of what needs no CUDA device {len(absent)} of {len(rest)} runs are not there"
-            )
+            show.say(f"the sweep stays open: {len(absent)} of the profile's other {len(rest)} runs are not there")
         show.say(f"report: {out / 'report.html'}")
         return DONE
 

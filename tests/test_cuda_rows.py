@@ -61,7 +61,7 @@ def test_rows_that_come_first_wait_for_the_rest(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path / "runs/smoke")
     code, said = swept(tmp_path, ROWS, REST, add=True)
     assert code == DONE
-    assert "the sweep stays open: of what needs no CUDA device 2 of 2 runs are not there" in said
+    assert "the sweep stays open: 2 of the profile's other 2 runs are not there" in said
     assert reported(tmp_path) == ids(*ROWS)
     assert swept(tmp_path, REST, ROWS, add=False)[0] == DONE
     assert reported(tmp_path) == ids(*REST, *ROWS)
@@ -122,13 +122,29 @@ def test_only_rows_that_are_not_in_the_results_are_run(
     (tmp_path / "full").mkdir()
     (tmp_path / "full/records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     said = replicate(*words, "--dry-run")[1]
-    assert f"{len(rows) - 1} of {len(rows)} runs for a CUDA device are in {tmp_path / 'full'} already" in said
+    assert f"{len(rows) - 1} of {len(rows)} runs are in {tmp_path / 'full'} already" in said
     assert rows[0].run_id()[:12] in said
     assert rows[1].run_id()[:12] not in said
     del lines[0]["error"]
     (tmp_path / "full/records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     code, said, _ = replicate(*words)
     assert (code, said.splitlines()[-1]) == (0, "nothing is left to run")
+
+
+def test_what_is_missing_from_the_results_is_run_and_joins_them(
+    replicate: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("replicate.papers.plan.whole_plan", lambda profile, device, seeds: ([*REST, *ROWS], []))
+    monkeypatch.setenv("REPLICATE_RUNS", str(tmp_path / "runs"))
+    swept(tmp_path, REST, [], add=False)
+    words = ("reproduce", "--profile", "smoke", "--missing", "--in-process", "--results", str(tmp_path / "results"))
+    code, said, _ = replicate(*words, "--device", "cpu")
+    assert code == DONE
+    assert f"2 of 3 runs are in {tmp_path / 'results/smoke'} already" in said
+    assert reported(tmp_path) == ids(*REST, *ROWS)
+    assert verify(tmp_path / "results/smoke") == []
+    assert {p.name for p in (tmp_path / "runs/smoke/finished").iterdir() if p.is_dir()} == ids(*REST, *ROWS)
+    assert replicate(*words, "--device", "cpu")[1].splitlines()[-1] == "nothing is left to run"
 
 
 def test_the_plan_of_the_rows_is_what_a_cpu_leaves_out(small_images: Path) -> None:
