@@ -316,7 +316,7 @@ def report(
     """Write tables, figures and report again from the runs of the last finished sweep, or add runs to what is there."""
     from replicate.report.build import build
     from replicate.report.readme import refresh
-    from replicate.reproduce import Sweep
+    from replicate.reproduce import Sweep, read_ids
     from replicate.runs.store import default_runs_folder, exclusive, writable
 
     sweep = Sweep(default_runs_folder() / profile)
@@ -327,6 +327,11 @@ def report(
         raise UsageError(f"there is no folder of runs {runs}; `replicate run` makes one with --out.")
     if add or runs.exists():
         out, keep = writable(results / profile), None if add else ()
+        lost = set() if add else read_ids(out) - {path.parent.name for path in runs.glob("*/record.json")}
+        if lost:
+            raise UsageError(
+                f"{len(lost)} runs that {out} has are not in {runs}; give --add to keep them, or delete {out} first."
+            )
         with exclusive(out):
             console.print(f"report: {build(runs, out, profile, claims=ledger_claims(), keep=keep)}", soft_wrap=True)
     elif readme is None:
