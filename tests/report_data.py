@@ -15,6 +15,8 @@ from replicate.model import Training
 from replicate.runs.effort import Evaluation
 from replicate.runs.record import seal
 
+#: what README's headline stands between
+BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 EVIL = "<script>alert('a_b%&')</script>"
 MODELS = {
     "pixelcnn": "autoregressive",

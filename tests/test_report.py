@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
-from report_data import EVIL, SMALL, TASKS, run_id_of, write_run, write_runs
+from report_data import BEGIN, END, EVIL, SMALL, TASKS, run_id_of, write_run, write_runs
 from scipy import stats
 
 from replicate.report import build as builder
@@ -37,8 +37,6 @@ from replicate.report.records import (
     read_summary,
 )
 from replicate.runs.record import seal
-
-BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 
 
 @pytest.fixture(scope="module")

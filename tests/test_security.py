@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from fuzz.examples import EXPERIMENT, PLOT, RECORDS, RUN
-from test_report import BEGIN, END, row
+from report_data import BEGIN, END, row
 
 from replicate.report import build as builder
 from replicate.report.build import build
