@@ -262,7 +262,8 @@ def reproduce(
     else:
         specs, skipped = whole_plan(profile, device, seeds or None)
         rest = cuda_plan(profile, seeds or None)[0] if device == "cpu" else []
-    if cuda_rows or missing:
+    add = cuda_rows or missing
+    if add:
         there = read_ids(results / profile)
         done = [s for s in specs if s.run_id() in there]
         if done:
@@ -289,11 +290,11 @@ def reproduce(
         code = keep_runs(Sweep(runs / profile), keep, planned, keep_check, lambda _: executor, say)
         if code:
             raise typer.Exit(code)
-    if (cuda_rows or missing) and not specs:
+    if add and not specs:
         say("nothing is left to run")
         return
     show = Progress(console)
-    code = reproduce(specs, profile, runs, results, executor, time_budget, show, claims, rest, cuda_rows or missing)
+    code = reproduce(specs, profile, runs, results, executor, time_budget, show, claims, rest, add)
     if code == 3:
         say(f"go on with: {again()}")
     raise typer.Exit(code)

@@ -144,7 +144,7 @@ def read_reference(out: Path) -> pd.DataFrame | None:
 def read_ids(out: Path) -> set[str]:
     """The ids of the finished runs that a results folder tells of; none where there are no results."""
     path = out / "records.jsonl"
-    return {str(r["run_id"]) for r in read_records(path) if "error" not in r} if path.exists() else set()
+    return {str(r.get("run_id")) for r in read_records(path) if "error" not in r} if path.exists() else set()
 
 
 def reproduce(

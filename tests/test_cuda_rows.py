@@ -84,6 +84,7 @@ def test_rows_never_join_a_finished_sweep_of_other_sources(tmp_path: Path, monke
     monkeypatch.setattr(module, "source_version", lambda: ("b" * 40, ""))
     swept(tmp_path, ROWS, REST, add=True)
     assert {p.name for p in sweep.current.iterdir() if p.is_dir()} == ids(*ROWS)
+    assert reported(tmp_path) == ids(*REST, *ROWS)  # the results of the rest stay
     assert {p.name for p in sweep.finished.iterdir() if p.is_dir()} == ids(*REST)  # it stays for `--keep`
     assert json.loads((sweep.finished / "version.json").read_text())["commit"] != "b" * 40
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_data import SMALL, run_id_of, spec_of, write_failure, write_run, write_runs
+from report_data import SMALL, row, run_id_of, spec_of, write_failure, write_run, write_runs
 
 from replicate.report.build import build, results_files, verify, write_manifest
 from replicate.report.kept import INDEX, kept_runs, read_index
@@ -23,9 +23,9 @@ NONE = Path("no-such-folder")
 TASKS = ("two-gaussians", "mixture-8", "digits")
 
 
-def write_experiment(folder: Path, seed: int, name: str = "toy-fit", plots: bool = True) -> str:
+def write_experiment(folder: Path, seed: int) -> str:
     """A run of a paper's experiment with one plot; returns its id."""
-    head = {"kind": "experiment", "model": "toy", "task": name, "family": "score", "seed": seed}
+    head = {"kind": "experiment", "model": "toy", "task": "toy-fit", "family": "score", "seed": seed}
     spec = {
         **head,
         "data_sha256": "",
@@ -38,15 +38,14 @@ def write_experiment(folder: Path, seed: int, name: str = "toy-fit", plots: bool
     line = {"label": "error", "x": [1.0, 2.0, 3.0], "y": [3.0, 1.0 + seed / 3, 1.0]}
     axes = {"x_label": "steps", "y_label": "nats", "log_x": False, "log_y": True}
     plot = {"name": "error", "title": "Error", "style": "line", "lines": [line], "levels": {"best": 1.0}, **axes}
-    value = {"metric": "nll", "value": 1.0 + seed, "stderr": 0.1, "kind": "exact", "unit": "nats"}
     record: dict[str, Any] = {
         "run_id": run_id_of(spec),
         "spec": spec,
         "about": "a toy",
         "paper": "Nobody 2020",
-        "measurements": [{**value, "n": 10, "split": "test", "status": "ok"}],
+        "measurements": [row("nll", 1.0 + seed, "exact")],
         "provenance": {"commit": "c" * 40, "dirty": "", "device": "Test CPU"},
-        "plots": [plot] if plots else [],
+        "plots": [plot],
     }
     place = folder / record["run_id"]
     place.mkdir(parents=True)
@@ -167,7 +166,7 @@ def test_of_two_runs_of_one_seed_the_new_one_stands_unless_it_alone_failed(resul
     path = tmp_path / "new" / write_run(tmp_path / "new", "spline-flow", "flow", "digits", 1) / "record.json"
     record = json.loads(path.read_text())
     record["measurements"][0]["value"] += 1.0
-    path.write_text(json.dumps(seal({k: v for k, v in record.items() if k != "seal"})))
+    path.write_text(json.dumps(seal(record)))
     build(tmp_path / "new", results, "smoke", keep=None)
     assert (value("rbm-pcd"), value("spline-flow")) == (before[0], before[1] + 1.0)
 
@@ -196,10 +195,30 @@ def test_a_run_that_was_measured_otherwise_may_not_join(results: Path, tmp_path:
     spec = spec_of("my-flow", "flow", "digits", 0) | {key: value}
     folder = tmp_path / "new"
     path = folder / write_run(folder, "my-flow", "flow", "digits", 0) / "record.json"
-    record = {k: v for k, v in json.loads(path.read_text()).items() if k != "seal"}
+    record = json.loads(path.read_text())
     path.write_text(json.dumps(seal(record | {"spec": spec, "run_id": run_id_of(spec)})))
     with pytest.raises(ReportError, match=f"my-flow on digits, seed 0, cannot join .* its {key} is another"):
         build(folder, results, "smoke", keep=None)
+    assert content(results) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "spoil"),
+    [
+        ("measurements.csv", lambda text: text.replace(",rbm-pcd,ebm,0,test,nll,1", ",rbm-pcd,ebm,0,test,nll,0", 1)),
+        ("records.jsonl", lambda text: text.replace('"run_id"', '"id"', 1)),
+        ("records.jsonl", lambda text: text.replace('"width": 64', '"width": 65', 1)),
+    ],
+)
+def test_what_was_edited_is_not_written_anew_as_if_it_were_right(
+    results: Path, file: str, spoil: Callable[[str], str]
+) -> None:
+    text = (results / file).read_text()
+    assert spoil(text) != text
+    (results / file).write_text(spoil(text))
+    before = content(results)
+    with pytest.raises(ReportError, match="disagrees with itself"):
+        build(NONE, results, "smoke", keep=None)
     assert content(results) == before
 
 
@@ -219,7 +238,11 @@ def test_only_what_is_asked_for_is_kept(results: Path, runs: Path, tmp_path: Pat
         (lambda index: index.pop("nll"), "figures.json has no entry for nll"),
         (lambda index: index.update(ghost=index["nll"]), "figures.json names ghost, which is not in figures"),
         (lambda index: index["samples-digits"]["runs"].append("f" * 64), "samples-digits shows a run that has no"),
-        (lambda index: index["nll"].pop("caption"), "figures.json cannot be read"),
+        (lambda index: index["nll"].pop("caption"), "figures.json has no caption"),
+        (
+            lambda index: index.update({"../nll": index["nll"]}),
+            "figures.json is '../nll'; it must be a name of letters",
+        ),
     ],
 )
 def test_verify_finds_an_index_that_is_not_that_of_the_figures(

@@ -110,7 +110,7 @@ def centred(step: Machine, visible: Tensor, hidden: Tensor) -> Machine:
     """A step of the plain machine as that of one whose energy is in v - visible and h - hidden, written as a plain one.
 
     Args:
-        step: difference of statistics; what is subtracted from its weights beside them is kept.
+        step: difference of statistics, with the weight cost, if any, taken off its weights.
         visible, hidden: the offsets mu (D,) and lambda (H,).
     """
     weights = step.weights - torch.outer(visible, step.hidden) - torch.outer(step.visible, hidden)

@@ -34,19 +34,16 @@ from replicate.report.page import Shown, render
 from replicate.report.pairs import paired_table
 from replicate.report.plots import experiment_drawings
 from replicate.report.records import (
-    FAILED,
-    MEASUREMENT_COLUMNS,
     SUMMARY_COLUMNS,
     ReportError,
     Run,
     Runs,
-    canonical_hash,
     load_runs,
     measurements,
     read_measurements,
     read_records,
     read_summary,
-    rows_digest,
+    record_problems,
     summary,
     write_measurements,
     write_summary,
@@ -235,7 +232,7 @@ def verify(out_folder: Path, claims: Claims = Claims()) -> list[str]:
             problems += claims_ledger.definition_problems(rows, claims.papers) if claims.papers else []
     except ReportError as error:
         return [*problems, str(error)]
-    problems += _record_problems(records, frame) + _provenance_problems(records, frame)
+    problems += record_problems(records, frame) + _provenance_problems(records, frame)
     problems += _figure_problems(out_folder, {str(r.get("run_id")) for r in records})
     return problems or _table_problems(out_folder, frame, records, claims)
 
@@ -315,31 +312,6 @@ def _agree(a: Any, b: Any) -> bool:
     if isinstance(a, float):
         return bool(np.isclose(a, float(b), rtol=PRECISION, atol=1e-300, equal_nan=True))
     return bool(a == b)
-
-
-def _record_problems(records: list[dict[str, Any]], frame: pd.DataFrame) -> list[str]:
-    problems = []
-    known: dict[str, tuple[Any, ...]] = {}
-    for record in records:
-        run_id, spec = str(record.get("run_id")), record.get("spec") or {}
-        if canonical_hash(spec) != run_id:
-            problems.append(f"records.jsonl: run {short(run_id)} is not the sha256 of its spec")
-        known[run_id] = tuple(spec.get(k) for k in ("task", "model", "family", "seed"))
-        failed = bool((frame.loc[frame["run_id"] == run_id, "metric"] == FAILED).any())
-        if failed != ("error" in record):
-            problems.append(f"records.jsonl and measurements.csv disagree on whether run {short(run_id)} failed")
-    told = {str(r.get("run_id")): r.get("measurements_sha256") for r in records}
-    for run_id, rows in frame[list(MEASUREMENT_COLUMNS)].groupby("run_id", sort=False):
-        if run_id in told and rows_digest(rows.itertuples(index=False, name=None)) != told[str(run_id)]:
-            problems.append(f"measurements.csv: the numbers of run {short(str(run_id))} are not those of its record")
-    seen = frame[["run_id", "task", "model", "family", "seed"]].drop_duplicates()
-    for run_id, *names in seen.itertuples(index=False, name=None):
-        if run_id not in known:
-            problems.append(f"measurements.csv: run {short(run_id)} has no record")
-        elif tuple(names) != known[run_id]:
-            problems.append(f"measurements.csv: run {short(run_id)} is {names}, its record says {list(known[run_id])}")
-    lost = sorted(set(known) - set(frame["run_id"]))
-    return problems + [f"records.jsonl: run {short(run_id)} has no measurements" for run_id in lost]
 
 
 def _figure_problems(folder: Path, known: set[str]) -> list[str]:

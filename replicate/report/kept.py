@@ -16,7 +16,16 @@ import pandas as pd
 
 from replicate.report.drawing import ENDINGS, Drawing
 from replicate.report.page import Shown
-from replicate.report.records import FAILED, ReportError, Run, Runs, read_measurements, read_records
+from replicate.report.records import (
+    FAILED,
+    ReportError,
+    Run,
+    Runs,
+    read_measurements,
+    read_records,
+    record_problems,
+)
+from replicate.validation import NAME, Problems, Rule, brief, check_table, check_value
 
 #: the texts of every figure, and the runs whose arrays or plots it shows
 INDEX = "figures.json"
@@ -27,6 +36,14 @@ _SAME = frozenset(
         *("weights_sha256", "history", "examples", "classifiers"),
     }
 )
+#: names are those of files that are copied
+_NAME = Rule(str, pattern=NAME)
+_ENTRY = {
+    "title": Rule(str),
+    "caption": Rule(str),
+    "also": Rule(tuple[str, ...]),
+    "runs": Rule(tuple[str, ...]),
+}
 _COLUMNS = ["split", "metric", "value", "stderr", "kind", "unit", "n", "status"]
 
 
@@ -38,16 +55,18 @@ def kept_runs(folder: Path, ids: Iterable[str] | None = None) -> Runs:
         ids: of the runs wanted; all by default.
 
     Raises:
-        ReportError: measurements.csv or records.jsonl cannot be read.
+        ReportError: measurements.csv or records.jsonl cannot be read, or they disagree.
     """
     wanted = None if ids is None else set(ids)
     if wanted == set() or not (folder / "records.jsonl").exists():
         return Runs(())
-    frame = read_measurements(folder / "measurements.csv")
+    frame, records = read_measurements(folder / "measurements.csv"), read_records(folder / "records.jsonl")
+    if problems := record_problems(records, frame):  # they would be written anew as if they were right
+        raise ReportError(f"{folder} disagrees with itself: {problems[0]}; `replicate verify` tells all")
     told = frame[frame["metric"] != FAILED].groupby("run_id", sort=False)
     rows = {str(run_id): tuple(_as_in_record(group)) for run_id, group in told}
     runs = []
-    for line in read_records(folder / "records.jsonl"):
+    for line in records:
         if wanted is not None and line["run_id"] not in wanted:
             continue
         same = {k: v for k, v in line.items() if k in _SAME}
@@ -103,14 +122,17 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        for entry in found.values():
-            if not (isinstance(entry["title"], str) and isinstance(entry["caption"], str)):
-                raise ValueError("a figure has no texts")
-            if not all(isinstance(v, str) for v in (*entry["also"], *entry["runs"])):
-                raise ValueError("a figure's runs are no names")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ReportError(f"{path} cannot be read: {error}") from None
-    return dict(found)
+    problems = Problems()
+    if not isinstance(found, dict):
+        problems.add(f"{path} is {brief(found)}; it must be a table")
+        found = {}
+    for name, entry in found.items():
+        check_value("name", name, _NAME, lambda _, problem: problems.add(problem), str(path))
+        check_table(entry, _ENTRY, f"{brief(name)} in {path}", lambda _, problem: problems.add(problem))
+    problems.refuse(ReportError)
+    return found
 
 
 def carried(earlier: Path, runs: Runs, drawn: Iterable[str]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def pictures(runs: Runs, task: str) -> list[Picture]:
     """The pictures of a task: the truth, then the models by family, then the references."""
     chosen: dict[str, Run] = {}
     for run in runs.done:
-        if run.task == task and run.model not in chosen and run.has_arrays:
+        if run.task == task and run.model not in chosen and run.arrays_file:
             chosen[run.model] = run
     order = sorted(chosen.values(), key=lambda r: (r.model != "truth", family_key(r.family), r.model))
     return [Picture(r.model, r.family, r.arrays()) for r in order]

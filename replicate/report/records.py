@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from replicate.metrics.intervals import t_interval
-from replicate.report.labels import family_key, metric_key, task_key
+from replicate.report.labels import family_key, metric_key, short, task_key
 from replicate.runs.record import RecordError, parse_failure, parse_record
 
 MEASUREMENT_COLUMNS = (
@@ -146,9 +146,10 @@ class Run:
         return (self.task, self.model) if self.is_experiment else (self.task,)
 
     @property
-    def has_arrays(self) -> bool:
-        """Whether it kept any arrays."""
-        return self.folder is not None and (self.folder / "arrays.npz").exists()
+    def arrays_file(self) -> Path | None:
+        """Where its arrays lie; None where it kept none."""
+        path = self.folder / "arrays.npz" if self.folder is not None else None
+        return path if path is not None and path.exists() else None
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The run's arrays by name; empty where it kept none.
@@ -156,9 +157,9 @@ class Run:
         Raises:
             ReportError: arrays.npz is broken or holds pickles.
         """
-        if self.folder is None or not self.has_arrays:
+        path = self.arrays_file
+        if path is None:
             return {}
-        path = self.folder / "arrays.npz"
         try:
             with np.load(path, allow_pickle=False) as data:
                 return {name: data[name] for name in data.files}
@@ -411,3 +412,29 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     if not all(isinstance(row, dict) and isinstance(row.get("spec"), dict) for row in rows):
         raise ReportError(f"{path} has a line that is no record")
     return rows
+
+
+def record_problems(records: list[dict[str, Any]], frame: pd.DataFrame) -> list[str]:
+    """Where records.jsonl and measurements.csv do not tell of the same runs, specs and numbers, one line a problem."""
+    problems = []
+    known: dict[str, tuple[Any, ...]] = {}
+    for record in records:
+        run_id, spec = str(record.get("run_id")), record.get("spec") or {}
+        if canonical_hash(spec) != run_id:
+            problems.append(f"records.jsonl: run {short(run_id)} is not the sha256 of its spec")
+        known[run_id] = tuple(spec.get(k) for k in ("task", "model", "family", "seed"))
+        failed = bool((frame.loc[frame["run_id"] == run_id, "metric"] == FAILED).any())
+        if failed != ("error" in record):
+            problems.append(f"records.jsonl and measurements.csv disagree on whether run {short(run_id)} failed")
+    told = {str(r.get("run_id")): r.get("measurements_sha256") for r in records}
+    for run_id, rows in frame[list(MEASUREMENT_COLUMNS)].groupby("run_id", sort=False):
+        if run_id in told and rows_digest(rows.itertuples(index=False, name=None)) != told[str(run_id)]:
+            problems.append(f"measurements.csv: the numbers of run {short(str(run_id))} are not those of its record")
+    seen = frame[["run_id", "task", "model", "family", "seed"]].drop_duplicates()
+    for run_id, *names in seen.itertuples(index=False, name=None):
+        if run_id not in known:
+            problems.append(f"measurements.csv: run {short(run_id)} has no record")
+        elif tuple(names) != known[run_id]:
+            problems.append(f"measurements.csv: run {short(run_id)} is {names}, its record says {list(known[run_id])}")
+    lost = sorted(set(known) - set(frame["run_id"]))
+    return problems + [f"records.jsonl: run {short(run_id)} has no measurements" for run_id in lost]
