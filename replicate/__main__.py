@@ -1,4 +1,4 @@
-"""`python -m replicate`."""
+"""`python -m replicate`, the same as the command `replicate`."""
 
 from replicate.cli import main
 

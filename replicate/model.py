@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, SupportsFloat, get_args
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,19 @@ _FLIPPED: dict[str, Kind] = {
     "lower_bound": "upper_bound",
     "upper_bound": "lower_bound",
 }
+
+
+def flipped(kind: str) -> Kind:
+    """Return the kind of -x for a number x of this kind: a lower bound becomes an upper bound."""
+    return _FLIPPED.get(kind, "estimate")
+
+
+def kind_of_difference(a: str, b: str) -> Kind:
+    """Return the kind of a - b: a bound only where neither number pulls the other way."""
+    parts = {a, flipped(b)} - {"exact"}
+    if not parts:
+        return "exact"
+    return flipped(flipped(parts.pop())) if len(parts) == 1 else "estimate"
 
 
 @dataclass(frozen=True)
@@ -77,13 +90,38 @@ class Estimate:
 
     def __neg__(self) -> Estimate:
         """The negated number: a lower bound becomes an upper bound."""
-        return replace(self, value=-self.value, kind=_FLIPPED[self.kind])
+        return replace(self, value=-self.value, kind=flipped(self.kind))
+
+    def __sub__(self, other: Estimate) -> Estimate:
+        """The difference of two independent numbers of one unit.
+
+        Example:
+            >>> Estimate(3.0, 0.3, "lower_bound", "nats", 10) - Estimate(1.0, 0.4, "exact", "nats", 5)
+            Estimate(value=2.0, stderr=0.5, kind='lower_bound', unit='nats', n=5)
+
+        Raises:
+            ValueError: the units differ.
+        """
+        if self.unit != other.unit:
+            raise ValueError(f"{self.unit} minus {other.unit} has no unit")
+        stderr, kind = math.hypot(self.stderr, other.stderr), kind_of_difference(self.kind, other.kind)
+        return Estimate(self.value - other.value, stderr, kind, self.unit, min(self.n, other.n))
 
     def times(self, factor: float, unit: str) -> Estimate:
         """The number in another unit; a negative factor turns bounds round."""
         flipped = -self if factor < 0 else self
         scale = abs(factor)
         return replace(flipped, value=flipped.value * scale, stderr=flipped.stderr * scale, unit=unit)
+
+    @staticmethod
+    def exact(value: SupportsFloat, unit: str, n: int = 1) -> Estimate:
+        """A computed number without sampling error.
+
+        Example:
+            >>> Estimate.exact(0.5, "nats")
+            Estimate(value=0.5, stderr=0.0, kind='exact', unit='nats', n=1)
+        """
+        return Estimate(float(value), 0.0, "exact", unit, n)
 
     @staticmethod
     def mean_of(values: Tensor, kind: Kind, unit: str) -> Estimate:
@@ -282,3 +320,12 @@ class ModelEntry:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     needs_image: bool = False
     needs_density: bool = False
+
+    @property
+    def problem(self) -> str:
+        """Why no model can be made of this entry, or "" where one can."""
+        known = self.family in FAMILIES
+        return "" if known else f"family {self.family!r} is not one of {', '.join(FAMILIES)}"
+
+
+TRAINING_FIELDS = tuple(f.name for f in fields(Training))

@@ -28,13 +28,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from replicate.errors import Stopped
+
 #: what a loop changes: tensors, numbers, text, None, lists, tuples and mappings of them, generators, and objects
 #: with `state_dict` and `load_state_dict`
 State = dict[str, Any]
-
-
-class Stopped(BaseException):
-    """The run was asked to stop and has saved what it has. No `except Exception` may take it for a failure."""
 
 
 @runtime_checkable
@@ -107,7 +105,7 @@ class Journal:
         self.stopping = False
         #: the last loop has ended: what is left is quick, and a request to stop comes too late
         self.finishing = False
-        self._inside = False
+        self._inside = self._abandoned = False
         self._next = 0
         self._last = time.monotonic()
         if saved is not None:
@@ -121,6 +119,10 @@ class Journal:
             yield self
         finally:
             _JOURNAL.reset(token)
+
+    def abandon(self) -> None:
+        """Do not remember the loop that runs now: an error is about to leave it, and the run may handle the error."""
+        self._abandoned = self._inside
 
     def request_stop(self) -> None:
         """Stop at the next safe point; between two loops that is now.
@@ -156,6 +158,8 @@ class Journal:
 
     def loop(self, name: str, steps: int, state: State) -> Iterator[int]:
         """The body of `resumable`."""
+        if self.stopping:  # asked within a loop that was left by `break`
+            self._stop()
         at, self._next = self._next, self._next + 1
         begin, first = time.monotonic(), 0
         known = self.ended.get(at)
@@ -179,14 +183,23 @@ class Journal:
                     if self.stopping:
                         self._stop()
                     self.save()
-            if at not in self.ended and time.monotonic() - begin >= self.shortest:
-                self.ended[at] = self._entry(at, name, steps, steps, begin, state)
-            if self.cut is not None and self.cut["at"] == at:
-                self.cut = None
+            self._end(at, name, steps, begin, state)
+        except GeneratorExit:  # the loop was left by `break`
+            self._end(at, name, steps, begin, state)
+            raise
         finally:
             self._inside = False
         if self.stopping:
             self._stop()
+
+    def _end(self, at: int, name: str, steps: int, begin: float, state: State) -> None:
+        """Remember that a loop has ended, with its last state, unless an error ended it."""
+        if self._abandoned:
+            self._abandoned = False
+        elif at not in self.ended and time.monotonic() - begin >= self.shortest:
+            self.ended[at] = self._entry(at, name, steps, steps, begin, state)
+        if self.cut is not None and self.cut["at"] == at:
+            self.cut = None
 
     @staticmethod
     def _entry(at: int, name: str, steps: int, step: int, begin: float, state: State) -> State:
@@ -282,7 +295,8 @@ def resumable(name: str, steps: int, state: State) -> Iterator[int]:
         name: what the loop does; checked when it goes on.
         steps: how many; the same at every call of the run.
         state: all that the steps change. Objects with `state_dict` and generators go on in place; other values are
-            replaced, so read them from here. Leave the loop by its end or an error: a `break` is not remembered.
+            replaced, so read them from here. The loop may be left by `break`. An error that leaves it must end the run:
+            one that may be caught outside calls `abandon_loop` first, so that it does not count as the loop's end.
     """
     return resumable_together(name, steps, [state])
 
@@ -301,3 +315,10 @@ def resumable_together(name: str, steps: int, states: Sequence[State]) -> Iterat
     if len(states) != 1:
         raise RuntimeError(f"{name!r} trains {len(states)} runs together, and this run is alone")
     return journal.loop(name, steps, states[0])
+
+
+def abandon_loop() -> None:
+    """Forget the loop that runs now, before an error leaves it that the run may handle."""
+    journal = _JOURNAL.get()
+    if isinstance(journal, Journal):
+        journal.abandon()

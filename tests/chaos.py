@@ -31,7 +31,7 @@ from pathlib import Path
 from threading import Lock
 
 import psutil
-from small_sweep import FAMILIES, ROOT, call, command, environment, untimed
+from helpers.small_sweep import FAMILIES, ROOT, call, command, environment, untimed
 
 RUNS = (*FAMILIES, *(f"{name}:two-moons:100" for name in ("realnvp", "vae", "causal-conv", "sde-vp")))
 WORDS = ("--every", "0.1", "--jobs", "2")

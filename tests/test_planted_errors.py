@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from replicate import registry
+from replicate.ledger.claims import claims_of
 from replicate.likelihood import importance
 from replicate.papers import ncsn_langevin, salakhutdinov, textbook
 from replicate.papers.burda_bounds import LinearGaussian
@@ -19,17 +19,18 @@ from replicate.report.ledger import asked_of
 from replicate.report.records import MEASUREMENT_COLUMNS
 from replicate.report.verdicts import Judged, Measured, judge
 from replicate.runs.experiment import Context
+from replicate.runs.paper import find_experiment, papers
 from replicate.runs.seeds import Streams
 
 
 def verdict(paper: str, claim_id: str, seeds: int = 3, **settings: Any) -> Judged:
     """Run a claim's experiment over seeds, at other settings where given, and judge the claim on it alone."""
-    claim = next(c for c in registry.papers()[paper].claims().claims if c.id == claim_id)
-    experiment = registry.experiment(paper, claim.experiment)
+    claim = next(c for c in claims_of(papers()[paper]).claims if c.id == claim_id)
+    experiment = find_experiment(paper, claim.experiment)
     params: Mapping[str, Any] = {**experiment.settings("standard"), **settings}
     rows = []
     for seed in range(1 if experiment.seeds == 1 else seeds):
-        outcome = experiment.run(Context(params, Streams(experiment.name, paper, seed), torch.device("cpu")))
+        outcome = experiment.measure(Context(params, Streams(experiment.name, paper, seed), torch.device("cpu")))
         for metric, e in outcome.estimates.items():
             head = (str(seed), experiment.name, paper, experiment.family, seed, "test", metric)
             rows.append((*head, e.value, e.stderr, e.kind, e.unit, e.n, "ok", "cpu", ""))

@@ -15,9 +15,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from replicate.errors import Stopped
 from replicate.registry import models
 from replicate.report.labels import is_timing
-from replicate.resume import Journal, State, Stopped, resumable, snapshot, stop_current
+from replicate.resume import Journal, State, resumable, snapshot, stop_current
 from replicate.runs import execute as execution
 from replicate.runs.checkpoint import pack, unpack
 from replicate.runs.effort import EVALUATION

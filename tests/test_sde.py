@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from replicate.score_based.diffusion import LevelProposal
-from replicate.score_based.sde import SDE, VE, VP, SubVP
+from replicate.sde import SDE, VE, VP, SubVP
 
 SDES = {"ve": VE(0.01, 10.0), "vp": VP(), "subvp": SubVP()}
 

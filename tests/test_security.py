@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 from fuzz.examples import EXPERIMENT, PLOT, RECORDS, RUN
-from report_data import BEGIN, END, row
+from helpers.report_data import BEGIN, END, row
 
+from replicate.errors import RecordError, ReportError
 from replicate.report import build as builder
 from replicate.report.build import build
 from replicate.report.labels import latex, markdown
 from replicate.report.readme import refresh, stale
-from replicate.report.records import ReportError
-from replicate.runs.record import RecordError, check_record, seal
+from replicate.runs.record import check_record, seal
 from replicate.runs.spec import spec_hash
 from replicate.validation import harmless
 
@@ -424,7 +424,8 @@ def test_listing_and_claims_show_the_terminals_mark_up_as_text(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import replicate.registry as registry
-    from replicate.cli import _print_claims, main
+    from replicate.cli import main
+    from replicate.cli.main import _print_claims
     from replicate.model import ModelEntry
     from replicate.report.ledger import CLAIM_COLUMNS
 

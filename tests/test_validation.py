@@ -14,9 +14,9 @@ from fuzz.examples import EXPERIMENT, HISTORY, PLOT, RECORDS, RUN, TEXT_OF_RECOR
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replicate.errors import UsageError
+from replicate.errors import RecordError, UsageError
 from replicate.report.records import read_measurements
-from replicate.runs.record import RecordError, check_record, content_sha256, parse_failure, parse_record, seal
+from replicate.runs.record import check_record, content_sha256, parse_failure, parse_record, seal
 from replicate.validation import (
     MOST_TOLD,
     Problems,

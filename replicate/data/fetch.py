@@ -21,7 +21,7 @@ from urllib.error import HTTPError, URLError
 from replicate.data.archives import take
 from replicate.data.catalog import ARCHIVES, Entry, ending_of
 from replicate.data.files import ENDINGS, mismatch, pieces
-from replicate.errors import UsageError
+from replicate.errors import FetchError
 
 #: seconds without an answer or a byte
 TIMEOUT = 30.0
@@ -34,10 +34,6 @@ OVERHEAD = 1 << 16
 
 Show = Callable[[int, int], None]
 OpenUrl = Callable[[request.Request], Any]
-
-
-class FetchError(UsageError):
-    """A file could not be fetched; the message has each address with what went wrong there."""
 
 
 class _Failed(Exception):

@@ -63,7 +63,7 @@ def enumerate_log_z(
     """
     with torch.no_grad():
         value = log_sum_over_states(lambda x: -energy(x), dim, levels, chunk, device)
-    return Estimate(float(value), 0.0, "exact", "nats", 1)
+    return Estimate.exact(value, "nats")
 
 
 def rbm_log_z(weights: Tensor, visible_bias: Tensor, hidden_bias: Tensor, chunk: int = 2**12) -> Tensor:

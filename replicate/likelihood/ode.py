@@ -28,7 +28,7 @@ from torch import Tensor
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.model import Estimate, LogLikelihood, Model
 from replicate.resume import State, resumable
-from replicate.score_based.sde import SDE
+from replicate.sde import SDE
 
 #: dimensions up to which the trace is exact unless asked otherwise
 EXACT_TRACE_DIM = 16
@@ -96,7 +96,7 @@ def ode_log_prob(
         values = solve(diffusion, x, steps, noise)
         coarse = solve(diffusion, x[::stride], steps // 2, None if noise is None else noise[:, ::stride])
     error = Estimate.mean_of((values[::stride] - coarse).abs(), "estimate", "nats")
-    nfe = Estimate(4 * steps, 0.0, "exact", "evaluations", 1)
+    nfe = Estimate.exact(4 * steps, "evaluations")
     details = {"solver_error": error, "nfe_likelihood": nfe}
     return LogLikelihood(values + logdet, "estimate", 1 if exact else probes, details=details)
 

@@ -34,12 +34,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from replicate.likelihood.quadrature import grid, log_z
+from replicate.experiments.planar import BOX, model_kl, steady_state
+from replicate.likelihood.quadrature import log_z
 from replicate.metrics.samples import w2
 from replicate.model import Estimate
-from replicate.papers.base import Paper
 from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+from replicate.runs.paper import Paper
 from replicate.sampling.langevin import Chain, ula
 from replicate.tasks.densities import GaussianMixture
 
@@ -47,8 +48,6 @@ GAUSSIANS = 8
 LEAK = 0.05
 WIDTHS = (2, 32, 64, 64, 64, 1)
 DATA = 50_000
-#: half width of the box on which a learned density is normalised; the data lie within 1.9
-BOX = 4.0
 #: share of the updates after which the diagnostics are summarised: the last half
 LATE = 0.5
 #: times at which long-run chains are read
@@ -211,35 +210,6 @@ def long_run(energy: FoldedEnergy, method: Method, short: Tensor, steps: int, ge
     chain, _ = langevin(energy, method, short[: math.ceil(len(short) / STOPS)], steps, generator, every)
     assert chain.path is not None
     return chain.path[-STOPS:].reshape(-1, 2)[: len(short)]
-
-
-def model_kl(density: GaussianMixture, energy: Callable[[Tensor], Tensor], points: int, device: str) -> Estimate:
-    """KL(data || exp(-energy) / Z) in nats by the midpoint rule, Z over the box [-BOX, BOX]^2.
-
-    An energy that holds mass outside the box would have a larger Z and a larger divergence.
-    """
-    z = log_z(lambda x: -energy(x), BOX, points, device=device)
-    nodes, log_cell = grid(BOX, points, 2)
-    with torch.no_grad():
-        log_q = -energy(nodes.to(device)).double().cpu() - z.value
-    log_p = density.log_prob(nodes.double())
-    value = float((log_p.exp() * (log_p - log_q)).sum() * math.exp(log_cell))
-    return Estimate(value, z.stderr, "estimate", "nats", points**2)
-
-
-@torch.no_grad()
-def steady_state(energy: Callable[[Tensor], Tensor], n: int, points: int, generator: torch.Generator) -> Tensor:
-    """n draws of exp(-energy) on the box, (n, 2): where the chains end, however long that takes.
-
-    By inversion on the quadrature's grid, uniform within a cell.
-    """
-    device = generator.device
-    nodes, log_cell = grid(BOX, points, 2)
-    share = (-energy(nodes.to(device)).double()).softmax(0).cumsum(0)
-    u = torch.rand(n, generator=generator, dtype=torch.float64, device=device)
-    cell = torch.searchsorted(share, u * share[-1]).clamp(max=len(nodes) - 1)
-    within = torch.rand(n, 2, generator=generator, device=device) - 0.5
-    return nodes.to(device)[cell] + math.exp(log_cell / 2) * within
 
 
 def spread(density: GaussianMixture, x: Tensor) -> Estimate:

@@ -31,11 +31,11 @@ from torch import Tensor, nn
 
 from replicate.likelihood.importance import iw_bound
 from replicate.model import Model
-from replicate.papers.base import Paper
 from replicate.papers.burda_bounds import BOUNDS
 from replicate.resume import State, resumable_together
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 from replicate.runs.graph import Repeated
+from replicate.runs.paper import Paper
 from replicate.tasks.images import FILES, TEST_BITS_SEED, binarise, grey_values, mnist_static
 
 LOG_2PI = math.log(2 * math.pi)

@@ -23,91 +23,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from baselines.ebm import RBM
+from replicate.experiments.rbm import Machine, flat
 from replicate.likelihood.enumeration import states
-from replicate.model import DataInfo, Estimate
-from replicate.papers.base import Paper
-from replicate.registry import load_task
+from replicate.model import Estimate
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
-
-
-class Machine(NamedTuple):
-    """p(v, h) = exp(v'W h + b'v + c'h) / Z over bits, as the papers write it; also a gradient of such a machine.
-
-    Attributes:
-        weights: W, shape (.., D, H); leading dimensions are independent machines side by side.
-        visible: b, shape (.., D).
-        hidden: c, shape (.., H).
-    """
-
-    weights: Tensor
-    visible: Tensor
-    hidden: Tensor
-
-    def hidden_mean(self, v: Tensor) -> Tensor:
-        """p(h_j = 1 | v) of v (.., n, D), shape (.., n, H)."""
-        return torch.sigmoid(self.hidden.unsqueeze(-2) + v @ self.weights)
-
-    def visible_mean(self, h: Tensor) -> Tensor:
-        """p(v_d = 1 | h) of h (.., n, H), shape (.., n, D)."""
-        return torch.sigmoid(self.visible.unsqueeze(-2) + h @ self.weights.mT)
-
-    def gibbs(self, v: Tensor, sweeps: int, generator: torch.Generator) -> Tensor:
-        """v (.., n, D) after that many draws of h given v and v given h."""
-        for _ in range(sweeps):
-            v = _bits(self.visible_mean(_bits(self.hidden_mean(v), generator)), generator)
-        return v
-
-    def statistics(self, v: Tensor) -> Machine:
-        """Means of v h', v and h over the rows of v (.., n, D), hidden units at their conditional means."""
-        h, n = self.hidden_mean(v), v.shape[-2]
-        return Machine(v.mT @ h / n, v.mean(-2), h.mean(-2))
-
-    def free_energy(self, v: Tensor) -> Tensor:
-        """F(v) = -b'v - sum_j softplus(c_j + (v'W)_j) of v (n, D), shape (n,); log p(v) = -F(v) - log Z."""
-        return -v @ self.visible - torch.nn.functional.softplus(self.hidden + v @ self.weights).sum(-1)
-
-    def plus(self, step: Machine, size: float | Tensor = 1.0) -> Machine:
-        """This machine moved by `size` times `step`; sizes (R, 1, 1) are those of R machines side by side."""
-        flat = size.squeeze(-1) if isinstance(size, Tensor) else size
-        return Machine(
-            self.weights + size * step.weights, self.visible + flat * step.visible, self.hidden + flat * step.hidden
-        )
-
-    def table(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The arguments of `replicate.likelihood.enumeration.rbm_log_z`: level 0 of a visible unit has zeros."""
-        zero = torch.zeros_like
-        return (
-            torch.stack([zero(self.weights), self.weights], 1),
-            torch.stack([zero(self.visible), self.visible], 1),
-            self.hidden,
-        )
-
-    def model(self, train: Tensor, generator: torch.Generator) -> RBM:
-        """The same distribution as a model of the suite, whose annealing starts at the base rates of train (n, D).
-
-        To be called inside `streams.initialisation()`, since it constructs a module.
-        """
-        w, b, c = self
-        model = RBM(DataInfo(len(b), "bits", 2), hidden=len(c)).to(w.device, w.dtype)
-        model.initialise(train, generator)
-        model.offset.zero_()
-        with torch.no_grad():
-            model.weights.copy_(w)
-            model.hidden_bias.copy_(c)
-            # `RBM` counts a hidden unit as h - 1/2
-            plain = torch.stack([torch.zeros_like(b), b + w.sum(1) / 2], 1)
-            model.bias_change.copy_(plain - model.base_bias)
-        return model
-
-
-def _bits(p: Tensor, generator: torch.Generator) -> Tensor:
-    return (torch.rand(p.shape, generator=generator, device=p.device, dtype=p.dtype) < p).to(p.dtype)
-
-
-def flat(machine: Machine) -> Tensor:
-    """All numbers of one machine or gradient as a vector."""
-    return torch.cat([part.flatten() for part in machine])
+from replicate.runs.paper import Paper
+from replicate.tasks.loading import load_task
 
 
 class Enumerated:
@@ -240,10 +161,6 @@ def _first_to_gain(every_state: Enumerated, path: list[Machine], data: Tensor, f
     return next(machine for machine, value in zip(path, kl, strict=True) if value <= goal)
 
 
-def _exact(value: float, unit: str) -> Estimate:
-    return Estimate(value, 0.0, "exact", unit, 1)
-
-
 def gradient_bias(context: Context) -> Outcome:
     """Relative bias and direction of CD-k, k = 1.., along a machine's way to maximum likelihood."""
     p = context.params
@@ -260,9 +177,9 @@ def gradient_bias(context: Context) -> Outcome:
         cosines.append(Line(f"{label} of the gain", sweeps, cosine))
         if fraction == 0.5:
             half, half_bias, half_cosine = machine, relative, cosine
-    estimates = {f"relative_bias:{k}": _exact(half_bias[k - 1], "ratio") for k in _shown(p["k"])}
-    estimates |= {f"cosine:{k}": _exact(half_cosine[k - 1], "cosine") for k in _shown(p["k"])}
-    estimates["bias_slope"] = _exact(_slope(sweeps, [math.log(b) for b in half_bias]), "nats per sweep")
+    estimates = {f"relative_bias:{k}": Estimate.exact(half_bias[k - 1], "ratio") for k in _shown(p["k"])}
+    estimates |= {f"cosine:{k}": Estimate.exact(half_cosine[k - 1], "cosine") for k in _shown(p["k"])}
+    estimates["bias_slope"] = Estimate.exact(_slope(sweeps, [math.log(b) for b in half_bias]), "nats per sweep")
     for k in (1, p["k"]):
         deviation = monte_carlo_deviation(every_state, half, data, k, p["chains"], context)
         estimates[f"monte_carlo_deviation:{k}"] = Estimate(deviation, math.nan, "estimate", "ratio", p["chains"])
@@ -294,14 +211,14 @@ def fixed_points(context: Context) -> Outcome:
     every_state = Enumerated(p["side"] ** 2, p["hidden"], context.device)
     start = independent(every_state, data, p["scale"], context.streams.fresh("weights"))
     first = every_state.kl(data, start)
-    estimates, lines = {"kl:start": _exact(first, "nats")}, []
+    estimates, lines = {"kl:start": Estimate.exact(first, "nats")}, []
     for k in (1, 10):
         ways = _ways(every_state, start, data, k, p["steps"], p["rate"])
         kl = {name: [every_state.kl(data, machine) for machine in way.path] for name, way in ways.items()}
         cd, ml = kl["more CD"][-1], kl["then ML"][-1]
         found = {"kl": cd, "kl_then_ml": ml, "excess_kl": cd - ml, "residual": ways["more CD"].residual}
-        estimates |= {f"{name}:cd{k}": _exact(value, "nats") for name, value in found.items()}
-        estimates[f"excess_fraction:cd{k}"] = _exact((cd - ml) / (first - ml), "ratio")
+        estimates |= {f"{name}:cd{k}": Estimate.exact(value, "nats") for name, value in found.items()}
+        estimates[f"excess_fraction:cd{k}"] = Estimate.exact((cd - ml) / (first - ml), "ratio")
         for name in ("more CD", "then ML"):
             both = kl["CD"] + kl[name][1:]
             lines.append(Line(f"CD-{k}, {name}", [10 * i for i in range(len(both))], both))

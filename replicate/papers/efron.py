@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.special import log_ndtr
 
 from replicate.model import Estimate
-from replicate.papers.base import Paper
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+from replicate.runs.paper import Paper
 from replicate.score_based.matching import tweedie
 
 RATE = 0.5
@@ -126,7 +126,7 @@ def check_tweedie(context: Context) -> Outcome:
         lines.append(Line(f"{prior.name}: posterior", z[::8].tolist(), mean[::8].tolist()))
     n = len(PRIORS) * 2 * len(z)
     units = {"mean_error": "units of the observation", "variance_error": "squared units of the observation"}
-    estimates = {name: Estimate(max(values), 0.0, "exact", units[name], n) for name, values in errors.items()}
+    estimates = {name: Estimate.exact(max(values), units[name], n) for name, values in errors.items()}
     title = f"Posterior mean by Tweedie's formula and by quadrature, sigma = {p['sigma_large']:g}"
     return Outcome(estimates, (Plot("posterior-mean", title, "observation z", "E[mu | z]", tuple(lines)),))
 

@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from baselines.made import MaskedAutoencoder
-from replicate.papers.base import Paper
-from replicate.papers.rows import STATIC_BITS, exact_nll, splits, training, validation_plot
+from replicate.experiments.image_rows import STATIC_BITS, exact_nll, splits, training, validation_plot
 from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Outcome
+from replicate.runs.paper import Paper
 from replicate.runs.training import train
 from replicate.tasks.images import FILES, mnist_static
 

@@ -29,14 +29,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from replicate.experiments.noise_schedules import ladder
+from replicate.experiments.planar import noised
 from replicate.metrics.autocorrelation import autocorrelation, autocorrelation_time
 from replicate.metrics.samples import mode_weight_error
 from replicate.model import Estimate
-from replicate.papers.base import Paper
-from replicate.papers.ncsn_langevin import ladder
-from replicate.papers.ncsnv2 import exact
 from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+from replicate.runs.paper import Paper
 from replicate.sampling.annealed import annealed_langevin
 from replicate.sampling.langevin import mala, ula
 from replicate.sampling.tempering import parallel_tempering
@@ -75,12 +75,6 @@ def start(density: GaussianMixture, n: int, generator: torch.Generator) -> Tenso
     """n draws of the first component, shape (n, D), float64."""
     z = torch.randn(n, density.dim, generator=generator, dtype=torch.float64, device=generator.device)
     return density.means[0].to(z) + z @ density.factor.T.to(z)
-
-
-def noised(density: GaussianMixture, sigma: float) -> GaussianMixture:
-    """The density convolved with N(0, sigma^2 I)."""
-    eye = torch.eye(density.dim, dtype=torch.float64)
-    return GaussianMixture(density.means, density.covariance + sigma**2 * eye, density.weights, density.modes)
 
 
 def modes_of(density: GaussianMixture, path: Tensor) -> Tensor:
@@ -192,7 +186,7 @@ def mixing(context: Context) -> Outcome:
     for name, (at, errors) in curves.items():
         estimates[f"mode_weight_error:{name}"] = errors[-1]
         estimates[f"nfe_to_mix:{name}"] = evaluations_to_mix(at, errors)
-        estimates[f"nfe:{name}"] = exact(at[-1], "score evaluations")
+        estimates[f"nfe:{name}"] = Estimate.exact(at[-1], "score evaluations")
     lines = [Line(name, at, [e.value for e in errors]) for name, (at, errors) in curves.items()]
     return Outcome(
         estimates, (weight_plot(p["density"], lines, weights, p["chains"]), memory_plot(p["density"], memory))

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from baselines.image_flow import GLOW, IMAGE_SPLINE_FLOW
-from replicate.papers.base import Paper
-from replicate.papers.realnvp import AFFINE, image_row
+from replicate.experiments.image_flows import AFFINE, image_row
 from replicate.runs.experiment import Experiment
+from replicate.runs.paper import Paper
 from replicate.tasks.images import FILES
 
 #: 12 couplings in place of 16, batches of 256: 41 ms of arithmetic a step, and the launches of some 6,000 small kernels

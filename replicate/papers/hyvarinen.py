@@ -17,17 +17,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from replicate.experiments.planar import networks
 from replicate.likelihood.quadrature import grid, log_z
 from replicate.model import Estimate, Model
-from replicate.papers.base import Paper
 from replicate.runs.execute import run
 from replicate.runs.experiment import Context, Experiment, Outcome
+from replicate.runs.paper import Paper
 from replicate.runs.spec import make_spec
 from replicate.sampling.langevin import ula
 from replicate.score_based.matching import Score, explicit_score_matching, implicit_score_matching
-from replicate.score_based.networks import EnergyScore, FreeScore, score_of
+from replicate.score_based.networks import score_of
 from replicate.tasks.densities import GaussianMixture
 
 # -- sec. 3.1: on a Gaussian model, score matching is maximum likelihood
@@ -79,8 +80,8 @@ def check_gaussian(context: Context) -> Outcome:
     error_of_covariance = ((precision.inverse() - covariance) / torch.outer(scale, scale)).abs().max()
     return Outcome(
         {
-            "mean_error": Estimate(float(error_of_mean), 0.0, "exact", "standard deviations", len(x)),
-            "covariance_error": Estimate(float(error_of_covariance), 0.0, "exact", "correlation", len(x)),
+            "mean_error": Estimate.exact(error_of_mean, "standard deviations", len(x)),
+            "covariance_error": Estimate.exact(error_of_covariance, "correlation", len(x)),
         }
     )
 
@@ -93,18 +94,6 @@ def overlapping_mixture() -> GaussianMixture:
     means = torch.tensor([[-1.5, -0.5], [1.0, 1.5], [1.2, -1.4]], dtype=torch.float64)
     covariance = torch.tensor([[0.6, 0.25], [0.25, 0.5]], dtype=torch.float64)
     return GaussianMixture(means, covariance, torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64))
-
-
-def networks(context: Context) -> dict[str, nn.Module]:
-    """Three score networks of different make, with random weights in float64."""
-    hidden, depth = context.params["hidden"], context.params["depth"]
-    with context.streams.initialisation():
-        made = {
-            "free-silu": FreeScore(2, hidden, depth),
-            "free-softplus": FreeScore(2, hidden, depth, "softplus"),
-            "energy": EnergyScore(2, hidden, depth),
-        }
-    return {name: network.double().to(context.device) for name, network in made.items()}
 
 
 def check_objective(context: Context) -> Outcome:
@@ -126,10 +115,10 @@ def check_objective(context: Context) -> Outcome:
     unit = "squared score"
     return Outcome(
         {
-            "gap_spread": Estimate(max(gaps) - min(gaps), 0.0, "exact", unit, n),
-            "gap_error": Estimate(max(abs(g - constant) for g in gaps), 0.0, "exact", unit, n),
-            "constant": Estimate(constant, 0.0, "exact", unit, len(nodes)),
-            "objective_range": Estimate(max(objectives) - min(objectives), 0.0, "exact", unit, n),
+            "gap_spread": Estimate.exact(max(gaps) - min(gaps), unit, n),
+            "gap_error": Estimate.exact(max(abs(g - constant) for g in gaps), unit, n),
+            "constant": Estimate.exact(constant, unit, len(nodes)),
+            "objective_range": Estimate.exact(max(objectives) - min(objectives), unit, n),
         }
     )
 
@@ -183,11 +172,9 @@ def check_normaliser(context: Context) -> Outcome:
             worst["normalised"] = max(worst["normalised"], float((shift - log_shift).abs().max()))
             log_normaliser = max(log_normaliser, abs(log_shift - moves[kind]))
     count = 2 * len(rescalings)
-    estimates = {
-        f"change:{k}": Estimate(v, 0.0, "exact", "ratio", count) for k, v in worst.items() if k != "normalised"
-    }
-    estimates["change:normalised"] = Estimate(worst["normalised"], 0.0, "exact", "nats", count)
-    estimates["log_z_error"] = Estimate(log_normaliser, 0.0, "exact", "nats", count)
+    estimates = {f"change:{k}": Estimate.exact(v, "ratio", count) for k, v in worst.items() if k != "normalised"}
+    estimates["change:normalised"] = Estimate.exact(worst["normalised"], "nats", count)
+    estimates["log_z_error"] = Estimate.exact(log_normaliser, "nats", count)
     return Outcome(estimates)
 
 

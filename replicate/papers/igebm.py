@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from replicate.model import Estimate
-from replicate.papers.base import Paper
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+from replicate.runs.paper import Paper
 from replicate.sampling.langevin import Score, ula
 from replicate.tasks.densities import eight_gaussians
 
@@ -87,10 +87,10 @@ def sample_gaussian(context: Context, variance: float) -> dict[str, Estimate]:
         ratio = Estimate.mean_of(x.square() / variance, "estimate", "ratio")
         closed = sampled_variance(p["step"], noise, variance) / variance
         estimates[f"variance_ratio:{name}"] = ratio
-        estimates[f"variance_ratio:{name}_closed_form"] = Estimate(closed, 0.0, "exact", "ratio", 1)
-        estimates[f"temperature:{name}"] = Estimate(temperature(p["step"], noise), 0.0, "exact", "ratio", 1)
+        estimates[f"variance_ratio:{name}_closed_form"] = Estimate.exact(closed, "ratio")
+        estimates[f"temperature:{name}"] = Estimate.exact(temperature(p["step"], noise), "ratio")
     largest = temperature(p["largest_step"], p["noise"])
-    estimates["temperature:released_largest_step"] = Estimate(largest, 0.0, "exact", "ratio", 1)
+    estimates["temperature:released_largest_step"] = Estimate.exact(largest, "ratio")
     return estimates
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from baselines.nade import FixedOrderNADE
-from replicate.papers.base import Paper
-from replicate.papers.rows import STATIC_BITS, exact_nll, splits, training, validation_plot
+from replicate.experiments.image_rows import STATIC_BITS, exact_nll, splits, training, validation_plot
 from replicate.runs.experiment import Context, Experiment, Outcome
+from replicate.runs.paper import Paper
 from replicate.runs.training import train
 from replicate.tasks.images import FILES, mnist_static
 

@@ -39,7 +39,6 @@ from replicate.energies.conditional import (
     ranked_right,
 )
 from replicate.model import Estimate, Training
-from replicate.papers.base import Paper
 from replicate.papers.lecun_families import (
     COMPLETIONS,
     HALF,
@@ -50,6 +49,7 @@ from replicate.papers.lecun_families import (
     squared_errors,
 )
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+from replicate.runs.paper import Paper
 from replicate.runs.training import Stopwatch, train
 from replicate.score_based.networks import mlp
 from replicate.tasks.base import Task
@@ -253,8 +253,8 @@ def halves(context: Context) -> Outcome:
     for name, completions in answers.items():
         estimates |= {f"{metric}:{name}": e for metric, e in completion_metrics(completions, data).items()}
     estimates |= {
-        "time_training": Estimate(seconds, 0.0, "exact", "seconds", 1),
-        "time_inference": Estimate(searching, 0.0, "exact", "seconds", 1),
+        "time_training": Estimate.exact(seconds, "seconds"),
+        "time_inference": Estimate.exact(searching, "seconds"),
     }
     return Outcome(estimates, (sheet(data, answers), margins_plot("halves", energies, groups)))
 
@@ -325,8 +325,8 @@ def frames(context: Context) -> Outcome:
         (above | ~differs).all(1).double(), "exact", "probability"
     )
     estimates |= {
-        "time_training": Estimate(seconds, 0.0, "exact", "seconds", 1),
-        "time_inference": Estimate(searching, 0.0, "exact", "seconds", 1),
+        "time_training": Estimate.exact(seconds, "seconds"),
+        "time_inference": Estimate.exact(searching, "seconds"),
     }
     other = ~torch.eye(len(energies), dtype=torch.bool, device=device)
     margins = margins_plot("bouncing", energies, {"another sequence": other})

@@ -29,7 +29,6 @@ from torch import Tensor
 from replicate.energies.objectives import LogDensity
 from replicate.metrics.features import FeatureClassifier
 from replicate.model import DataInfo, Estimate, Model
-from replicate.registry import load_task
 from replicate.resume import State, resumable
 from replicate.runs.evaluate import digit_features
 from replicate.runs.execute import build_model
@@ -40,6 +39,7 @@ from replicate.runs.training import Stopwatch, train
 from replicate.sampling.langevin import langevin_step, mala, standard_normal_like
 from replicate.tasks.base import Task
 from replicate.tasks.digits import LEVELS
+from replicate.tasks.loading import load_task
 
 ROWS, COLUMNS = 8, 8
 #: pixels of half a digit
@@ -286,8 +286,8 @@ def completions(context: Context) -> Outcome:
         trained = watch.seconds
         drawn = make(model).view(len(whole), p["draws"], HALF) / (LEVELS - 1)
         shown[name] = drawn
-        estimates[f"time_training:{name}"] = Estimate(trained, 0.0, "exact", "seconds", 1)
-        estimates[f"time_completing:{name}"] = Estimate(watch.seconds - trained, 0.0, "exact", "seconds", 1)
+        estimates[f"time_training:{name}"] = Estimate.exact(trained, "seconds")
+        estimates[f"time_completing:{name}"] = Estimate.exact(watch.seconds - trained, "seconds")
         estimates |= {f"{metric}:{name}": e for metric, e in completion_metrics(drawn, data).items()}
         if name == "causal-conv":
             given = log_prob_given_upper(model, whole)

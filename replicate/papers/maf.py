@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from baselines.maf import MAF as ENTRY
-from replicate.papers.base import Paper
-from replicate.papers.realnvp import image_row
+from replicate.experiments.image_flows import image_row
 from replicate.runs.experiment import Experiment
+from replicate.runs.paper import Paper
 from replicate.tasks.images import FILES
 
 #: 3.5 million multiply-adds an image and network: 10 GFLOP a batch for five, far below what their kernels cost to

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from replicate.model import LogLikelihood
-from replicate.papers.base import Paper
 from replicate.registry import model_entry
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+from replicate.runs.paper import Paper
 from replicate.tasks.images import FILES, mnist_static
 
 COMPONENTS = (10, 100, 500)

@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from replicate.model import Estimate
-from replicate.papers.base import Paper
 from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+from replicate.runs.paper import Paper
 from replicate.score_based.contrastive import GaussianNoise, data_term, noise_contrastive, noise_term
 
 NEWTON_STEPS = 12
@@ -255,8 +255,8 @@ def vanishing_gradient(context: Context) -> Outcome:
     n = len(noises) * len(ratios) * len(truths)
     return Outcome(
         {
-            "largest_gradient": Estimate(largest, 0.0, "exact", "nats per unit of the parameter", n),
-            "smallest_gradient_beside": Estimate(control, 0.0, "exact", "nats per unit of the parameter", n),
+            "largest_gradient": Estimate.exact(largest, "nats per unit of the parameter", n),
+            "smallest_gradient_beside": Estimate.exact(control, "nats per unit of the parameter", n),
         }
     )
 

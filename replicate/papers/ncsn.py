@@ -29,12 +29,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from replicate.experiments.noise_schedules import RUNGS, ladder
 from replicate.model import Estimate
-from replicate.papers.base import Paper
 from replicate.papers.ncsn_inpainting import INPAINTING, STEP
-from replicate.papers.ncsn_langevin import ANNEALED, BOX, LANGEVIN, PASSAGE, RUNGS, ladder
+from replicate.papers.ncsn_langevin import ANNEALED, BOX, LANGEVIN, PASSAGE
 from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+from replicate.runs.paper import Paper
 from replicate.score_based.matching import Score, denoising_score_matching, sliced_score_matching_vr
 from replicate.score_based.ncsn import NCSN
 from replicate.score_based.networks import FreeScore, NoiseNet
@@ -45,11 +46,6 @@ from replicate.tasks.digits import LEVELS, textbook_split
 GRID = 100
 #: losses of a few nats are not known more finely than this, in nats
 ROUNDING = 1e-9
-
-
-def exactly(value: float, unit: str) -> Estimate:
-    """A number without sampling error of its own."""
-    return Estimate(value, 0.0, "exact", unit, 1)
 
 
 # -- sec 3.2.1: where the estimated score is right
@@ -145,7 +141,7 @@ def score_error(context: Context) -> Outcome:
     near = log_p >= log_density_quantile(p["near_quantile"])
     far = log_p < log_density_quantile(p["far_quantile"])
     estimates = {
-        f"relative_score_error:{name}": exactly(relative_error(estimated[where], true[where]), "ratio")
+        f"relative_score_error:{name}": Estimate.exact(relative_error(estimated[where], true[where]), "ratio")
         for name, where in (("near", near), ("far", far))
     }
     error = Plot(
@@ -237,9 +233,11 @@ def manifold(context: Context) -> Outcome:
     for name, noise_sd in (("clean", 0.0), ("noised", p["noise_sd"])):
         curve = manifold_losses(noise_sd, context).view(-1, p["block"]).mean(1).numpy()
         tail = curve[-(len(curve) // 4) :]
-        estimates[f"loss_fluctuation:{name}"] = exactly(fluctuation(curve), "nats")
-        estimates[f"loss_over_floor:{name}"] = exactly(float(tail.mean()) / floor, "ratio")
-        estimates[f"relative_fluctuation:{name}"] = exactly(fluctuation(curve) / abs(float(tail.mean())), "ratio")
+        estimates[f"loss_fluctuation:{name}"] = Estimate.exact(fluctuation(curve), "nats")
+        estimates[f"loss_over_floor:{name}"] = Estimate.exact(float(tail.mean()) / floor, "ratio")
+        estimates[f"relative_fluctuation:{name}"] = Estimate.exact(
+            fluctuation(curve) / abs(float(tail.mean())), "ratio"
+        )
         at = [(i + 1) * p["block"] for i in range(len(curve))]
         lines.append(Line(name, at, np.where(curve < 0, -curve, np.nan).tolist()))
     plot = Plot(
@@ -335,8 +333,8 @@ def noise_levels(context: Context) -> Outcome:
         generator = streams.fresh(f"evaluation-{name}")
         norm, loss = map(list, zip(*(norm_and_loss(score_of(s), x, s, generator) for s in sigmas), strict=True))
         slope = float(np.polyfit(np.log(sigmas), np.log(norm), 1)[0])
-        estimates[f"norm_exponent:{name}"] = exactly(slope, "exponent")
-        estimates[f"weighted_loss_range:{name}"] = exactly(decades(loss), "decades")
+        estimates[f"norm_exponent:{name}"] = Estimate.exact(slope, "exponent")
+        estimates[f"weighted_loss_range:{name}"] = Estimate.exact(decades(loss), "decades")
         norms.append(Line(name, sigmas, norm))
         losses.append(Line(name, sigmas, loss))
     rule = Line("sqrt(D) / sigma", sigmas, [math.sqrt(train.shape[1]) / s for s in sigmas])

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from replicate.experiments.noise_schedules import ladder
 from replicate.model import Estimate
-from replicate.papers.ncsn_langevin import ladder
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 from replicate.sampling.langevin import langevin_step, standard_normal_like, ula
 

@@ -19,6 +19,7 @@ from scipy.integrate import trapezoid
 from scipy.stats import norm
 from torch import Tensor
 
+from replicate.experiments.noise_schedules import ladder
 from replicate.model import Estimate
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 from replicate.sampling.annealed import annealed_langevin
@@ -29,13 +30,6 @@ from replicate.tasks.densities import GaussianMixture, two_gaussians
 BOX = 8.0
 #: a chain belongs to a mode within this distance of its mean; just under half the distance of the two
 REACH = 7.0
-#: levels L of every ladder
-RUNGS = 10
-
-
-def ladder(first: float, last: float, levels: int = RUNGS) -> Tensor:
-    """Noise levels in geometric progression, shape (levels,), float64."""
-    return torch.linspace(math.log(first), math.log(last), levels, dtype=torch.float64).exp()
 
 
 def uniform_start(n: int, context: Context) -> Tensor:
@@ -140,7 +134,7 @@ def passage(context: Context) -> Outcome:
         log_y=True,
         levels={"printed T": 1e3, "100 times longer": 1e5},
     )
-    measured = Estimate(math.log10(steps[-1]), 0.0, "exact", "decades of steps", 1)
+    measured = Estimate.exact(math.log10(steps[-1]), "decades of steps")
     return Outcome({"log10_passage_steps": measured}, (plot,))
 
 

@@ -35,10 +35,10 @@ from torch import Tensor
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.metrics.quality import frechet
 from replicate.model import Estimate
-from replicate.papers.base import Paper
 from replicate.runs.evaluate import digit_features
 from replicate.runs.execute import run
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+from replicate.runs.paper import Paper
 from replicate.runs.spec import make_spec
 from replicate.sampling.annealed import annealed_langevin
 from replicate.score_based.matching import tweedie
@@ -78,11 +78,6 @@ SETTINGS: Mapping[str, Setting] = {
 }
 
 
-def exact(value: float, unit: str) -> Estimate:
-    """A computed number without sampling error."""
-    return Estimate(float(value), 0.0, "exact", unit, 1)
-
-
 # -- technique 2: the number of noise levels
 
 
@@ -113,10 +108,10 @@ def solve_levels(context: Context) -> Outcome:
     axis = np.linspace(0.05, 0.95, 91).tolist()
     for name, setting in SETTINGS.items():
         overlaps.append(overlap(setting.ratio, setting.dim))
-        estimates[f"levels:{name}"] = exact(levels_at(printed, setting), "levels")
-        estimates[f"overlap:{name}"] = exact(overlaps[-1], "probability")
+        estimates[f"levels:{name}"] = Estimate.exact(levels_at(printed, setting), "levels")
+        estimates[f"overlap:{name}"] = Estimate.exact(overlaps[-1], "probability")
         lines.append(Line(name, axis, [levels_at(c, setting) for c in axis]))
-    estimates["overlap_range"] = exact(max(overlaps) - min(overlaps), "probability")
+    estimates["overlap_range"] = Estimate.exact(max(overlaps) - min(overlaps), "probability")
     marks = {f"{name}, printed": float(setting.levels) for name, setting in SETTINGS.items()}
     title = "Noise levels that technique 2 asks for"
     plot = Plot("levels", title, "C", "number of levels L", tuple(lines), log_y=True, levels=marks)
@@ -158,9 +153,9 @@ def solve_step_size(context: Context) -> Outcome:
         unit = setting.end**2
         found = step_size_for(setting)
         best, printed = (variance_ratio(e / unit, setting.ratio, setting.steps) for e in (found, setting.step_size))
-        estimates[f"step_size:{name}"] = exact(found, "squared pixel units")
-        estimates[f"variance_ratio:{name}"] = exact(best, "ratio")
-        estimates[f"variance_ratio_printed:{name}"] = exact(printed, "ratio")
+        estimates[f"step_size:{name}"] = Estimate.exact(found, "squared pixel units")
+        estimates[f"variance_ratio:{name}"] = Estimate.exact(best, "ratio")
+        estimates[f"variance_ratio_printed:{name}"] = Estimate.exact(printed, "ratio")
         axis = np.geomspace(0.1 * setting.step_size, 10 * setting.step_size, 100).tolist()
         values = [variance_ratio(e / unit, setting.ratio, setting.steps) for e in axis]
         lines.append(Line(f"{name}, T = {setting.steps}", axis, values))
@@ -299,7 +294,7 @@ def denoising_step(context: Context) -> Outcome:
     estimates = {f"frechet:{name}": values[-1] for name, values in scores.items()}
     visible = _nearest_level(sigmas, p["visible_steps"] / float(task.train.var(0).mean().sqrt()))
     estimates |= {f"frechet:{name}-visible": values[visible] for name, values in scores.items()}
-    estimates["last_level:visible"] = exact(sigmas[visible], "standard deviations")
+    estimates["last_level:visible"] = Estimate.exact(sigmas[visible], "standard deviations")
     estimates["frechet:data"] = frechet(features.features(task.train), real)
     moved = (model.transform.inverse(plain[-1]) != model.transform.inverse(denoised[-1])).double().mean(1)
     estimates["pixels_changed"] = Estimate.mean_of(moved, "estimate", "fraction")

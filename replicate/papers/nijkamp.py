@@ -35,14 +35,15 @@ from torch import Tensor
 
 from baselines.conv_ebm import ConvEBM, TiltedConvEBM
 from baselines.ebm import GaussianMixture
+from replicate.errors import TrainingError
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.likelihood.estimator import Effort, log_likelihood
 from replicate.metrics.features import FeatureClassifier, feature_quality
 from replicate.model import Estimate, LogLikelihood, Training
-from replicate.papers.base import Paper
 from replicate.runs.evaluate import task_features
 from replicate.runs.experiment import MAX_PIXELS, Context, Experiment, Line, Outcome, Plot
-from replicate.runs.training import TrainingError, train
+from replicate.runs.paper import Paper
+from replicate.runs.training import train
 from replicate.sampling.langevin import ula
 from replicate.tasks.base import Task
 from replicate.tasks.digits import digits
@@ -172,7 +173,7 @@ class Study:
             return
         streams, p = self.context.streams, self.context.params
         short = model.sample(p["samples"], streams.fresh(f"{name}-short")).detach()
-        self.found.estimates[f"nfe:{name}"] = Estimate(model.nfe, 0.0, "exact", "network evaluations", 1)
+        self.found.estimates[f"nfe:{name}"] = Estimate.exact(model.nfe, "network evaluations")
         every = max(1, p["long_run"] // STOPS)
         generator = streams.fresh(f"{name}-long")
         long = ula(model.score, short, p["long_run"], model.step_size, generator, model.temperature, every)
@@ -249,7 +250,7 @@ class Study:
         log_p = log_likelihood(model, task.test.to(device), effort, streams.fresh("tilted-likelihood"))
         self.likelihood(log_p)
         self.look("tilted", model.sample(p["samples"], streams.fresh("tilted-samples")).detach())
-        self.found.estimates["nfe:tilted"] = Estimate(model.nfe, 0.0, "exact", "network evaluations", 1)
+        self.found.estimates["nfe:tilted"] = Estimate.exact(model.nfe, "network evaluations")
 
     def likelihood(self, log_p: LogLikelihood) -> None:
         """The width of the bracket round log Z, and the likelihood of the test images where that is small enough."""

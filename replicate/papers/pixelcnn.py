@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from replicate.experiments.image_rows import STATIC_BITS, exact_nll, splits, training, validation_plot
 from replicate.model import DataInfo, Model
-from replicate.papers.base import Paper
-from replicate.papers.rows import STATIC_BITS, exact_nll, splits, training, validation_plot
 from replicate.registry import model_entry
 from replicate.runs.experiment import Context, Experiment, Outcome
+from replicate.runs.paper import Paper
 from replicate.runs.training import train
 from replicate.tasks.base import Task
 from replicate.tasks.binary import SILHOUETTES_FILE, caltech_silhouettes

@@ -35,9 +35,9 @@ from torch import Tensor
 
 from replicate.likelihood.estimator import log_likelihood
 from replicate.model import Estimate
-from replicate.papers.base import ModelRuns, Paper
 from replicate.runs.execute import build_model
 from replicate.runs.experiment import Context, Experiment, Outcome
+from replicate.runs.paper import ModelRuns, Paper
 from replicate.runs.seeds import Streams
 from replicate.runs.spec import make_spec
 from replicate.runs.training import train

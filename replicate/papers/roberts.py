@@ -32,9 +32,8 @@ from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from replicate.model import Estimate
-from replicate.papers.base import Paper
-from replicate.papers.ncsnv2 import exact
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+from replicate.runs.paper import Paper
 from replicate.sampling.langevin import mala, ula
 
 
@@ -194,11 +193,11 @@ def kernel_bias(context: Context) -> Outcome:
                 variance_errors.append(abs(variance(grid.x, biased) / gaussian_width(eps) ** 2 - 1))
         for metric, values in (("w2", w2), ("kl", kl)):
             order = float(np.polyfit(np.log(SMALL), np.log(values[: len(SMALL)]), 1)[0])
-            estimates[f"order_{metric}:{name}"] = exact(order, "power of the step size")
+            estimates[f"order_{metric}:{name}"] = Estimate.exact(order, "power of the step size")
         lines.append(Line(name, sizes, w2))
         accepted.append(Line(name, sizes, rate))
-    estimates["largest_variance_error"] = exact(max(variance_errors), "ratio")
-    estimates["largest_mala_bias"] = exact(worst, "total variation")
+    estimates["largest_variance_error"] = Estimate.exact(max(variance_errors), "ratio")
+    estimates["largest_mala_bias"] = Estimate.exact(worst, "total variation")
     fine = np.geomspace(sizes[0], sizes[-1], 60).tolist()
     lines.append(Line("gaussian, closed form", fine, [gaussian_width(eps) - 1 for eps in fine]))
     plots = (

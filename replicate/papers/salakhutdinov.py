@@ -22,18 +22,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from replicate.experiments.batches import Minibatches
+from replicate.experiments.rbm import Machine, doubled, exact_samples, hidden_log_weights
 from replicate.likelihood.ais import Bracket, ais, bracket, reverse_ais
-from replicate.likelihood.enumeration import states
 from replicate.model import Estimate, LogLikelihood
-from replicate.papers.base import Paper
-from replicate.papers.carreira import Machine
-from replicate.papers.minibatches import Minibatches
-from replicate.registry import load_task
 from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+from replicate.runs.paper import Paper
 from replicate.tasks.images import FILES, mnist_static
+from replicate.tasks.loading import load_task
 
 
 def paper_betas(thinning: int = 1) -> Tensor:
@@ -151,11 +149,6 @@ def train(rows: Tensor, hidden: int, recipe: Recipe, context: Context) -> Machin
     return Machine(*state["machine"])
 
 
-def doubled(machine: Machine) -> Machine:
-    """The machine in float64."""
-    return Machine(*(part.double() for part in machine))
-
-
 def anneal(
     machine: Machine, rows: Tensor, chains: int, betas: Tensor, context: Context, start: Tensor | None = None
 ) -> Bracket:
@@ -170,30 +163,6 @@ def anneal(
     if start is None:
         return bracket(model, chains, betas, g)
     return Bracket(ais(model, chains, betas, g), reverse_ais(model, start, betas, g))
-
-
-def hidden_log_weights(machine: Machine) -> Tensor:
-    """log sum_v exp(v'W h + b'v + c'h) of every hidden state, shape (2^H,), in the order of `enumeration.states`.
-
-    The first half of the units is the slow index, so that each half's sums are formed once.
-    """
-    w, b, c = doubled(machine)
-    half = len(c) // 2
-    slow, fast = (states(n, 2, 0, 2**n, w.device) for n in (half, len(c) - half))
-    drive, bias = b + slow @ w[:, :half].T, slow @ c[:half]
-    fast_drive, fast_bias = fast @ w[:, half:].T, fast @ c[half:]
-    rows = [F.softplus(d + fast_drive).sum(1) + a + fast_bias for d, a in zip(drive, bias, strict=True)]
-    return torch.cat(rows)
-
-
-def exact_samples(machine: Machine, log_weights: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """n independent samples of the machine, shape (n, D): hidden states by their enumerated weights, then v given h."""
-    w = doubled(machine)
-    index = torch.multinomial(log_weights.softmax(0), n, replacement=True, generator=generator)
-    place = torch.arange(len(w.hidden) - 1, -1, -1, device=index.device)
-    h = (index[:, None] >> place & 1).double()
-    p = w.visible_mean(h)
-    return (torch.rand(p.shape, generator=generator, device=p.device, dtype=p.dtype) < p).double()
 
 
 def against_enumeration(context: Context) -> Outcome:
@@ -230,7 +199,7 @@ def compared(both: Bracket, exact: float) -> dict[str, Estimate]:
     f, r = both.forward.log_z, both.reverse.log_z
     n, error = f.n, f.value - exact
     return {
-        "log_z": Estimate(exact, 0.0, "exact", "nats", 1),
+        "log_z": Estimate.exact(exact, "nats"),
         "log_z_forward": f,
         "log_z_reverse": r,
         "error": Estimate(abs(error), f.stderr, "estimate", "nats", n),

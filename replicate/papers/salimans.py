@@ -34,15 +34,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from replicate.experiments.batches import Minibatches
+from replicate.experiments.operations import OperationCounter
+from replicate.experiments.planar import noised
 from replicate.likelihood.quadrature import log_z
 from replicate.metrics.divergences import fisher_divergence
 from replicate.model import Estimate
-from replicate.papers.base import Paper
-from replicate.papers.geyer import noised
-from replicate.papers.minibatches import Minibatches
-from replicate.papers.ssm import OperationCounter
 from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+from replicate.runs.paper import Paper
 from replicate.sampling.langevin import ula
 from replicate.score_based import matching
 from replicate.score_based.matching import Score
@@ -144,7 +144,7 @@ def operations(net: nn.Module, data: Tensor, context: Context) -> Estimate:
     with OperationCounter() as counter:
         matching.denoising_score_matching(net, x, p["sigma"], torch.zeros_like(x)).mean().backward()
     net.zero_grad()
-    return Estimate(float(counter.total), 0.0, "exact", "floating-point operations", 1)
+    return Estimate.exact(counter.total, "floating-point operations")
 
 
 def train(net: nn.Module, data: Tensor, truth: GaussianMixture, watch: Tensor, context: Context) -> Trained:
@@ -214,7 +214,7 @@ def compare(context: Context) -> Outcome:
         estimates[f"circulation:{name}"] = Estimate.mean_of(round_trip, "estimate", "nats")
         estimates[f"time_training:{name}"] = Estimate(trained.seconds, math.nan, "estimate", "seconds", 1)
         weights = sum(w.numel() for w in trained.net.parameters())
-        estimates[f"parameters:{name}"] = Estimate(weights, 0.0, "exact", "parameters", 1)
+        estimates[f"parameters:{name}"] = Estimate.exact(weights, "parameters")
     estimates["score_size"] = Estimate.mean_of(exact_score.square().sum(1), "exact", "squared nats per squared unit")
     return Outcome(estimates, learning_plots(p["density"], found))
 
@@ -296,7 +296,7 @@ def constant(context: Context) -> Outcome:
             expected = plain[name] + shift if name.startswith("log") else plain[name]
             moved[name] = max(moved[name], float((now - expected).abs().max()))
     units = {"score": "nats per unit", "langevin": "units of x", "loss": "squared nats per squared unit"}
-    return Outcome({f"moved:{n}": Estimate(v, 0.0, "exact", units.get(n, "nats"), len(x)) for n, v in moved.items()})
+    return Outcome({f"moved:{n}": Estimate.exact(v, units.get(n, "nats"), len(x)) for n, v in moved.items()})
 
 
 def field_experiment(density: str, **settings: Any) -> Experiment:

@@ -33,20 +33,19 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from replicate.experiments.image_scores import DIFFUSIONS, frechet_to_train
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.likelihood.ode import ode_log_prob
 from replicate.metrics.samples import mode_weight_error
 from replicate.model import Estimate, Model
-from replicate.papers.base import ModelRuns, Paper
-from replicate.papers.score_images import DIFFUSIONS
-from replicate.papers.scoreflow import frechet_to_train
 from replicate.runs.execute import run as run_spec
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+from replicate.runs.paper import ModelRuns, Paper
 from replicate.runs.spec import make_spec
 from replicate.sampling.predictor_corrector import ScoreAt, predictor_corrector
 from replicate.score_based.bound import variational_bound
 from replicate.score_based.diffusion import DiffusionModel
-from replicate.score_based.sde import SDE, VE, VP, SubVP
+from replicate.sde import SDE, VE, VP, SubVP
 from replicate.tasks.base import Task
 from replicate.tasks.densities import GaussianMixture, eight_gaussians, mixture
 
@@ -170,7 +169,7 @@ def mixture_samplers(truth: GaussianMixture, context: Context) -> tuple[dict[str
             x = draw(params["chains"], nfe=params["nfe"], snr=snr)
             key = f"{sde_name}-{name}"
             estimates[f"frechet:{key}"] = mixture_distance(truth, x)
-            estimates[f"snr:{key}"] = Estimate(snr, 0.0, "exact", "ratio", 1)
+            estimates[f"snr:{key}"] = Estimate.exact(snr, "ratio")
             estimates[f"mode_weight_error:{key}"] = mode_weight_error(truth.mode_of(x), truth.mode_weights())
             curve = [mixture_distance(truth, draw(params["chains"], nfe=n, snr=snr)).value for n in counts[:-1]]
             curve.append(estimates[f"frechet:{key}"].value)
@@ -232,7 +231,7 @@ def tolerance_curve(
         samples, nfe = adaptive_flow(score_at, sde, x, tolerance)
         finest = samples if finest is None else finest
         moved = (samples - finest).double().square().mean(-1).sqrt()
-        estimates[f"nfe:{name}"] = Estimate(float(nfe), 0.0, "exact", "score evaluations", 1)
+        estimates[f"nfe:{name}"] = Estimate.exact(nfe, "score evaluations")
         estimates[f"frechet:{name}"] = quality(samples)
         estimates[f"displacement:{name}"] = Estimate.mean_of(moved, "estimate", "distance")
     x_axis = list(TOLERANCES.values())
@@ -350,7 +349,7 @@ def variances(count: int) -> tuple[dict[str, Estimate], Plot]:
     }
     lines = (Line("VP", grid.tolist(), of_vp[0].tolist()), Line("sub-VP", grid.tolist(), of_sub[0].tolist()))
     plot = Plot("variance", "Variance of the perturbation kernel", "t", "variance", lines)
-    return {k: Estimate(float(v), 0.0, "exact", "variance", count) for k, v in found.items()}, plot
+    return {k: Estimate.exact(v, "variance", count) for k, v in found.items()}, plot
 
 
 def flow_errors(context: Context) -> dict[str, Estimate]:
@@ -371,7 +370,7 @@ def flow_errors(context: Context) -> dict[str, Estimate]:
         answer = exact.log_prob_at(scale[:, None] * x, t) + x.shape[1] * scale.log()
         flow = ode_log_prob(exact, x, context.streams.fresh("unused"), steps=params["steps"])
         worst = float((flow.values - answer).abs().max())
-        out[name] = Estimate(worst, 0.0, "exact", "nats", len(x))
+        out[name] = Estimate.exact(worst, "nats", len(x))
     return out
 
 

@@ -31,22 +31,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from replicate.experiments.image_scores import WEIGHTINGS, frechet_to_train
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.likelihood.estimator import Effort, log_likelihood
-from replicate.metrics.quality import frechet
 from replicate.model import Estimate, Training
-from replicate.papers.base import Paper
-from replicate.papers.score_images import WEIGHTINGS
-from replicate.registry import load_task, model_entry
+from replicate.registry import model_entry
 from replicate.runs.evaluate import digit_features
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+from replicate.runs.paper import Paper
 from replicate.runs.seeds import Streams
 from replicate.runs.training import train
 from replicate.score_based.bound import mean_error
 from replicate.score_based.diffusion import DiffusionModel, LevelProposal, UniformTime, Weighting, level_range
 from replicate.score_based.networks import NoiseNet
-from replicate.score_based.sde import SDE, VP, SubVP
+from replicate.sde import SDE, VP, SubVP
 from replicate.tasks.base import Task
+from replicate.tasks.loading import load_task
 
 #: the paper's levels of a discretely trained VP model: DDPM's (Ho et al. 2020, 2006.11239, section 4)
 DDPM_LEVELS, DDPM_BETAS = 1000, (1e-4, 0.02)
@@ -147,12 +147,6 @@ def trained(arm: Arm, context: Context, task: Task) -> tuple[Preprocessed, Diffu
     model = Preprocessed(inner, task.info, "gaussianise").to(context.device)
     train(model, task.train.to(context.device), task.valid.to(context.device), training, streams)
     return model, inner
-
-
-def frechet_to_train(task: Task, samples: Tensor) -> Estimate:
-    """Frechet distance of samples (n, 64) to the training images, in the suite's digit features."""
-    features = digit_features(task)
-    return frechet(features.features(samples.cpu()), features.features(task.train))
 
 
 def objective_spread(inner: DiffusionModel, z: Tensor, repeats: int, generator: torch.Generator) -> dict[str, Estimate]:

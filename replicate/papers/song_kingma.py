@@ -32,17 +32,17 @@ from torch import Tensor, nn
 
 from replicate.energies.model import EnergyNet, TrainedEnergy, build_objective
 from replicate.energies.objectives import EnergyFunction, MaximumLikelihood, NoiseContrastive, Objective
+from replicate.experiments.ica import SOURCE_STD, Ica, draw_unmixing, rotation, whitening
+from replicate.experiments.planar import BOX, model_kl, steady_state
 from replicate.likelihood.quadrature import grid, log_z
 from replicate.metrics.divergences import fisher_divergence
 from replicate.metrics.samples import w2
 from replicate.model import DataInfo, Estimate, Training
-from replicate.papers.anatomy import BOX, model_kl, steady_state
-from replicate.papers.base import Paper
-from replicate.papers.lsd import SOURCE_STD, Ica, draw_unmixing, rotation, whitening
 from replicate.papers.song_kingma_bits import ENERGIES_BITS
 from replicate.papers.song_kingma_digits import ENERGIES_DIGITS
 from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+from replicate.runs.paper import Paper
 from replicate.runs.training import Batches, learning_rate, make_optimizer, swap
 from replicate.sampling.langevin import ula
 from replicate.tasks.densities import GaussianMixture, two_gaussians
@@ -261,7 +261,7 @@ def study(variant: str, context: Context, density: GaussianMixture, data: Tensor
         "w2": w2(samples, reference),
         "w2_langevin": w2(chains, reference),
         "time_seconds": Estimate(prepared + seconds, math.nan, "estimate", "seconds", 1),
-        "evaluations": Estimate(cost, 0.0, "exact", "energy evaluations per example and update", 1),
+        "evaluations": Estimate.exact(cost, "energy evaluations per example and update"),
     }
     if isinstance(model.objective, NoiseContrastive):
         true = log_z(lambda x: -model.energy(x), BOX, points, device=device)
@@ -396,7 +396,7 @@ def ica_study(
     }
     if isinstance(objective, NoiseContrastive):
         error = abs(float(objective.log_z.detach()) - float(energy.log_z().detach()))
-        estimates["log_z_error"] = Estimate(error, 0.0, "exact", "nats", 1)
+        estimates["log_z_error"] = Estimate.exact(error, "nats")
     return {f"{k}:{variant}": e for k, e in estimates.items()}, curve
 
 
@@ -487,9 +487,9 @@ def cd_bias(context: Context) -> Outcome:
         theta = fixed_point(data, line, k, p["step"])
         loss = float(data @ (np.log(data) - log_mass(theta, line)) - best)
         lost.append(loss)
-        estimates[f"kl_lost:cd-{k}"] = Estimate(loss, 0.0, "exact", "nats", 1)
+        estimates[f"kl_lost:cd-{k}"] = Estimate.exact(loss, "nats")
         ratio = float(-0.5 / theta[1] / variance)
-        estimates[f"variance_ratio:cd-{k}"] = Estimate(ratio, 0.0, "exact", "ratio", 1)
+        estimates[f"variance_ratio:cd-{k}"] = Estimate.exact(ratio, "ratio")
     curve = Line("CD-k", [float(k) for k in steps], lost)
     title = "what contrastive divergence loses, exactly"
     plot = Plot("bias", title, "k", "KL lost against maximum likelihood (nats)", (curve,), log_x=True, log_y=True)

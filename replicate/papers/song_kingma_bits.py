@@ -33,12 +33,10 @@ from replicate.energies.objectives import (
     PersistentCD,
     ShortRun,
 )
+from replicate.experiments.batches import Minibatches
+from replicate.experiments.rbm import Data, Machine, bits, doubled, exact_samples, flat, hidden_log_weights
 from replicate.likelihood.enumeration import states
 from replicate.model import DataInfo, Estimate, Model
-from replicate.papers.carreira import Machine, flat
-from replicate.papers.minibatches import Minibatches
-from replicate.papers.salakhutdinov import doubled, exact_samples, hidden_log_weights
-from replicate.papers.tieleman import Data, bits
 from replicate.registry import model_entry
 from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
@@ -246,8 +244,8 @@ def trained_on_bits(context: Context) -> Outcome:
             estimates[f"kl_from_ml:{name}"] = Estimate.mean_of(
                 at_best - fit.machine.log_prob(fresh), "estimate", "nats"
             )
-        estimates[f"cost:{name}"] = Estimate(cost[name], 0.0, "exact", "products with the weights", 1)
-        estimates[f"time_training:{name}"] = Estimate(fit.seconds, 0.0, "exact", "seconds", 1)
+        estimates[f"cost:{name}"] = Estimate.exact(cost[name], "products with the weights")
+        estimates[f"time_training:{name}"] = Estimate.exact(fit.seconds, "seconds")
     chains = context.streams.fresh("bias")
     biases = cd_biases(best, data.train.double(), p["sweeps"], p["copies"], chains)
     for k in (k for k in (1, 2, 5, 10) if k <= p["sweeps"]):

@@ -40,17 +40,19 @@ from replicate.energies.objectives import (
     SlicedScoreMatching,
     langevin_move,
 )
+from replicate.errors import TrainingError
 from replicate.likelihood.ais import ais, schedule
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.likelihood.estimator import Effort, log_likelihood
 from replicate.metrics.quality import frechet, precision_recall_density_coverage
 from replicate.model import DataInfo, Estimate, Training
-from replicate.registry import load_task, model_entry
+from replicate.registry import model_entry
 from replicate.runs.evaluate import digit_features
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 from replicate.runs.seeds import Streams
-from replicate.runs.training import History, TrainingError, train
+from replicate.runs.training import History, train
 from replicate.tasks.base import Task
+from replicate.tasks.loading import load_task
 
 #: chains of the annealing run behind a validation
 CHECK_CHAINS = 64
@@ -163,14 +165,14 @@ def trained_on_digits(context: Context) -> Outcome:
     estimates |= gaussian
     for name in cost:
         updates = p["ism_updates"] if name == "ism" else p["updates"]
-        estimates[f"cost:{name}"] = Estimate(cost[name], 0.0, "exact", "passes through the energy", 1)
+        estimates[f"cost:{name}"] = Estimate.exact(cost[name], "passes through the energy")
         try:
             fit = learn(name, task, context, updates)
         except TrainingError as error:
             missing |= {f"{metric}:{name}": f"diverged: {error}" for metric in ("nll", "frechet")}
             continue
-        estimates[f"time_training:{name}"] = Estimate(fit.history.seconds, 0.0, "exact", "seconds", 1)
-        estimates[f"best_update:{name}"] = Estimate(fit.history.best_step, 0.0, "exact", "updates", 1)
+        estimates[f"time_training:{name}"] = Estimate.exact(fit.history.seconds, "seconds")
+        estimates[f"best_update:{name}"] = Estimate.exact(fit.history.best_step, "updates")
         curve = [value for _, value in fit.history.valid]
         drift = curve[-1] - min(curve)
         estimates[f"drift:{name}"] = Estimate(drift, math.nan, "estimate", "nats", CHECK_CHAINS)

@@ -16,21 +16,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from replicate.experiments.operations import OperationCounter
 from replicate.likelihood.enumeration import states
 from replicate.model import Estimate, Kind
-from replicate.papers.base import Paper
 from replicate.papers.ssm_kernel import DKEF_PARKINSONS, DKEF_RED_WINE, DKEF_WHITE_WINE, PARTITION
 from replicate.papers.ssm_nice import LEARNING_RATE, NICE_MNIST
 from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+from replicate.runs.paper import Paper
 from replicate.score_based import matching
 from replicate.score_based.networks import EnergyScore, FreeScore
 
@@ -81,7 +80,7 @@ def unbiasedness(context: Context) -> Outcome:
             spread = sliced.std(1, correction=0).mean()
             found = {"largest_error": error, "largest_gradient_error": slope, "projection_spread": spread}
             for metric, value in found.items():
-                estimates[f"{metric}:{name}-{kind}"] = Estimate(value.item(), 0.0, "exact", "nats", p["points"])
+                estimates[f"{metric}:{name}-{kind}"] = Estimate.exact(value.item(), "nats", p["points"])
     return Outcome(estimates)
 
 
@@ -138,22 +137,6 @@ def prepare_step(context: Context, dim: int) -> Step:
     shape, draws = (p["batch"], dim), streams.fresh(f"data-{dim}")
     x, z = (torch.randn(shape, generator=draws, device=context.device) for _ in range(2))
     return Step(net, x, matching.rademacher(x, draws), z)
-
-
-class OperationCounter(TorchDispatchMode):
-    """Adds up the floating-point operations of matrix products by torch's own formulas.
-
-    torch's FlopCounterMode also tracks modules, which fails where a module's forward pass differentiates.
-    """
-
-    total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func.overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
-        return out
 
 
 def operations(step: Step, objective: str) -> int:

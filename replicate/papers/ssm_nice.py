@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from replicate.experiments.batches import Minibatches
 from replicate.model import Estimate
-from replicate.papers.minibatches import Minibatches
 from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 from replicate.score_based import matching

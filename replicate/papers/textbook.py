@@ -32,17 +32,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from replicate.experiments.batches import Minibatches
 from replicate.likelihood.dequantisation import DequantisedLogit, Preprocessed
 from replicate.likelihood.estimator import Effort, log_likelihood
 from replicate.likelihood.importance import iw_bound
 from replicate.model import DataInfo, Estimate, Model
-from replicate.papers.base import Paper
-from replicate.papers.minibatches import Minibatches
-from replicate.registry import load_task
 from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+from replicate.runs.paper import Paper
 from replicate.runs.seeds import Streams
 from replicate.tasks.base import Task
+from replicate.tasks.loading import load_task
 
 LOG_2PI = math.log(2 * math.pi)
 #: the notebooks' clamp of probabilities
@@ -120,7 +120,7 @@ def nats(values: Tensor, bound: bool = False) -> Estimate:
 
 def epochs(history: list[float]) -> Estimate:
     """How many epochs training took."""
-    return Estimate(len(history), 0.0, "exact", "epochs", 1)
+    return Estimate.exact(len(history), "epochs")
 
 
 def validation_plot(name: str, title: str, curves: Mapping[str, list[float]], levels: Mapping[str, float]) -> Plot:
@@ -471,8 +471,8 @@ def uniform_reference(context: Context) -> Outcome:
     error = float((values - exact).abs().max())
     return Outcome(
         {
-            "nll_uniform": Estimate(float(values.mean()), 0.0, "exact", "nats", len(values)),
-            "nll_uniform_error": Estimate(error, 0.0, "exact", "nats", len(values)),
+            "nll_uniform": Estimate.exact(values.mean(), "nats", len(values)),
+            "nll_uniform_error": Estimate.exact(error, "nats", len(values)),
         }
     )
 

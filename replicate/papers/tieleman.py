@@ -22,16 +22,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from replicate.experiments.batches import Minibatches
+from replicate.experiments.rbm import Machine, bits, doubled, hidden_log_weights
 from replicate.model import Estimate
-from replicate.papers.base import Paper
-from replicate.papers.carreira import Machine
-from replicate.papers.minibatches import Minibatches
-from replicate.papers.salakhutdinov import doubled, hidden_log_weights
-from replicate.registry import load_task
 from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+from replicate.runs.paper import Paper
 from replicate.runs.training import Stopwatch
-from replicate.tasks.images import FILES, mnist_static
+from replicate.tasks.images import FILES
 
 
 class Method(NamedTuple):
@@ -50,20 +48,6 @@ class Method(NamedTuple):
 METHODS = (Method("pcd", 1, True), Method("cd1", 1, False), Method("cd10", 10, False))
 #: shares of the training after which the machines are kept for the plot
 KEPT = (0.0625, 0.125, 0.25, 0.5, 1.0)
-
-
-class Data(NamedTuple):
-    """Bits: (n, D) each, float32."""
-
-    train: Tensor
-    valid: Tensor
-    test: Tensor
-
-
-def bits(name: str, device: torch.device) -> Data:
-    """The suite's `digits-binary`, or "mnist-static" from REPLICATE_DATA."""
-    task = mnist_static() if name == "mnist-static" else load_task(name)
-    return Data(*(part.to(device) for part in (task.train, task.valid, task.test)))
 
 
 def minibatches(rows: Tensor, size: int, generator: torch.Generator) -> Minibatches:
@@ -149,9 +133,9 @@ def equal_time(context: Context) -> Outcome:
             f"nll:{method.name}": curve[-1][0],
             f"train_nll:{method.name}": curve[-1][1],
             f"validation_nll:{method.name}": valid[best],
-            f"rate:{method.name}": Estimate(rates[best], 0.0, "exact", "learning rate", 1),
-            f"updates:{method.name}": Estimate(updates, 0.0, "exact", "updates", 1),
-            f"train_seconds:{method.name}": Estimate(seconds, 0.0, "exact", "seconds", 1),
+            f"rate:{method.name}": Estimate.exact(rates[best], "learning rate"),
+            f"updates:{method.name}": Estimate.exact(updates, "updates"),
+            f"train_seconds:{method.name}": Estimate.exact(seconds, "seconds"),
         }
     title = "PCD and CD at equal time, exact likelihood"
     plot = Plot("nll", title, "products of a batch with the weights", "test NLL in nats", tuple(lines), log_x=True)

@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 
 from baselines.nade import OrderAgnosticNADE, log_mean_density
+from replicate.experiments.image_rows import STATIC_BITS, splits, training, validation_plot
 from replicate.model import Estimate, LogLikelihood
-from replicate.papers.base import Paper
-from replicate.papers.rows import STATIC_BITS, splits, training, validation_plot
 from replicate.resume import State, resumable
 from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
+from replicate.runs.paper import Paper
 from replicate.runs.training import train
 from replicate.tasks.images import FILES, mnist_static
 

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from replicate.experiments.planar import networks
 from replicate.likelihood.quadrature import grid
 from replicate.model import Estimate
-from replicate.papers.base import Paper
-from replicate.papers.hyvarinen import networks
 from replicate.runs.experiment import Context, Experiment, Outcome
+from replicate.runs.paper import Paper
 from replicate.score_based.matching import denoising_score_matching, explicit_score_matching
 
 #: the grid reaches so many noise levels beyond the outermost point: exp(-9.5^2 / 2) < 1e-19
@@ -121,11 +121,11 @@ def check_equivalence(context: Context) -> Outcome:
     error = max(abs(c - expected) for c in constants)
     return Outcome(
         {
-            "gradient_error": Estimate(max(errors), 0.0, "exact", "ratio", count),
-            "constant_spread": Estimate(spread, 0.0, "exact", "squared score", count),
-            "constant_error": Estimate(error, 0.0, "exact", "squared score", count),
-            "constant": Estimate(constants[0], 0.0, "exact", "squared score", 1),
-            "objective_range": Estimate(max(objectives) - min(objectives), 0.0, "exact", "squared score", count),
+            "gradient_error": Estimate.exact(max(errors), "ratio", count),
+            "constant_spread": Estimate.exact(spread, "squared score", count),
+            "constant_error": Estimate.exact(error, "squared score", count),
+            "constant": Estimate.exact(constants[0], "squared score"),
+            "objective_range": Estimate.exact(max(objectives) - min(objectives), "squared score", count),
         }
     )
 

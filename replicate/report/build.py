@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from replicate.papers.claims import PaperClaims
-from replicate.papers.tables import MeasureTable
+from replicate.errors import ReportError
+from replicate.ledger.claims import PaperClaims
+from replicate.ledger.tables import MeasureTable
 from replicate.report import ledger as claims_ledger
 from replicate.report.drawing import Drawing, save, style
 from replicate.report.figures import all_figures
@@ -35,7 +36,6 @@ from replicate.report.pairs import paired_table
 from replicate.report.plots import experiment_drawings
 from replicate.report.records import (
     SUMMARY_COLUMNS,
-    ReportError,
     Run,
     Runs,
     load_runs,

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from replicate.model import kind_of_difference
 from replicate.report.labels import is_timing, metric_info, short, symbol, task_key
 from replicate.report.records import good_rows, interval
 
@@ -33,19 +34,10 @@ COMPARISON_COLUMNS = (
     "n_seeds",
     "verdict",
 )
-_NEGATED = {"exact": "exact", "estimate": "estimate", "lower_bound": "upper_bound", "upper_bound": "lower_bound"}
 #: differences below this share of the number are the rounding of another machine or library
 ROUNDING = 1e-6
 #: a number recomputed elsewhere may move by so many standard errors and seed-to-seed standard deviations
 SIGMAS = 4.0
-
-
-def kind_of_difference(a: str, b: str) -> str:
-    """The kind of a - b: known on one side only if neither number pulls the other way."""
-    parts = {a, _NEGATED.get(b, "estimate")} - {"exact"}
-    if not parts:
-        return "exact"
-    return parts.pop() if len(parts) == 1 else "estimate"
 
 
 def _verdict(metric: str, a: str, b: str, kind: str, low: float, high: float) -> str:

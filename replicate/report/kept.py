@@ -14,17 +14,10 @@ from typing import Any
 
 import pandas as pd
 
+from replicate.errors import ReportError
 from replicate.report.drawing import ENDINGS, Drawing
 from replicate.report.page import Shown
-from replicate.report.records import (
-    FAILED,
-    ReportError,
-    Run,
-    Runs,
-    read_measurements,
-    read_records,
-    record_problems,
-)
+from replicate.report.records import FAILED, Run, Runs, read_measurements, read_records, record_problems
 from replicate.validation import NAME, Problems, Rule, brief, check_table, check_value
 
 #: the texts of every figure, and the runs whose arrays or plots it shows

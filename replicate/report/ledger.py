@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from replicate.papers.claims import RELATIONS, SOURCES, Claim, PaperClaims, resolved
-from replicate.papers.tables import MeasureCell, MeasureTable
+from replicate.errors import ReportError
+from replicate.ledger.claims import RELATIONS, SOURCES, Claim, PaperClaims, resolved
+from replicate.ledger.tables import MeasureCell, MeasureTable
 from replicate.report.compare import kind_of_difference
 from replicate.report.labels import latex, markdown, symbol
-from replicate.report.records import ReportError, interval, mean
+from replicate.report.records import interval, mean
 from replicate.report.verdicts import VERDICTS, Asked, Judged, Measured, away, judge
 
 CLAIM_COLUMNS = (

@@ -19,8 +19,8 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
+from replicate.ledger.claims import SOURCES
 from replicate.model import FAMILIES
-from replicate.papers.claims import SOURCES
 from replicate.report.drawing import Drawing
 from replicate.report.labels import (
     FAMILY_COLOURS,

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from replicate.model import flipped
 from replicate.report.compare import kind_of_difference
 from replicate.report.labels import symbol, task_key
 from replicate.report.ledger import Plain
@@ -43,10 +44,6 @@ class Scored:
     seeds: int
 
 
-def _flipped(kind: str) -> str:
-    return {"lower_bound": "upper_bound", "upper_bound": "lower_bound"}.get(kind, kind)
-
-
 def scored(records: Iterable[Mapping[str, Any]]) -> dict[str, list[Scored]]:
     """By task, every model with its NLL of each test example, best first.
 
@@ -69,7 +66,7 @@ def scored(records: Iterable[Mapping[str, Any]]) -> dict[str, list[Scored]]:
         values = [-unpack_examples(p) for p in packed]
         folds = len({r["spec"]["data_sha256"] for r in runs}) > 1
         nll = np.concatenate(values) if folds else np.mean(values, axis=0)
-        kinds = {_flipped(str(p["kind"])) for p in packed}
+        kinds = {flipped(str(p["kind"])) for p in packed}
         kind = kinds.pop() if len(kinds) == 1 else "estimate"
         out.setdefault(task, []).append(Scored(name, str(runs[0]["spec"]["family"]), nll, kind, len(runs)))
     return {task: sorted(out[task], key=lambda s: (float(s.nll.mean()), s.name)) for task in sorted(out, key=task_key)}

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from replicate.errors import ReportError
 from replicate.model import FAMILIES
 from replicate.report.labels import FAMILY_LABELS, markdown, metric_info, task_key
 from replicate.report.ledger import read_claims_csv, summary_line
-from replicate.report.records import FAILED, ReportError, read_records, read_summary
+from replicate.report.records import FAILED, read_records, read_summary
 from replicate.report.tables import Cell, Number, flatters, task_dimension
 
 LEGEND = (

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from replicate.errors import RecordError, ReportError
 from replicate.metrics.intervals import t_interval
 from replicate.report.labels import family_key, metric_key, short, task_key
-from replicate.runs.record import RecordError, parse_failure, parse_record
+from replicate.runs.record import parse_failure, parse_record
 
 MEASUREMENT_COLUMNS = (
     "run_id",
@@ -59,10 +60,6 @@ LEVEL = 0.95
 MIN_SEEDS = 3
 #: splits that models learn from; their numbers are in measurements.csv and in no summary
 LEARNT_SPLITS = ("train", "valid")
-
-
-class ReportError(ValueError):
-    """The records cannot be reported on; the message says which file and what to do."""
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from statistics import stdev
 import pandas as pd
 from scipy import stats
 
+from replicate.errors import ReportError
 from replicate.metrics.intervals import t_interval
-from replicate.report.compare import kind_of_difference
-from replicate.report.records import FAILED, MIN_SEEDS, ReportError, good_rows, mean
+from replicate.model import kind_of_difference
+from replicate.report.records import FAILED, MIN_SEEDS, good_rows, mean
 
 VERDICTS = ("reproduced", "not reproduced", "inconclusive", "not comparable", "not run")
 #: the interval of two one-sided tests at 5 %
@@ -30,7 +31,7 @@ class Asked:
     """What of a claim decides its verdict; each field is a column of claims.csv.
 
     Attributes:
-        target, relation, tolerance, seed_sd: the band (`replicate.papers.claims.RELATIONS`).
+        target, relation, tolerance, seed_sd: the band (`replicate.ledger.claims.RELATIONS`).
         measure, minus, over: TASK/MODEL/METRIC; the value of a seed is measure, measure - minus or measure / over.
         deterministic: no randomness, so that one run is enough and its interval is a point.
         kind: number, ordering, identity or slope.

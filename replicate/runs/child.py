@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from replicate.resume import Stopped, stop_current
+from replicate.errors import Stopped
+from replicate.resume import stop_current
 from replicate.runs.execute import execute, failure, prepare_process, train_together
 from replicate.runs.limits import Limits
 from replicate.runs.orphan import die_when, die_with_parent

@@ -38,8 +38,7 @@ from queue import SimpleQueue
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from replicate.errors import UsageError
-from replicate.registry import forget_tasks
+from replicate.errors import ClusterLost, UsageError
 from replicate.runs.child import STDERR, STDERR_TAIL, STOPPED, job, make_ready
 from replicate.runs.execute import check_data, failure
 from replicate.runs.executor import Listener, Runs, outcome
@@ -48,6 +47,7 @@ from replicate.runs.provenance import LIBRARIES, source_sha256, source_version
 from replicate.runs.server import ONE_THREAD
 from replicate.runs.spec import AnySpec, ExperimentSpec, spec_from_dict
 from replicate.runs.store import read_record, write_atomic, write_json
+from replicate.tasks.loading import forget_tasks
 
 if TYPE_CHECKING:
     from distributed import Client, Future, Worker
@@ -65,10 +65,6 @@ RETURN = 10.0
 #: files of a run's folder that come back, in the order in which they are written: the record last
 FILES = (STDERR, "failure.json", "arrays.npz", "model.safetensors", "record.json")
 CHECKPOINT = re.compile(r"\d{8}\.checkpoint")
-
-
-class ClusterLost(OSError):
-    """The scheduler or its last worker went away in the middle of a sweep; what is finished is kept."""
 
 
 # -- what must be the same on both sides

@@ -69,7 +69,7 @@ def na(metric: str, reason: str) -> Measurement:
 
 def count(metric: str, value: float, unit: str) -> Measurement:
     """A number without sampling error."""
-    return Measurement(metric, Estimate(float(value), 0.0, "exact", unit, 1))
+    return Measurement(metric, Estimate.exact(value, unit))
 
 
 def timed(device: torch.device, f: Callable[[], Any]) -> tuple[Any, float]:

@@ -19,15 +19,16 @@ import safetensors.torch
 import torch
 from threadpoolctl import threadpool_limits
 
-from replicate.errors import UsageError
+from replicate.errors import NotANumber, UsageError
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.model import Estimate, LogLikelihood, Model
-from replicate.registry import data_sha256, experiment, load_task, model_entry
+from replicate.registry import model_entry
 from replicate.resume import Journal, State, Together
 from replicate.runs.checkpoint import Checkpoints
 from replicate.runs.evaluate import Evaluator, Measurement, na
 from replicate.runs.experiment import Context, pack_examples
 from replicate.runs.limits import DEFAULT, Limits
+from replicate.runs.paper import find_experiment
 from replicate.runs.provenance import device_name, peak_memory_mb, provenance, source_version, stamp
 from replicate.runs.record import check_record, seal
 from replicate.runs.seeds import Streams
@@ -35,13 +36,10 @@ from replicate.runs.spec import PRECISIONS, AnySpec, ExperimentSpec, RunSpec, ex
 from replicate.runs.store import write_arrays, write_atomic, write_json
 from replicate.runs.training import History, train
 from replicate.tasks.base import Task
+from replicate.tasks.loading import data_sha256, load_task
 
 #: parameters of glibc's mallopt(3)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-
-
-class NotANumber(RuntimeError):
-    """A measurement came out as nan or infinity."""
 
 
 def keep_freed_memory() -> None:
@@ -127,7 +125,7 @@ def execute(spec: AnySpec, folder: Path | None, device: torch.device, limits: Li
     with sitting.journal.active():
         found = _experiment(spec, sitting) if isinstance(spec, ExperimentSpec) else _model(spec, sitting)
         sitting.journal.finishing = True
-        memory = Measurement("peak_memory_mb", Estimate(peak_memory_mb(device), 0.0, "exact", "megabytes", 1))
+        memory = Measurement("peak_memory_mb", Estimate.exact(peak_memory_mb(device), "megabytes"))
         record = seal(
             check_record(
                 {
@@ -163,7 +161,7 @@ def check_data(spec: AnySpec) -> None:
         UsageError: the sha256 of the data on this machine is another.
     """
     if isinstance(spec, ExperimentSpec):
-        here = experiment_spec(spec.model, experiment(spec.model, spec.task), spec.seed, spec.profile, spec.device)
+        here = experiment_spec(spec.model, find_experiment(spec.model, spec.task), spec.seed, spec.profile, spec.device)
         digest = here.data_sha256
     else:
         digest = data_sha256(spec.task, spec.seed)
@@ -190,7 +188,7 @@ def train_together(runs: Sequence[tuple[AnySpec, Path]], device: torch.device, l
     for spec, _ in runs:
         check_data(spec)
     first = runs[0][0]
-    train_seeds = experiment(first.model, first.task).together
+    train_seeds = find_experiment(first.model, first.task).together
     assert train_seeds is not None
     sittings = [Sitting(spec, folder, device, limits, len(runs)) for spec, folder in runs]
     journals = [sitting.journal for sitting in sittings]
@@ -274,7 +272,7 @@ def _by_task(examples: Mapping[str, LogLikelihood], classifiers: Mapping[str, st
 
 
 def _seconds(metric: str, seconds: float) -> Measurement:
-    return Measurement(metric, Estimate(seconds, 0.0, "exact", "seconds", 1))
+    return Measurement(metric, Estimate.exact(seconds, "seconds"))
 
 
 def _model(spec: RunSpec, sitting: Sitting) -> _Found:
@@ -304,9 +302,9 @@ def _model(spec: RunSpec, sitting: Sitting) -> _Found:
 
 
 def _experiment(spec: ExperimentSpec, sitting: Sitting) -> _Found:
-    what = experiment(spec.model, spec.task)
+    what = find_experiment(spec.model, spec.task)
     begin = time.perf_counter()
-    outcome = what.run(_context(spec, sitting.device))
+    outcome = what.measure(_context(spec, sitting.device))
     seconds = time.perf_counter() - begin + sitting.seconds_before()
     measurements = [Measurement(name, e) for name, e in outcome.estimates.items()]
     measurements += [na(name, reason) for name, reason in outcome.missing.items()]

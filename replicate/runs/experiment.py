@@ -1,17 +1,25 @@
-"""An experiment: a run that is no model of the comparison, asked for by a paper's claims.
+"""Declare an experiment of a paper: a function that measures what the paper's claims state.
 
-It goes the same way as every other run: one spec, one process, one record, rows in measurements.csv. There a
-measurement stands under the paper's key as its model and the experiment's name as its task; variants within one
-experiment (another sampler, another loss) are told apart by a suffix, as in "minority_weight:annealed". A metric
-whose name begins with "time_" differs from run to run and is left out where runs are compared bit for bit.
+    @experiment("ncsn-passage", family="score", seeds=1, precision="float64")
+    def passage(run: Run, *, eps: float = 0.1) -> None:
+        'Mean passage time between the two modes, by quadrature.'
+        run.measure("log10_passage_steps", Estimate.exact(steps, "decades of steps"))
+
+An experiment runs as every model does: one spec, one process, one record, rows in measurements.csv. There the paper's
+key is its model and the experiment's name is its task. Variants within one experiment (another sampler, another loss)
+differ by a suffix of the metric, as in "minority_weight:annealed". A metric whose name begins with "time_" differs from
+run to run and is left out where runs are compared bit for bit.
 """
 
 from __future__ import annotations
 
 import base64
+import inspect
 import math
+import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -150,20 +158,95 @@ def unpack_examples(data: Mapping[str, Any]) -> np.ndarray:
     return found
 
 
-@dataclass(frozen=True)
-class Context:
-    """What an experiment's function is given.
+class Run:
+    """One run of an experiment: its settings and generators going in, what it measures coming out.
 
-    Attributes:
-        params: its settings, as in the spec.
-        streams: named generators of this seed: streams.fresh("noise"), `with streams.initialisation():` round the
-            construction of networks. Nothing else may be random.
+    Args:
+        settings: as in the spec.
+        streams: named generators of this seed; nothing else may be random.
         device: where to compute.
     """
 
-    params: Mapping[str, Any]
-    streams: Streams
-    device: torch.device
+    def __init__(self, settings: Mapping[str, Any], streams: Streams, device: torch.device) -> None:
+        self.settings, self.streams, self.device = settings, streams, device
+        self.estimates: dict[str, Estimate] = {}
+        self.plots: list[Plot] = []
+        self.missing: dict[str, str] = {}
+        self.examples: dict[str, LogLikelihood] = {}
+        self.classifiers: dict[str, str] = {}
+
+    def stream(self, name: str) -> torch.Generator:
+        """Return a new generator at the beginning of the named stream."""
+        return self.streams.fresh(name)
+
+    def initialisation(self) -> AbstractContextManager[None]:
+        """Inside, networks draw their first weights from this run's "init" stream."""
+        return self.streams.initialisation()
+
+    def measure(self, metric: str, estimate: Estimate) -> None:
+        """Record a number; variants of one metric are "metric:variant"."""
+        self.estimates[metric] = estimate
+
+    def measure_all(self, estimates: Mapping[str, Estimate], variant: str = "") -> None:
+        """Record several numbers, each metric's name followed by ":variant" where there is one."""
+        suffix = f":{variant}" if variant else ""
+        self.estimates.update({f"{metric}{suffix}": e for metric, e in estimates.items()})
+
+    def omit(self, metric: str, reason: str) -> None:
+        """Record why a metric could not be measured."""
+        self.missing[metric] = reason
+
+    def keep_examples(self, task: str, log_p: LogLikelihood) -> None:
+        """Keep log p of every test example of a task, in the task's order; the report pairs models by them."""
+        self.examples[task] = log_p
+
+    def plot(self, plot: Plot) -> None:
+        """Draw a plot in the report."""
+        self.plots.append(plot)
+
+    def curves(
+        self,
+        name: str,
+        title: str,
+        axes: tuple[str, str],
+        curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+        *,
+        log: str = "",
+        levels: Mapping[str, float] | None = None,
+    ) -> None:
+        """Draw curves (x, y) by label in one panel.
+
+        Args:
+            name: letters, digits and dashes; unique within the experiment.
+            title: in words.
+            axes: what x and y are, with units.
+            curves: coordinates of each line.
+            log: the logarithmic axes: "", "x", "y" or "xy".
+            levels: horizontal lines by label, such as a printed value.
+        """
+        lines = tuple(Line(label, x, y) for label, (x, y) in curves.items())
+        self.plot(Plot(name, title, *axes, lines, log_x="x" in log, log_y="y" in log, levels=levels or {}))
+
+    def scatter(
+        self, name: str, title: str, clouds: Mapping[str, Tensor], axes: tuple[str, str] = ("x1", "x2")
+    ) -> None:
+        """Draw clouds of points (n, 2) by label, each in a panel of its own."""
+        xy = {label: cloud.detach().cpu() for label, cloud in clouds.items()}
+        lines = tuple(Line(label, c[:, 0].tolist(), c[:, 1].tolist()) for label, c in xy.items())
+        self.plot(Plot(name, title, *axes, lines, style="points"))
+
+    def outcome(self) -> Outcome:
+        """Return what was measured so far."""
+        return Outcome(self.estimates, tuple(self.plots), self.missing, self.examples, self.classifiers)
+
+    # names of the former interface, until every paper has moved
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """The settings."""
+        return self.settings
+
+
+Context = Run
 
 
 @dataclass(frozen=True)
@@ -174,27 +257,25 @@ class Experiment:
         name: letters, digits and dashes; unique in the suite. The `task` of its measurements.
         about: one line.
         family: whose subject it is.
-        run: from the context to what was found; a function of the context alone.
+        run: measures on a `Run` under its settings; a function of both alone.
         params: scalar settings of the standard profile, at the paper's values where that is affordable.
         seeds: how many; 1 for a computation without randomness.
         tasks: names of the suite's tasks whose data it reads; their sha256 enters the run's hash.
         overrides: settings by profile.
         profiles: the profiles that run it; full does not repeat what standard settles.
         precision: "float32" or "float64", for the record; the function itself must keep to it.
-        files: paths below REPLICATE_DATA that it reads, each as it is or packed (.gz, .xz); where
-            one is absent it is not run, and their sha256 enters the run's hash.
-        optional_files: paths below REPLICATE_DATA without which it measures less; where one is there, its sha256 enters
-            the run's hash too.
-        cuda_minutes: about how many minutes a seed takes on one CUDA device of the H200 class; without such a device it
-            is not run. 0 for what a CPU does as well.
-        together: trains several seeds in common steps, and no more: what `run` does with a seed alone up to its first
-            loop's end, which is `resumable_together` here. To rounding it leaves what each alone would.
+        files: paths below REPLICATE_DATA that it reads, each as it is or packed (.gz, .xz). Where one is absent the
+            experiment is not run; their sha256 enters the run's hash.
+        optional_files: paths below REPLICATE_DATA without which it measures less; the sha256 of those that are there
+            enters the run's hash too.
+        cuda_minutes: minutes per seed on one CUDA device of the H200 class; without such a device the experiment is not
+            run. 0 where a CPU is enough.
     """
 
     name: str
     about: str
     family: Family
-    run: Callable[[Context], Outcome]
+    run: Callable[..., Outcome | None]
     params: Mapping[str, Any] = field(default_factory=dict)
     seeds: int = 5
     tasks: tuple[str, ...] = ()
@@ -208,17 +289,99 @@ class Experiment:
 
     @property
     def needs(self) -> str:
-        """What must be there for it to run, in words; "" where every machine has it."""
+        """What it needs beyond what every machine has, in words, or ""."""
         device = f"a CUDA device (about {self.cuda_minutes * self.seeds:.0f} minutes)" if self.cuda_minutes else ""
         data = f"{self.files[0]} in REPLICATE_DATA" if self.files else ""
         return " and ".join(filter(None, (device, data)))
 
     def absent(self, device: str = "cpu") -> str:
-        """Why this machine cannot run it on such a device: no CUDA, or a file that is not there; "" where it can."""
+        """Return why this machine cannot run it on such a device (no CUDA, or a missing file), or ""."""
         if self.cuda_minutes and device != "cuda":
             return f"it needs a CUDA device (about {self.cuda_minutes * self.seeds:.0f} minutes)"
         return absent(self.files)
 
     def settings(self, profile: str) -> dict[str, Any]:
-        """The settings of a profile."""
+        """Return the settings of a profile."""
         return {**self.params, **self.overrides.get(profile, {})}
+
+    def measure(self, run: Run) -> Outcome:
+        """Measure on a run, under its settings."""
+        settings = _settings_class(self.run)
+        if settings is not None:
+            found = self.run(run, settings(**run.settings))
+        elif keywords := _keywords(self.run):
+            found = self.run(run, **{keywords[name].name: value for name, value in run.settings.items()})
+        else:
+            found = self.run(run)
+        return found if isinstance(found, Outcome) else run.outcome()
+
+
+def _settings_class(function: Callable[..., Any]) -> type | None:
+    """Return the dataclass that the function's second parameter is annotated with, or None where there is none."""
+    parameters = list(inspect.signature(function).parameters.values())
+    if len(parameters) < 2 or parameters[1].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        return None
+    kind = typing.get_type_hints(inspect.unwrap(function)).get(parameters[1].name)
+    return kind if isinstance(kind, type) and is_dataclass(kind) else None
+
+
+def _keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return the keyword-only parameters of a function by setting: `from_` is the setting "from"."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name.rstrip("_"): p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def _declared(function: Callable[..., Any], given: Mapping[str, Any] | Any) -> dict[str, Any]:
+    """Return the settings that a function declares, with those given in place of its defaults.
+
+    Raises:
+        TypeError: a setting is unknown, or has neither a default nor a value.
+    """
+    settings = _settings_class(function)
+    if settings is not None:
+        chosen: Any = given if isinstance(given, settings) else settings(**given)
+        return asdict(chosen)
+    known = _keywords(function)
+    if unknown := sorted(set(given) - set(known)):
+        raise TypeError(f"{function.__qualname__} has no setting {', '.join(unknown)}")
+    chosen = {**{name: parameter.default for name, parameter in known.items()}, **given}
+    if missing := [name for name, value in chosen.items() if value is inspect.Parameter.empty]:
+        raise TypeError(f"{function.__qualname__} needs a value for {', '.join(missing)}")
+    return chosen
+
+
+def experiment(
+    name: str,
+    *,
+    family: Family,
+    about: str = "",
+    settings: Any = None,
+    smoke: Mapping[str, Any] | None = None,
+    **declared: Any,
+) -> Callable[[Callable[..., Outcome | None]], Experiment]:
+    """Declare an experiment: a decorator of the function that measures, or a call where several share a function.
+
+    The function takes a `Run`, then its settings: keyword-only arguments with defaults, or one dataclass. They are the
+    settings of the spec, so they enter the run's hash.
+
+    Args:
+        name: of the experiment.
+        family: whose subject it is.
+        about: one line; by default the first line of the function's docstring.
+        settings: values in place of the function's defaults: a mapping, or the settings dataclass.
+        smoke: settings of the smoke profile that differ.
+        declared: other fields of `Experiment`: seeds, tasks, profiles, precision, files, optional_files, cuda_minutes.
+
+    Raises:
+        TypeError: a setting is unknown, or has neither a default nor a value.
+    """
+
+    def declare(function: Callable[..., Outcome | None]) -> Experiment:
+        line = about or (inspect.getdoc(function) or "").partition("\n")[0].rstrip(".")
+        params = _declared(function, {} if settings is None else settings)
+        if unknown := sorted(set(smoke or {}) - set(params)):
+            raise TypeError(f"{function.__qualname__} has no setting {', '.join(unknown)}")
+        overrides = {"smoke": dict(smoke)} if smoke else {}
+        return Experiment(name, line, family, function, params, overrides=overrides, **declared)
+
+    return declare

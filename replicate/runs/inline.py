@@ -9,15 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from replicate.resume import Stopped, stop_current
+from replicate.errors import Stopped, TimeLimit
+from replicate.resume import stop_current
 from replicate.runs.child import STOPPED, attempt, make_ready
 from replicate.runs.executor import Listener, Runs, outcome
 from replicate.runs.limits import DEFAULT, Limits
 from replicate.runs.spec import AnySpec
-
-
-class TimeLimit(RuntimeError):
-    """The run took longer than it may."""
 
 
 class Inline:

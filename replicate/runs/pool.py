@@ -19,11 +19,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import cast
 
-from replicate.registry import experiment
 from replicate.runs import server
 from replicate.runs.child import job, make_ready, worker
 from replicate.runs.executor import Listener, Runs, outcome
 from replicate.runs.limits import DEFAULT, Limits
+from replicate.runs.paper import find_experiment
 from replicate.runs.spec import AnySpec, ExperimentSpec
 
 
@@ -52,7 +52,7 @@ def groups(specs: Iterable[AnySpec], together: bool) -> list[list[AnySpec]]:
     """
     found: dict[str, list[AnySpec]] = {}
     for spec in specs:
-        joins = together and isinstance(spec, ExperimentSpec) and experiment(spec.model, spec.task).together
+        joins = together and isinstance(spec, ExperimentSpec) and find_experiment(spec.model, spec.task).together
         key = replace(spec, seed=0).run_id() if joins else spec.run_id()
         found.setdefault(key, []).append(spec)
     return list(found.values())

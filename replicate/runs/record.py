@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from types import NoneType
 from typing import Any
 
+from replicate.errors import RecordError
 from replicate.model import KINDS, Estimate
 from replicate.runs.experiment import MAX_PIXELS, MAX_POINTS, Plot, unpack_examples
 from replicate.runs.spec import canonical, check_spec, spec_hash
@@ -31,11 +32,6 @@ from replicate.validation import (
     harmless,
     rules_of,
 )
-
-
-class RecordError(ValueError):
-    """What was read is no record; the message has every reason, one a line."""
-
 
 SEAL = "sha256"
 _TABLE = Rule(Mapping)

@@ -11,11 +11,13 @@ from typing import Any, TypeVar
 import torch
 
 from replicate.data.files import sha256
-from replicate.model import FAMILIES, ModelEntry, Training
-from replicate.registry import TRAINING_FIELDS, UsageError, data_sha256, load_task, model_entry, unknown, unsupported
+from replicate.errors import UsageError
+from replicate.model import FAMILIES, TRAINING_FIELDS, ModelEntry, Training
+from replicate.registry import model_entry, unknown
 from replicate.runs.effort import EVALUATION, Evaluation
 from replicate.runs.experiment import Experiment
 from replicate.tasks.base import Task
+from replicate.tasks.loading import data_sha256, load_task, unsupported
 from replicate.validation import (
     CELL,
     COUNT,

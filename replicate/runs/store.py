@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from replicate.registry import UsageError
-from replicate.runs.record import RecordError, parse_record
+from replicate.errors import RecordError, UsageError
+from replicate.runs.record import parse_record
 
 
 def default_runs_folder() -> Path:

@@ -11,13 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from replicate.errors import TrainingError
 from replicate.model import Model, Training
-from replicate.resume import State, resumable
+from replicate.resume import State, abandon_loop, resumable
 from replicate.runs.seeds import Streams
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: the loss is not a number."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +177,7 @@ def train(
         if (step + 1) % log_every == 0 or last:
             value = float(state["running"]) / state["counted"]
             if not math.isfinite(value):
+                abandon_loop()
                 raise TrainingError(f"the training loss is {value} at step {step + 1}; lower lr or set grad_clip")
             state["train"].append((step + 1, value))
             state["running"].zero_()

@@ -5,18 +5,20 @@ import os
 
 import torch
 
-from replicate import registry
+from replicate.registry import models
 from replicate.runs.evaluate import digit_features
 from replicate.runs.execute import prepare_process
+from replicate.runs.paper import papers
 from replicate.runs.provenance import driver_version, provenance
 from replicate.runs.server import CLASSIFY
+from replicate.tasks.loading import load_task, tasks
 
-registry.models()
-registry.tasks()
-registry.papers()
+models()
+tasks()
+papers()
 provenance(prepare_process("cpu"))  # switching deterministic kernels on imports a second's worth of torch
 driver_version()
 if not torch.cuda.is_available():  # with a GPU, autograd starts threads that a child would not have
     for task in filter(None, os.environ.get(CLASSIFY, "").split(",")):
-        digit_features(registry.load_task(task))
+        digit_features(load_task(task))
 gc.freeze()  # no child, nor the end of this process, need look through what was imported

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from replicate.score_based.sde import SDE
+    from replicate.sde import SDE
 
 RHO = 7.0
 

@@ -26,7 +26,7 @@ from replicate.sampling.grid import time_grid
 from replicate.sampling.langevin import Chain, Recorder, langevin_step, standard_normal_like
 
 if TYPE_CHECKING:
-    from replicate.score_based.sde import SDE
+    from replicate.sde import SDE
 
 ScoreAt = Callable[[Tensor, Tensor], Tensor]
 

@@ -18,7 +18,7 @@ from replicate.sampling.langevin import Chain, Recorder
 from replicate.sampling.predictor_corrector import ScoreAt, tweedie
 
 if TYPE_CHECKING:
-    from replicate.score_based.sde import SDE
+    from replicate.sde import SDE
 
 
 @torch.no_grad()

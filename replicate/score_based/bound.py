@@ -10,7 +10,7 @@ from torch import Tensor
 
 from replicate.model import LogLikelihood
 from replicate.score_based.diffusion import level_range
-from replicate.score_based.sde import SDE
+from replicate.sde import SDE
 
 
 class NoisePredictor(Protocol):

@@ -24,7 +24,7 @@ from replicate.model import DataInfo, Model, Sampler
 from replicate.sampling.predictor_corrector import predictor_corrector
 from replicate.sampling.probability_flow import probability_flow
 from replicate.score_based.networks import NoiseNet
-from replicate.score_based.sde import SDE, VE, VP, SubVP
+from replicate.sde import SDE, VE, VP, SubVP
 
 #: the corrector's signal-to-noise ratio, the paper's for CIFAR-10 (2011.13456, appendix G)
 CORRECTOR_SNR = 0.16

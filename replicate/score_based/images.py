@@ -33,8 +33,8 @@ from replicate.sampling.langevin import Chain, langevin_step, standard_normal_li
 from replicate.score_based.diffusion import DiffusionModel, LevelProposal, Weighting, level_range
 from replicate.score_based.ncsn import NCSN
 from replicate.score_based.networks import NoiseNet
-from replicate.score_based.sde import SDE, VE, VP, SubVP
 from replicate.score_based.unet import NoiseUNet
+from replicate.sde import SDE, VE, VP, SubVP
 
 ScoreAt = Callable[[Tensor, Tensor], Tensor]
 

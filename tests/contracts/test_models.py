@@ -15,12 +15,13 @@ import torch
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.likelihood.quadrature import grid
 from replicate.model import CAPABILITIES, FAMILIES, DataInfo, Model
-from replicate.registry import load_task, models, unsupported
+from replicate.registry import models
 from replicate.runs.execute import build_model
 from replicate.runs.seeds import Streams
 from replicate.runs.spec import make_spec
 from replicate.runs.training import train
 from replicate.tasks.base import Task
+from replicate.tasks.loading import load_task, unsupported
 
 PLANE = "two-moons"
 STEPS = 60

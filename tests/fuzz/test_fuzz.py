@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from fuzz.cases import JSON_TOKENS, TEXTS, as_json, damaged, damaged_bytes, fuzz, nested, odd, value_or
 from fuzz.examples import RECORDS, SPECS, TEXT_OF_RECORDS
 from replicate.data.files import parse_idx
-from replicate.errors import UsageError
-from replicate.papers.claims import ClaimError, PaperClaims, read_claims
-from replicate.registry import TRAINING_FIELDS
-from replicate.runs.record import RecordError, check_record, parse_failure, parse_record, seal
+from replicate.errors import ClaimError, RecordError, UsageError
+from replicate.ledger.claims import PaperClaims, read_claims
+from replicate.model import TRAINING_FIELDS
+from replicate.runs.record import check_record, parse_failure, parse_record, seal
 from replicate.runs.spec import make_spec, spec_from_dict, spec_hash
 from replicate.validation import parse_settings
 

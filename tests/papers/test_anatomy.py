@@ -10,6 +10,8 @@ import torch
 from scipy.stats import multivariate_normal
 from torch import Tensor
 
+from replicate.experiments import planar
+from replicate.ledger.claims import claims_of
 from replicate.papers import anatomy
 from replicate.papers.anatomy import FoldedEnergy, Method
 from replicate.runs.experiment import Context
@@ -80,14 +82,14 @@ def test_an_update_is_a_gradient_step_on_the_difference_of_mean_energies() -> No
 
 def test_the_divergence_is_the_closed_form_of_two_gaussians() -> None:
     density = anatomy.GaussianMixture(torch.zeros(1, 2), 0.25 * torch.eye(2, dtype=torch.float64), torch.ones(1))
-    found = anatomy.model_kl(density, gaussian(0.4), 200, "cpu")
+    found = planar.model_kl(density, gaussian(0.4), 200, "cpu")
     assert found.value == pytest.approx(0.25 / 0.4 - 1 - math.log(0.25 / 0.4), abs=1e-6)
-    scaled = anatomy.model_kl(density, lambda x: gaussian(0.4)(x) + 7.0, 200, "cpu")
+    scaled = planar.model_kl(density, lambda x: gaussian(0.4)(x) + 7.0, 200, "cpu")
     assert scaled.value == pytest.approx(found.value, abs=1e-5)
 
 
 def test_the_steady_state_has_the_moments_of_its_energy() -> None:
-    x = anatomy.steady_state(gaussian(0.3), 40_000, 200, generator(6))
+    x = planar.steady_state(gaussian(0.3), 40_000, 200, generator(6))
     np.testing.assert_allclose(np.cov(x.T.numpy()), 0.3 * np.eye(2), atol=0.01)
     assert float(x.mean(0).abs().max()) < 0.01
 
@@ -114,12 +116,12 @@ def test_the_experiment_at_tiny_settings() -> None:
     tiny = {"convergent_updates": 4, "nonconvergent_updates": 4, "samples": 80, "long_run": 16, "grid": 60}
     params = {**anatomy.LEARNING.settings("smoke"), **tiny}
     streams = Streams("anatomy-learning", "anatomy", 0)
-    outcome = anatomy.LEARNING.run(Context(params, streams, torch.device("cpu")))
-    again = anatomy.LEARNING.run(Context(params, Streams("anatomy-learning", "anatomy", 0), torch.device("cpu")))
+    outcome = anatomy.LEARNING.measure(Context(params, streams, torch.device("cpu")))
+    again = anatomy.LEARNING.measure(Context(params, Streams("anatomy-learning", "anatomy", 0), torch.device("cpu")))
     values = {name: estimate.value for name, estimate in outcome.estimates.items()}
     assert all(math.isfinite(v) for v in values.values())
     assert values == {name: estimate.value for name, estimate in again.estimates.items()}
-    claims = anatomy.PAPER.claims().claims
+    claims = claims_of(anatomy.PAPER).claims
     assert {m for c in claims for m in (c.measure, c.minus, c.over) if m} <= set(values)
     drawn = {plot.name for plot in outcome.plots}
     assert all(set(c.plots) <= drawn for c in claims)

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from baselines.ebm import RBM
+from replicate.experiments.rbm import Machine, flat
+from replicate.ledger.claims import claims_of
 from replicate.likelihood.enumeration import rbm_log_z
 from replicate.papers import carreira
-from replicate.papers.carreira import PAPER, Enumerated, Machine, ascend, biases, flat, monte_carlo_deviation, patches
-from replicate.registry import load_task
+from replicate.papers.carreira import PAPER, Enumerated, ascend, biases, monte_carlo_deviation, patches
 from replicate.runs.experiment import Context, Experiment
 from replicate.runs.seeds import Streams
+from replicate.tasks.loading import load_task
 
 DIM, HIDDEN = 4, 3
 STATES = Enumerated(DIM, HIDDEN)
@@ -157,20 +159,20 @@ class TestLearning:
 
 
 def test_gradient_bias_small() -> None:
-    outcome = carreira.GRADIENT_BIAS.run(context(carreira.GRADIENT_BIAS))
+    outcome = carreira.GRADIENT_BIAS.measure(context(carreira.GRADIENT_BIAS))
     assert {"relative_bias:1", "relative_bias:25", "cosine:1", "bias_slope"} <= set(outcome.estimates)
     assert [plot.name for plot in outcome.plots] == ["bias", "cosine"]
     assert all(len(line.y) == 25 for line in outcome.plots[0].lines)
 
 
 def test_fixed_points_small() -> None:
-    outcome = carreira.FIXED_POINTS.run(context(carreira.FIXED_POINTS, steps=40))
+    outcome = carreira.FIXED_POINTS.measure(context(carreira.FIXED_POINTS, steps=40))
     assert {"excess_kl:cd1", "excess_kl:cd10", "excess_fraction:cd1"} <= set(outcome.estimates)
     assert outcome.estimates["kl:cd1"].value < outcome.estimates["kl:start"].value
 
 
 def test_claims_read_and_measure_what_the_experiments_give() -> None:
-    claims = PAPER.claims().claims
-    found = {e.name: set(e.run(context(e, steps=20)).estimates) for e in PAPER.experiments}
+    claims = claims_of(PAPER).claims
+    found = {e.name: set(e.measure(context(e, steps=20)).estimates) for e in PAPER.experiments}
     for claim in claims:
         assert {m for m in (claim.measure, claim.over, claim.minus) if m} <= found[claim.experiment]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import integrate
 
+from replicate.ledger.claims import claims_of
 from replicate.papers.efron import COMPONENTS, HALF_WIDTH, PAPER, PRIORS, RATE, TWEEDIE, derivatives, posterior_moments
 from replicate.runs.experiment import Context
 from replicate.runs.seeds import Streams
@@ -63,20 +64,20 @@ def context(**changes: float) -> Context:
 
 def test_the_experiment_holds_and_repeats() -> None:
     small = {"observations": 20, "panels": 100}
-    outcome = TWEEDIE.run(context(**small))
+    outcome = TWEEDIE.measure(context(**small))
     assert outcome.estimates["mean_error"].value < 1e-9
     assert outcome.estimates["variance_error"].value < 1e-8
-    assert outcome.estimates == TWEEDIE.run(context(**small)).estimates
+    assert outcome.estimates == TWEEDIE.measure(context(**small)).estimates
     assert outcome.plots[0].as_dict()["lines"]
 
 
 def test_a_wrong_power_of_sigma_is_caught(monkeypatch) -> None:
     monkeypatch.setattr("replicate.papers.efron.tweedie", lambda y, score, sigma: y + sigma * score)
-    assert TWEEDIE.run(context(observations=20)).estimates["mean_error"].value > 0.1
+    assert TWEEDIE.measure(context(observations=20)).estimates["mean_error"].value > 0.1
 
 
 def test_claims_read() -> None:
-    claims = PAPER.claims().claims
-    measured = TWEEDIE.run(context(observations=20)).estimates
+    claims = claims_of(PAPER).claims
+    measured = TWEEDIE.measure(context(observations=20)).estimates
     assert {c.measure for c in claims} <= set(measured)
     assert all(measured[c.measure].unit == c.unit for c in claims)

@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from test_resume_papers import Sitting, found
+from helpers.sessions import Sitting, found
 from torch import Tensor
 
 from baselines.image_flow import GLOW, IMAGE_SPLINE_FLOW
 from baselines.maf import MAF, build_maf
+from replicate.experiments import image_flows
+from replicate.experiments import image_rows as rows
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.model import DataInfo, LogLikelihood
-from replicate.papers import realnvp, rows
-from replicate.papers.base import Paper
+from replicate.papers import realnvp
 from replicate.runs.experiment import MAX_PIXELS, Context, Experiment, Outcome
+from replicate.runs.paper import Paper
 from replicate.runs.seeds import Streams
 from replicate.tasks import images
 from replicate.tasks.base import Task
@@ -79,7 +81,7 @@ def test_a_row_is_measured_as_its_claims_name_it_and_killed_twice_ends_with_the_
     paper: Paper, experiment: Experiment
 ) -> None:
     def run() -> Outcome:
-        return experiment.run(context(experiment))
+        return experiment.measure(context(experiment))
 
     undisturbed = Sitting()
     want = undisturbed.outcome(run)
@@ -143,7 +145,7 @@ def untrained(transform: str, entry: Any = GLOW, levels: int = 2) -> tuple[Prepr
         torch.manual_seed(0)
         small = {"depth": 1, "hidden": 4, "dropout": 0.0} if entry is not MAF else {"hidden": 8}
         inner = entry.build(task.info, **small)
-        model = realnvp.preprocessed(inner, task.info, transform, 1e-3)
+        model = image_flows.preprocessed(inner, task.info, transform, 1e-3)
         model.initialise(task.train, generator())
         for p in inner.parameters():
             p.data += 0.1 * torch.randn(p.shape)
@@ -153,7 +155,7 @@ def untrained(transform: str, entry: Any = GLOW, levels: int = 2) -> tuple[Prepr
 
 def many_draws(model: Preprocessed, x: Tensor, draws: int) -> Tensor:
     """As `by_draw`, 500 draws of an image at a time."""
-    return realnvp.by_draw(model, x.repeat_interleave(500, 0), draws // 500, generator(1)).view(len(x), draws)
+    return image_flows.by_draw(model, x.repeat_interleave(500, 0), draws // 500, generator(1)).view(len(x), draws)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -169,7 +171,7 @@ def test_probabilities_of_all_images_sum_to_one(transform: str, entry: Any) -> N
 
 def test_the_mean_over_draws_is_below_the_log_of_the_mean_density_and_both_below_log_p() -> None:
     model, every = untrained("logit", levels=3)
-    plain, tight = realnvp.bounds(realnvp.by_draw(model, every, 50, generator(2)))
+    plain, tight = image_flows.bounds(image_flows.by_draw(model, every, 50, generator(2)))
     truth = many_draws(model, every, 2000).logsumexp(1) - math.log(2000)
     assert (plain.values <= tight.values).all()
     assert float((truth - tight.values).mean()) > 0
@@ -179,7 +181,7 @@ def test_the_mean_over_draws_is_below_the_log_of_the_mean_density_and_both_below
 
 def test_pooled_logits_have_one_mean_and_one_deviation_and_keep_the_volume() -> None:
     x = images_of(4, (4, 4), (300, 1, 1)).train
-    transform = realnvp.PooledLogit(16, 4, alpha=0.05)
+    transform = image_flows.PooledLogit(16, 4, alpha=0.05)
     transform.fit(x, generator())
     z, _ = transform(x, generator())
     assert float(z.mean()) == pytest.approx(0, abs=1e-5)
@@ -194,13 +196,13 @@ def test_noise_drawn_once_stays_and_noise_drawn_afresh_does_not() -> None:
     experiment = EXPERIMENTS[0][1]
     for once in (True, False):
         what = context(experiment, noise_once=once)
-        task, seen = realnvp.TASKS["mnist"](), list[Tensor]()
+        task, seen = image_flows.TASKS["mnist"](), list[Tensor]()
         with what.streams.initialisation():
             inner = build_maf(task.info, blocks=1, hidden=4)
-        model = realnvp.preprocessed(inner, task.info, "logit", 1e-6)
+        model = image_flows.preprocessed(inner, task.info, "logit", 1e-6)
         inner.layers[0].register_forward_hook(lambda m, args, out, seen=seen: seen.append(args[0]))
         p = {**what.params, "steps": 9, "validate_every": 0}
-        realnvp.fitted(model, task.train, task.valid, p, what.streams)
+        image_flows.fitted(model, task.train, task.valid, p, what.streams)
         rows = torch.cat(seen[1:])  # the first is what the actnorm was initialised from
         assert len(rows) == 90  # three passes over 30 images
         assert len(rows.unique(dim=0)) == (30 if once else 90)
@@ -209,9 +211,9 @@ def test_noise_drawn_once_stays_and_noise_drawn_afresh_does_not() -> None:
 @pytest.mark.usefixtures("small_images")
 def test_rows_limits_every_part_and_the_seed_decides() -> None:
     experiment = EXPERIMENTS[0][1]
-    seven = experiment.run(context(experiment, rows=7, batch_size=7))
+    seven = experiment.measure(context(experiment, rows=7, batch_size=7))
     assert seven.estimates["nll"].n == 7
-    again, other = (experiment.run(context(experiment, seed, rows=7, batch_size=7)) for seed in (0, 1))
+    again, other = (experiment.measure(context(experiment, seed, rows=7, batch_size=7)) for seed in (0, 1))
     assert found(again) == found(seven) != found(other)
 
 

@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 
+from replicate.experiments import planar
+from replicate.ledger.claims import claims_of
 from replicate.model import Estimate
 from replicate.papers import geyer
 from replicate.papers.geyer import EIGHT, PAPER, TWO
@@ -38,7 +40,7 @@ def test_a_noised_density_is_the_convolution() -> None:
     kernel = (-0.5 * (z / 0.7).square().sum(1)).exp() / (2 * math.pi * 0.49)
     for at in x:
         expected = float((density.log_prob(at - z).exp() * kernel).sum() * 0.01)
-        assert float(geyer.noised(density, 0.7).log_prob(at[None]).exp()) == pytest.approx(expected, rel=1e-9)
+        assert float(planar.noised(density, 0.7).log_prob(at[None]).exp()) == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_evaluations_to_mix_are_the_first_below_and_a_bound_where_there_is_none() -> None:
@@ -65,6 +67,6 @@ def test_every_sampler_has_the_same_budget_and_every_claim_its_number() -> None:
     e = geyer.mixing(context(EIGHT, nfe=300)).estimates
     for name in ("ula", "mala", "tempering", "annealed"):
         assert 0.9 * 300 <= e[f"nfe:{name}"].value <= 300
-    claims = [c for c in PAPER.claims().claims if c.experiment]
+    claims = [c for c in claims_of(PAPER).claims if c.experiment]
     assert {c.experiment for c in claims} == {TWO.name, EIGHT.name}
     assert all(c.measure in e and (not c.over or c.over in e) for c in claims)

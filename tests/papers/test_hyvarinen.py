@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
+from replicate.ledger.claims import claims_of
 from replicate.papers import hyvarinen
 from replicate.papers.hyvarinen import (
     GAUSSIAN,
@@ -54,7 +55,7 @@ def test_without_the_trace_the_gaussian_is_lost(monkeypatch) -> None:
         return 2 * implicit_score_matching(score, x) - 0.5 * score(x).square().sum(-1)
 
     monkeypatch.setattr(hyvarinen, "implicit_score_matching", wrong)
-    assert GAUSSIAN.run(context(GAUSSIAN)).estimates["covariance_error"].value > 0.1
+    assert GAUSSIAN.measure(context(GAUSSIAN)).estimates["covariance_error"].value > 0.1
 
 
 def test_mixture_is_scipys() -> None:
@@ -74,7 +75,7 @@ def test_an_objective_without_one_derivative_is_caught(monkeypatch) -> None:
         return 0.5 * s.square().sum(-1) + row[:, 0]
 
     monkeypatch.setattr(hyvarinen, "implicit_score_matching", wrong)
-    assert OBJECTIVE.run(context(OBJECTIVE)).estimates["gap_spread"].value > 1e-3
+    assert OBJECTIVE.measure(context(OBJECTIVE)).estimates["gap_spread"].value > 1e-3
 
 
 class Bowl(Rescaled):
@@ -98,16 +99,16 @@ def test_score_of_a_bowl_and_its_normaliser() -> None:
 
 def test_a_score_that_sees_the_constant_is_caught(monkeypatch) -> None:
     monkeypatch.setattr(Rescaled, "score", lambda self, x: self.inner.score(x) * self.energy(x).mean())
-    found = NORMALISER.run(context(NORMALISER)).estimates
+    found = NORMALISER.measure(context(NORMALISER)).estimates
     assert found["change:score"].value > 1e-2
     assert found["change:samples"].value > 1e-6
 
 
 @pytest.mark.parametrize("experiment", PAPER.experiments, ids=lambda e: e.name)
 def test_experiments_hold_repeat_and_measure_their_claims(experiment: Experiment) -> None:
-    found = experiment.run(context(experiment)).estimates
-    assert found == experiment.run(context(experiment)).estimates
-    claims = [c for c in PAPER.claims().claims if c.experiment == experiment.name]
+    found = experiment.measure(context(experiment)).estimates
+    assert found == experiment.measure(context(experiment)).estimates
+    claims = [c for c in claims_of(PAPER).claims if c.experiment == experiment.name]
     assert claims
     for claim in claims:
         assert found[claim.measure].unit == claim.unit

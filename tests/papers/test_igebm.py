@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from replicate.ledger.claims import claims_of
 from replicate.papers import igebm
 from replicate.runs.experiment import Context
 from replicate.runs.seeds import Streams
@@ -55,7 +56,7 @@ def test_the_experiment_at_tiny_settings() -> None:
     assert values["mode_spread:one_lambda"] == pytest.approx(1.0, abs=0.4)
     assert values["mode_spread:released"] < 1e-5
     assert all(math.isfinite(v) for v in values.values())
-    measured = {m.split("/")[-1] for c in igebm.PAPER.claims().claims for m in (c.measure, c.over, c.minus) if m}
+    measured = {m.split("/")[-1] for c in claims_of(igebm.PAPER).claims for m in (c.measure, c.over, c.minus) if m}
     assert measured <= set(values)
     drawn = {plot.name for plot in outcome.plots}
-    assert all(set(c.plots) <= drawn for c in igebm.PAPER.claims().claims)
+    assert all(set(c.plots) <= drawn for c in claims_of(igebm.PAPER).claims)

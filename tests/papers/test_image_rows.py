@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from image_data import bits, small_images
+from helpers.image_data import bits, small_images
 from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
 from replicate.likelihood.importance import iw_bound
 from replicate.papers import burda, mixture, pixelcnn
-from replicate.papers.base import Paper
 from replicate.runs.experiment import Context, Experiment
+from replicate.runs.paper import Paper
 from replicate.runs.seeds import Streams
 
 __all__ = ["small_images"]
@@ -195,7 +195,7 @@ def test_experiments_run_small_and_measure_what_claims_name(key: str, small_imag
     measured: dict[str, set[str]] = {}
     for experiment in (e for e in paper(key).experiments if e.files):
         assert experiment.profiles == ("full",)
-        outcome = experiment.run(context(experiment))
+        outcome = experiment.measure(context(experiment))
         assert all(math.isfinite(e.value) for e in outcome.estimates.values())
         (log_p,) = outcome.examples.values()
         assert -float(log_p.values.mean()) == pytest.approx(outcome.estimates["nll"].value)
@@ -215,8 +215,8 @@ def test_experiments_run_small_and_measure_what_claims_name(key: str, small_imag
 
 def test_training_is_reproducible(small_images: Path) -> None:
     experiment = burda.PAPER.experiments[-1]
-    first, again = (experiment.run(context(experiment)).estimates["nll"].value for _ in range(2))
-    other = experiment.run(context(experiment, seed=1)).estimates["nll"].value
+    first, again = (experiment.measure(context(experiment)).estimates["nll"].value for _ in range(2))
+    other = experiment.measure(context(experiment, seed=1)).estimates["nll"].value
     assert first == again != other
 
 

@@ -13,15 +13,17 @@ from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsRegressor
 from torch import Tensor
 
+from replicate.ledger.claims import claims_of
 from replicate.papers import lecun, lecun_families
 from replicate.papers.lecun import BouncingEnergy, Pairs, displaced
 from replicate.papers.lecun_families import HALF, HalfDigits, half_digits
 from replicate.papers.ncsn_inpainting import Gaussian
-from replicate.registry import load_task, model_entry
+from replicate.registry import model_entry
 from replicate.runs.experiment import Context, Outcome
 from replicate.runs.seeds import Streams
 from replicate.tasks.bouncing import CANVAS, OBSERVED, bouncing
 from replicate.tasks.digits import textbook_split
+from replicate.tasks.loading import load_task
 
 CPU = torch.device("cpu")
 EXPERIMENTS = lecun.PAPER.experiments
@@ -235,7 +237,7 @@ def test_the_experiments_at_smoke_settings_measure_what_the_claims_ask(experimen
     assert all(math.isfinite(v) for v in lasting(outcome).values())
     assert lasting(outcome) == lasting(again)
     asked = set()
-    for claim in lecun.PAPER.claims().claims:
+    for claim in claims_of(lecun.PAPER).claims:
         for measure in (claim.measure, claim.minus):
             task, _, metric = measure.rpartition("/lecun/")
             if measure and (task or claim.experiment) == experiment.name:

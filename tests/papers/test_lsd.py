@@ -10,8 +10,11 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from replicate.experiments import ica
+from replicate.experiments.ica import Ica
+from replicate.ledger.claims import claims_of
 from replicate.papers import lsd
-from replicate.papers.lsd import Ica, Objective
+from replicate.papers.lsd import Objective
 from replicate.runs.experiment import Context, Experiment
 from replicate.runs.seeds import Streams
 from replicate.score_based import matching
@@ -56,7 +59,7 @@ def test_samples_have_logistic_sources() -> None:
         assert stats.kstest(column.numpy(), "logistic").pvalue > 1e-3
     assert abs(float(torch.corrcoef(s.T)[0, 1])) < 0.03
     for seed in range(5):
-        assert np.linalg.cond(lsd.draw_unmixing(5, generator(seed)).numpy()) < 5
+        assert np.linalg.cond(ica.draw_unmixing(5, generator(seed)).numpy()) < 5
 
 
 def gradient(objective: Objective, w: Tensor, c: float) -> Tensor:
@@ -88,7 +91,7 @@ def test_denoising_is_not_stationary_at_the_truth_but_at_a_wider_model() -> None
     x = stratified(300, W)
     objective = lsd.denoising(x, 0.5, generator())
     assert gradient(objective, W, 0.0).abs().max() > 0.05
-    white = lsd.whitening(x)
+    white = ica.whitening(x)
     fit = lsd.minimise(objective, W @ torch.linalg.inv(white), white)
     assert float(fit.model.log_z()) > float(Ica(W).log_z()) + 0.05
 
@@ -102,16 +105,16 @@ def test_the_minimum_of_maximum_likelihood_is_scipy_s() -> None:
 
 def test_whitening_and_rotation() -> None:
     x = Ica(W).sample(500, generator())
-    torch.testing.assert_close(torch.cov((x @ lsd.whitening(x).T).T), torch.eye(2, dtype=torch.float64))
-    q = lsd.rotation(4, generator())
+    torch.testing.assert_close(torch.cov((x @ ica.whitening(x).T).T), torch.eye(2, dtype=torch.float64))
+    q = ica.rotation(4, generator())
     torch.testing.assert_close(q @ q.T, torch.eye(4, dtype=torch.float64))
 
 
 def test_contrastive_divergence_climbs_to_maximum_likelihood() -> None:
     x = Ica(W).sample(2000, generator(3))
-    white = lsd.whitening(x)
+    white = ica.whitening(x)
     params = {"cd_updates": 80, "cd_lr": 0.2, "cd_steps": 1, "cd_step_size": 1.0}
-    start = 0.5 * lsd.rotation(2, generator(4))
+    start = 0.5 * ica.rotation(2, generator(4))
     fit = lsd.contrastive_divergence(x, start, white, params, generator(5))
     best = lsd.minimise(lsd.maximum_likelihood(x), start, white)
     fresh = Ica(W).sample(20_000, generator(6))
@@ -126,7 +129,7 @@ def test_experiments_run_and_repeat(experiment: Experiment) -> None:
     params = {**experiment.settings("smoke"), "dim": dim, "examples": 200, "test_examples": 500, "cd_updates": 3}
 
     def outcome() -> lsd.Outcome:
-        return experiment.run(Context(params, Streams(experiment.name, "lsd", 0), torch.device("cpu")))
+        return experiment.measure(Context(params, Streams(experiment.name, "lsd", 0), torch.device("cpu")))
 
     first, second = outcome(), outcome()
     assert first.estimates == second.estimates or str(first.estimates) == str(second.estimates)  # nan != nan
@@ -139,10 +142,10 @@ def test_experiments_run_and_repeat(experiment: Experiment) -> None:
 
 
 def test_claims_measure_what_the_experiments_give() -> None:
-    claims = lsd.PAPER.claims().claims
+    claims = claims_of(lsd.PAPER).claims
     experiment = lsd.ICA_2
     params = {**experiment.settings("smoke"), "examples": 100, "test_examples": 100, "cd_updates": 1}
-    found = experiment.run(Context(params, Streams(experiment.name, "lsd", 1), torch.device("cpu")))
+    found = experiment.measure(Context(params, Streams(experiment.name, "lsd", 1), torch.device("cpu")))
     for claim in claims:
         for measure in filter(None, (claim.measure, claim.minus, claim.over)):
             assert measure.split("/")[-1] in found.estimates, claim.id

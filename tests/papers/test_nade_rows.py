@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from image_data import STATIC, bits, small_images
+from helpers.image_data import STATIC, bits, small_images
+from helpers.sessions import Sitting, found
 from scipy.special import logsumexp
-from test_resume_papers import Sitting, found
 
 from baselines.made import MaskedAutoencoder
+from replicate.experiments import image_rows as rows
 from replicate.model import DataInfo, Estimate
-from replicate.papers import germain, larochelle, rows, uria
-from replicate.papers.base import Paper
+from replicate.papers import germain, larochelle, uria
 from replicate.runs.experiment import Context, Experiment, Outcome
+from replicate.runs.paper import Paper
 from replicate.runs.seeds import Streams
 
 __all__ = ["small_images"]
@@ -52,7 +53,7 @@ def test_a_row_is_measured_as_its_claims_name_it_and_killed_twice_ends_with_the_
     paper: Paper, experiment: Experiment
 ) -> None:
     def run() -> Outcome:
-        return experiment.run(context(experiment))
+        return experiment.measure(context(experiment))
 
     undisturbed = Sitting()
     want = undisturbed.outcome(run)
@@ -153,7 +154,7 @@ def test_training_ends_when_patience_does_and_leaves_the_best_epoch(monkeypatch:
 @pytest.mark.usefixtures("small_images")
 def test_the_same_seed_gives_the_same_bits_and_another_others() -> None:
     def nll(seed: int) -> Estimate:
-        return germain.SHORT.run(context(germain.SHORT, seed)).estimates["nll"]
+        return germain.SHORT.measure(context(germain.SHORT, seed)).estimates["nll"]
 
     assert nll(0) == nll(0)
     assert nll(0) != nll(1)

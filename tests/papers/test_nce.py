@@ -10,6 +10,7 @@ import torch
 from scipy import integrate, stats
 from scipy.optimize import minimize
 
+from replicate.ledger.claims import claims_of
 from replicate.papers import nce
 from replicate.runs.experiment import Context, Experiment, Outcome
 from replicate.runs.seeds import Streams
@@ -131,7 +132,7 @@ def test_laplacian_ica_is_found() -> None:
 
 def run(experiment: Experiment) -> Outcome:
     params = {**experiment.settings("standard"), **TINY[experiment.name]}
-    return experiment.run(Context(params, Streams(experiment.name, "nce", 0), torch.device("cpu")))
+    return experiment.measure(Context(params, Streams(experiment.name, "nce", 0), torch.device("cpu")))
 
 
 @pytest.mark.parametrize("experiment", nce.PAPER.experiments, ids=lambda e: e.name)
@@ -141,7 +142,7 @@ def test_experiments_run_and_serve_their_claims(experiment: Experiment, monkeypa
     assert {k: v.value for k, v in first.estimates.items()} == {k: v.value for k, v in second.estimates.items()}
     for name, estimate in first.estimates.items():
         assert math.isfinite(estimate.value), name
-    claims = [c for c in nce.PAPER.claims().claims if c.experiment == experiment.name]
+    claims = [c for c in claims_of(nce.PAPER).claims if c.experiment == experiment.name]
     assert claims
     for claim in claims:
         assert {claim.measure, claim.minus or claim.measure, claim.over or claim.measure} <= set(first.estimates)

@@ -10,6 +10,8 @@ import torch
 from scipy import integrate, stats
 from torch import Tensor
 
+from replicate.experiments import noise_schedules
+from replicate.ledger.claims import claims_of
 from replicate.papers import ncsn, ncsn_inpainting, ncsn_langevin
 from replicate.papers.ncsn import PAPER
 from replicate.papers.ncsn_langevin import MEANINGS, READINGS
@@ -41,8 +43,8 @@ def context(experiment: Experiment, seed: int = 0, **params: int) -> Context:
 
 @pytest.mark.parametrize("experiment", PAPER.experiments, ids=lambda e: e.name)
 def test_each_experiment_runs_and_has_every_metric_that_its_claims_ask_for(experiment: Experiment) -> None:
-    outcome = experiment.run(context(experiment, **TINY[experiment.name]))
-    claims = [c for c in PAPER.claims().claims if c.experiment == experiment.name]
+    outcome = experiment.measure(context(experiment, **TINY[experiment.name]))
+    claims = [c for c in claims_of(PAPER).claims if c.experiment == experiment.name]
     assert claims
     plots = {plot.name for plot in outcome.plots}
     for claim in claims:
@@ -54,7 +56,9 @@ def test_each_experiment_runs_and_has_every_metric_that_its_claims_ask_for(exper
 
 
 def test_an_experiment_depends_on_its_streams_alone() -> None:
-    first, again = (ncsn_langevin.ANNEALED.run(context(ncsn_langevin.ANNEALED, **TINY["ncsn-annealed"])) for _ in "ab")
+    first, again = (
+        ncsn_langevin.ANNEALED.measure(context(ncsn_langevin.ANNEALED, **TINY["ncsn-annealed"])) for _ in "ab"
+    )
     assert first.estimates == again.estimates
 
 
@@ -134,7 +138,7 @@ def exact_minority_weight(levels: list[tuple[float, float]], steps: int) -> floa
 )
 def test_annealed_chains_have_the_weight_of_the_exact_recursion(name: str, meaning: str) -> None:
     (reading,) = (r for r in READINGS if r.name == name)
-    sigmas = ncsn_langevin.ladder(reading.first, reading.last).tolist()
+    sigmas = noise_schedules.ladder(reading.first, reading.last).tolist()
     levels = [(MEANINGS[meaning](s), reading.eps * (s / reading.last) ** 2) for s in sigmas]
     exact = exact_minority_weight(levels, reading.steps)
     here = context(ncsn_langevin.ANNEALED)
@@ -148,7 +152,7 @@ def test_annealed_chains_have_the_weight_of_the_exact_recursion(name: str, meani
 
 def test_plain_langevin_has_the_weight_of_the_exact_recursion_and_keeps_it() -> None:
     exact = exact_minority_weight([(1.0, 0.1)], 1000)
-    outcome = ncsn_langevin.LANGEVIN.run(context(ncsn_langevin.LANGEVIN, chains=4000, steps=150, long_steps=300))
+    outcome = ncsn_langevin.LANGEVIN.measure(context(ncsn_langevin.LANGEVIN, chains=4000, steps=150, long_steps=300))
     for metric in ("minority_weight:printed", "minority_weight:long"):
         assert abs(outcome.estimates[metric].value - exact) < 4 * 0.5 / math.sqrt(4000)
     assert exact == pytest.approx(0.5, abs=0.02)
@@ -160,7 +164,7 @@ def test_the_chain_as_the_text_and_appendix_together_print_it_is_unstable() -> N
     for meaning in ("added", "replaced"):
         assert abs(1 - text.eps * (text.first / text.last) ** 2 / (2 * MEANINGS[meaning](text.first))) > 3
     (appendix,) = (r for r in READINGS if r.name == "appendix")
-    for sigma in ncsn_langevin.ladder(appendix.first, appendix.last).tolist():
+    for sigma in noise_schedules.ladder(appendix.first, appendix.last).tolist():
         assert abs(1 - appendix.eps * sigma**2 / (2 * sigma**2)) < 1
 
 
@@ -284,7 +288,7 @@ def exact_inpainting(
 def test_inpainting_has_the_mean_and_covariance_of_the_exact_recursion(rule: str) -> None:
     density = ncsn_inpainting.image_like(5, 2, 0.9, torch.device("cpu"))
     observed = torch.tensor([0.9, 0.7], dtype=torch.float64)
-    sigmas, n = ncsn_langevin.ladder(1.0, 0.05, 5).tolist(), 20_000
+    sigmas, n = noise_schedules.ladder(1.0, 0.05, 5).tolist(), 20_000
     start = torch.rand(n, 5, generator=rng(), dtype=torch.float64)
     x = ncsn_inpainting.inpaint(density, observed, sigmas, 20, 0.5 * 0.05**2, rule, start, rng(1))
     mean, cov = exact_inpainting(density, observed, sigmas, 20, 0.5 * 0.05**2, rule)
@@ -311,12 +315,12 @@ def test_the_conditional_is_that_of_scipy_s_regression() -> None:
 
 
 def test_both_readings_of_the_step_have_their_closed_bias() -> None:
-    outcome = ncsn_inpainting.STEP.run(context(ncsn_inpainting.STEP))
+    outcome = ncsn_inpainting.STEP.measure(context(ncsn_inpainting.STEP))
     for reading, expected in (("printed", 1 / 0.95 - 1), ("released", 1 / 0.9 - 1)):
         found = outcome.estimates[f"excess_variance:{reading}"]
         assert abs(found.value - expected) < 4 * found.stderr
 
 
 def test_claims_read_and_ids_are_the_ledger_s() -> None:
-    ids = {c.id for c in PAPER.claims().claims}
+    ids = {c.id for c in claims_of(PAPER).claims}
     assert {f"N{i}" for i in range(1, 8)} <= ids

@@ -8,6 +8,8 @@ import pytest
 import torch
 from scipy import stats
 
+from replicate.errors import UsageError
+from replicate.ledger.claims import claims_of
 from replicate.papers import ncsnv2
 from replicate.papers.ncsnv2 import (
     FIRST_LEVEL,
@@ -27,7 +29,6 @@ from replicate.papers.ncsnv2 import (
     step_size_for,
     variance_ratio,
 )
-from replicate.registry import UsageError
 from replicate.runs.experiment import Context, Experiment
 from replicate.runs.seeds import Streams
 
@@ -111,7 +112,7 @@ def test_first_level_on_random_images() -> None:
     data = measured["pairwise_distance:data"].value
     assert measured["pairwise_distance:large"].value == pytest.approx(data, rel=0.15)
     assert outcome.plots[0].as_dict()["lines"]
-    for claim in PAPER.claims().claims:
+    for claim in claims_of(PAPER).claims:
         if claim.experiment == FIRST_LEVEL.name:
             assert measured[claim.measure].unit == claim.unit
 
@@ -126,7 +127,7 @@ def test_missing_images_are_named_in_one_line(case: str, tmp_path, monkeypatch) 
         (tmp_path / "cifar-10").mkdir()
         (tmp_path / ncsnv2.IMAGE_FILE).write_bytes(b"not images")
     with pytest.raises(UsageError) as error:
-        FIRST_LEVEL.run(context(FIRST_LEVEL))
+        FIRST_LEVEL.measure(context(FIRST_LEVEL))
     message = str(error.value)
     assert "\n" not in message
     words = ("10 bytes", "are expected") if case == "other" else ("REPLICATE_DATA", "cs.toronto.edu")
@@ -146,7 +147,7 @@ def test_images_are_read_past_their_labels(packed: bool, tmp_path, monkeypatch) 
 
 
 def test_last_step_on_a_barely_trained_model() -> None:
-    outcome = LAST_STEP.run(context(LAST_STEP, samples=120, training_steps=3))
+    outcome = LAST_STEP.measure(context(LAST_STEP, samples=120, training_steps=3))
     assert outcome.estimates["frechet:plain"].n == 120
     assert 0 <= outcome.estimates["pixels_changed"].value <= 1
     lines = {line.label: line for line in outcome.plots[0].lines}
@@ -156,9 +157,9 @@ def test_last_step_on_a_barely_trained_model() -> None:
 
 @pytest.mark.parametrize("experiment", [LEVELS, STEP_SIZE], ids=lambda e: e.name)
 def test_solved_equations_repeat_and_measure_their_claims(experiment: Experiment) -> None:
-    found = experiment.run(context(experiment))
-    assert found.estimates == experiment.run(context(experiment)).estimates
+    found = experiment.measure(context(experiment))
+    assert found.estimates == experiment.measure(context(experiment)).estimates
     assert found.plots[0].as_dict()["lines"]
-    for claim in PAPER.claims().claims:
+    for claim in claims_of(PAPER).claims:
         if claim.experiment == experiment.name:
             assert found.estimates[claim.measure].unit == claim.unit

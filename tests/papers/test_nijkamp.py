@@ -11,6 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from replicate.errors import TrainingError
+from replicate.ledger.claims import claims_of
 from replicate.model import DataInfo, Estimate, LogLikelihood
 from replicate.papers import nijkamp
 from replicate.papers.nijkamp import DIGITS, IMAGES, PAPER, Study, method_of, to_levels, to_pixels
@@ -18,7 +20,6 @@ from replicate.resume import Journal
 from replicate.runs.checkpoint import pack, unpack
 from replicate.runs.experiment import Context, Experiment, Outcome
 from replicate.runs.seeds import Streams
-from replicate.runs.training import TrainingError
 from replicate.tasks.base import Task
 
 TINY: dict[str, Any] = {
@@ -85,10 +86,10 @@ def test_fresh_chains_always_start_again_and_replayed_ones_sometimes() -> None:
 @pytest.mark.usefixtures("small_data")
 @pytest.mark.parametrize("what", [DIGITS, IMAGES], ids=lambda e: e.name)
 def test_experiments_measure_what_claims_and_plots_name(what: Experiment) -> None:
-    outcome = what.run(context(what))
+    outcome = what.measure(context(what))
     assert not outcome.missing
     assert all(math.isfinite(e.value) for e in outcome.estimates.values())
-    for claim in PAPER.claims().claims:
+    for claim in claims_of(PAPER).claims:
         if claim.experiment == what.name:
             assert {claim.measure, claim.minus, claim.over} - {""} <= set(outcome.estimates)
             assert set(claim.plots) <= {p.name for p in outcome.plots}
@@ -101,7 +102,7 @@ def test_experiments_measure_what_claims_and_plots_name(what: Experiment) -> Non
 
 @pytest.mark.usefixtures("small_data")
 def test_the_likelihood_is_given_for_every_image_and_in_bits() -> None:
-    outcome = IMAGES.run(context(IMAGES))
+    outcome = IMAGES.measure(context(IMAGES))
     examples, nll, bits = (
         outcome.examples["mnist"],
         outcome.estimates["nll:tilted"],
@@ -144,7 +145,7 @@ def test_chains_that_diverge_are_told_and_the_rest_is_measured(monkeypatch: pyte
         raise TrainingError("the training loss is nan at step 3; lower lr or set grad_clip")
 
     monkeypatch.setattr(nijkamp, "train", diverge)
-    outcome = IMAGES.run(context(IMAGES))
+    outcome = IMAGES.measure(context(IMAGES))
     assert "training diverged" in outcome.missing["frechet:fresh_long"]
     assert "training diverged" in outcome.missing["bits_per_dim:tilted"]
     assert "frechet:gaussian" in outcome.estimates
@@ -184,7 +185,7 @@ def sitting(what: Experiment, saved: bytes | None, last: int) -> tuple[Outcome |
     journal = Journal(write, unpack(saved) if saved else None, every=0, shortest=0)
     with journal.active():
         try:
-            return what.run(context(what)), kept, count
+            return what.measure(context(what)), kept, count
         except Killed:
             return None, kept, count
 
@@ -206,11 +207,11 @@ def test_an_experiment_killed_twice_ends_with_the_same_bits(what: Experiment) ->
 
 @pytest.mark.usefixtures("small_data")
 def test_another_seed_is_another_result() -> None:
-    first, again, other = (DIGITS.run(context(DIGITS, seed)) for seed in (0, 0, 1))
+    first, again, other = (DIGITS.measure(context(DIGITS, seed)) for seed in (0, 0, 1))
     assert found(first) == found(again)
     assert first.estimates["frechet:replay_long"] != other.estimates["frechet:replay_long"]
 
 
 @pytest.mark.usefixtures("small_data")
 def test_the_classifier_that_judged_samples_is_named() -> None:
-    assert DIGITS.run(context(DIGITS)).classifiers == {"digits": "f" * 64}
+    assert DIGITS.measure(context(DIGITS)).classifiers == {"digits": "f" * 64}

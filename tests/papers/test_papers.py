@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from replicate import registry
-from replicate.papers.claims import resolved
-from replicate.papers.plan import all_claims, ledger_plan, whole_plan
-from replicate.papers.tables import MeasureCell, measure_tables
+from replicate.ledger.claims import all_claims, resolved
+from replicate.ledger.tables import MeasureCell, measure_tables
 from replicate.runs.execute import execute
+from replicate.runs.paper import broken_entries, papers
 from replicate.runs.record import check_record
 from replicate.runs.spec import AnySpec, ExperimentSpec, experiment_spec, spec_from_dict
+from replicate.sweeps.plan import ledger_plan, whole_plan
 
-PAPERS = sorted(registry.papers())
+PAPERS = sorted(papers())
 
 
 def planned(profile: str) -> dict[tuple[str, str], list[AnySpec]]:
@@ -30,7 +30,7 @@ def owner(measure: str) -> tuple[str, str]:
 
 
 def test_no_paper_is_broken_and_no_two_claims_share_an_id() -> None:
-    assert registry.broken() == {}
+    assert broken_entries() == {}
     assert len(all_claims()) == len(PAPERS) >= 20
 
 
@@ -56,7 +56,7 @@ def test_a_claim_that_no_profile_can_run_says_what_it_needs() -> None:
 
 def test_every_table_measures_what_some_profile_runs() -> None:
     known = {owner for profile in ("standard", "full") for owner in planned(profile)}
-    for key, paper in registry.papers().items():  # those whose files are absent here as well
+    for key, paper in papers().items():  # those whose files are absent here as well
         known |= {(e.name, key) for e in paper.experiments}
         parts = [part for asked in paper.model_runs.values() for part in asked]
         known |= {(task, model) for part in parts for task in part.tasks for model in part.models}
@@ -94,14 +94,14 @@ def test_experiments_whose_files_are_absent_are_named_with_the_file(
 @pytest.mark.slow
 @pytest.mark.parametrize("key", PAPERS)
 def test_every_experiment_leaves_a_record_that_can_be_read(key: str) -> None:
-    for what in registry.papers()[key].experiments:
+    for what in papers()[key].experiments:
         if "standard" in what.profiles:
             check_record(execute(experiment_spec(key, what, 0, "smoke", "cpu"), None, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("key", PAPERS)
 def test_bibtex_experiments_and_plots_are_named_once_and_used(key: str) -> None:
-    paper = registry.papers()[key]
+    paper = papers()[key]
     claims = paper.claims()
     assert claims.bibtex.strip().startswith("@")
     names = [e.name for e in paper.experiments]

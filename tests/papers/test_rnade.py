@@ -13,12 +13,14 @@ import torch
 from baselines.autoregressive import CAUSAL_CONV
 from baselines.made import MADE
 from baselines.nade import EONADE
-from replicate import registry
+from replicate.ledger.claims import claims_of
 from replicate.papers import rnade
+from replicate.registry import MODELS
 from replicate.runs.experiment import Context
 from replicate.runs.seeds import Streams
 from replicate.tasks import tables
 from replicate.tasks.base import TaskEntry
+from replicate.tasks.loading import TASKS, forget_tasks
 
 CPU = torch.device("cpu")
 #: a made-up table of four columns, of which the last is a target
@@ -38,10 +40,10 @@ def lattice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     entry = TaskEntry(MADE_UP.about, lambda fold: tables.load_table(MADE_UP, fold), "data", folds=tables.FOLDS)
     small = {"hidden": 16, "masks": 2, "components": 4, "steps": 200, "lr": 1e-2, "validate_every": 50}
     model = replace(MADE, overrides={"red-wine": small})
-    monkeypatch.setitem(registry._tasks()[0], "red-wine", entry)
-    monkeypatch.setitem(registry._models()[0], "made", model)
+    monkeypatch.setitem(TASKS.found, "red-wine", entry)
+    monkeypatch.setitem(MODELS.found, "made", model)
     monkeypatch.setitem(rnade.SOURCES, "red-wine", MADE_UP)
-    registry.forget_tasks()
+    forget_tasks()
     return rows
 
 
@@ -51,7 +53,7 @@ def context(name: str, seed: int = 3) -> Context:
 
 
 def test_claims_are_read_and_measure_what_the_paper_runs() -> None:
-    claims = rnade.PAPER.claims().claims
+    claims = claims_of(rnade.PAPER).claims
     runs = {f"{t}/{m}" for part in rnade.PAPER.model_runs["full"] for t in part.tasks for m in part.models}
     of_runs = [c for c in claims if not c.experiment]
     assert {c.measure.rsplit("/", 1)[0] for c in of_runs} == runs

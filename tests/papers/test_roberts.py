@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from replicate.ledger.claims import claims_of
 from replicate.papers import roberts
 from replicate.papers.roberts import CHAINS, KERNEL, PAPER, SMALL, TARGETS, Gridded, stationary, variance, wasserstein
 from replicate.runs.experiment import Context, Experiment
@@ -107,6 +108,6 @@ def test_the_chains_experiment_finds_what_the_theorems_say() -> None:
 
 
 def test_every_claim_and_plot_is_there() -> None:
-    claims = PAPER.claims().claims
-    metrics = {e.name: set(e.run(context(e)).estimates) for e in PAPER.experiments}
+    claims = claims_of(PAPER).claims
+    metrics = {e.name: set(e.measure(context(e)).estimates) for e in PAPER.experiments}
     assert all(c.measure in metrics[c.experiment] for c in claims)

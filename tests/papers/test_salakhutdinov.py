@@ -11,21 +11,14 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
+from replicate.experiments import rbm
+from replicate.experiments.rbm import Machine, exact_samples, hidden_log_weights
+from replicate.ledger.claims import claims_of
 from replicate.likelihood.ais import Bracket, ais
 from replicate.likelihood.enumeration import rbm_log_z, states
 from replicate.papers import salakhutdinov
-from replicate.papers.carreira import Enumerated, Machine
-from replicate.papers.salakhutdinov import (
-    PAPER,
-    Recipe,
-    anneal,
-    compared,
-    exact_samples,
-    hidden_log_weights,
-    paper_betas,
-    train,
-    trained_rbm,
-)
+from replicate.papers.carreira import Enumerated
+from replicate.papers.salakhutdinov import PAPER, Recipe, anneal, compared, paper_betas, train, trained_rbm
 from replicate.runs.experiment import Context, Experiment
 from replicate.runs.seeds import Streams
 
@@ -124,7 +117,7 @@ class TestAnnealing:
 
 class TestTraining:
     def nll(self, m: Machine, rows: Tensor) -> float:
-        wide = salakhutdinov.doubled(m)
+        wide = rbm.doubled(m)
         return float(wide.free_energy(rows.double()).mean() + rbm_log_z(*wide.table()))
 
     @pytest.mark.parametrize("variant", ["cd", "ramp", "pcd", "centred"])
@@ -191,7 +184,7 @@ class TestTraining:
 
 
 def test_against_enumeration_small() -> None:
-    outcome = salakhutdinov.ENUMERATION.run(context(salakhutdinov.ENUMERATION, sizes="4 5"))
+    outcome = salakhutdinov.ENUMERATION.measure(context(salakhutdinov.ENUMERATION, sizes="4 5"))
     assert {"error_in_stderr:4", "error:5", "error:worst", "bracket_excess:worst"} <= set(outcome.estimates)
     assert outcome.estimates["error:worst"].value < 1
     assert len(outcome.plots[0].lines[0].x) == 2
@@ -199,7 +192,7 @@ def test_against_enumeration_small() -> None:
 
 
 def test_claims_read_and_their_metrics_exist() -> None:
-    claims = PAPER.claims().claims
+    claims = claims_of(PAPER).claims
     assert {c.id for c in claims} >= {"C3.10", "C3.20", "C3.bracket", "RBM500.cd25"}
     static = context(salakhutdinov.CD_1, hidden=3, epochs=1, chains=5, thinning=1000)
     names = set(trained_rbm(bits(), bits(), static).estimates)

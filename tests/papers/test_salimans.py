@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.functional import jacobian
 
+from replicate.ledger.claims import claims_of
 from replicate.papers import salimans
 from replicate.papers.salimans import CONSTANT, MIXTURE, MOONS, PAPER
 from replicate.runs.experiment import Context, Experiment
@@ -84,7 +85,7 @@ def test_the_energy_s_field_is_conservative_and_the_free_one_is_not(experiment: 
     assert e["circulation:free"].value > 1e-3
     assert e["fisher_divergence:energy"].value < e["score_size"].value
     assert e["operations:energy"].value > e["operations:free"].value
-    used = {c.measure for c in PAPER.claims().claims if c.experiment == experiment.name}
+    used = {c.measure for c in claims_of(PAPER).claims if c.experiment == experiment.name}
     assert used <= set(e)
     assert all(len(line.x) == len(line.y) == salimans.LOOKS for plot in found.plots for line in plot.lines)
 
@@ -106,7 +107,7 @@ def test_a_constant_moves_the_log_density_and_nothing_that_is_made_of_the_score(
     assert e["moved:log_density"].value < 1e-9
     assert e["moved:log_z"].value < 1e-9
     assert not math.isnan(e["moved:loss"].value)
-    assert {c.measure for c in PAPER.claims().claims if c.experiment == CONSTANT.name} <= set(e)
+    assert {c.measure for c in claims_of(PAPER).claims if c.experiment == CONSTANT.name} <= set(e)
 
 
 def test_a_factor_that_depends_on_x_moves_the_score() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from replicate.ledger.claims import claims_of
 from replicate.metrics.quality import frechet
 from replicate.papers import score_sde
 from replicate.papers.score_sde import (
@@ -28,7 +29,7 @@ from replicate.papers.scoreflow import ARMS
 from replicate.runs.experiment import Context, Experiment, Outcome
 from replicate.runs.seeds import Streams
 from replicate.score_based.networks import NoiseNet
-from replicate.score_based.sde import SDE, VE, VP, SubVP
+from replicate.sde import SDE, VE, VP, SubVP
 from replicate.tasks.densities import GaussianMixture, mixture
 
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def outcome(experiment: Experiment) -> Outcome:
-    found = experiment.run(Context(experiment.settings("smoke"), Streams(experiment.name, PAPER.key, 0), CPU))
+    found = experiment.measure(Context(experiment.settings("smoke"), Streams(experiment.name, PAPER.key, 0), CPU))
     assert all(math.isfinite(e.value) for e in found.estimates.values())
     for plot in found.plots:
         plot.as_dict()
@@ -179,7 +180,7 @@ def test_a_wrong_score_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_experiments_run_and_measure_what_claims_name(experiment: Experiment) -> None:
     found = outcome(experiment)
     drawn = {plot.name for plot in found.plots}
-    for claim in PAPER.claims().claims:
+    for claim in claims_of(PAPER).claims:
         if claim.experiment == experiment.name:
             named = {m for m in (claim.measure, claim.minus, claim.over) if m}
             assert named <= set(found.estimates), claim.id
@@ -187,7 +188,7 @@ def test_experiments_run_and_measure_what_claims_name(experiment: Experiment) ->
 
 
 def test_claims_read() -> None:
-    claims = {c.id: c for c in PAPER.claims().claims}
+    claims = {c.id: c for c in claims_of(PAPER).claims}
     assert {"D1-ve-pc-exact", "D1-ve-c", "D2-elbo", "D2-subvp", "D2-discrete", "D3-tenth", "sub-vp-square"} <= set(
         claims
     )

@@ -9,6 +9,7 @@ import torch
 from scipy.integrate import quad
 from torch import Tensor
 
+from replicate.ledger.claims import claims_of
 from replicate.papers import scoreflow
 from replicate.papers.scoreflow import (
     ARMS,
@@ -25,7 +26,7 @@ from replicate.runs.seeds import Streams
 from replicate.score_based.bound import mean_error, prior_divergence, variational_bound
 from replicate.score_based.diffusion import UniformTime
 from replicate.score_based.networks import NoiseNet
-from replicate.score_based.sde import SDE, VE, VP, SubVP
+from replicate.sde import SDE, VE, VP, SubVP
 
 SDES: dict[str, SDE] = {"ve": VE(0.01, 50.0), "vp": VP(t_min=1e-3), "subvp": SubVP(t_min=0.03)}
 
@@ -170,7 +171,7 @@ def test_the_arms_objectives_are_the_paper_s() -> None:
 
 
 def outcome() -> Outcome:
-    return DIGITS.run(Context(DIGITS.settings("smoke"), Streams(DIGITS.name, PAPER.key, 0), torch.device("cpu")))
+    return DIGITS.measure(Context(DIGITS.settings("smoke"), Streams(DIGITS.name, PAPER.key, 0), torch.device("cpu")))
 
 
 def test_the_experiment_runs_and_repeats_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +188,7 @@ def test_the_experiment_runs_and_repeats_itself(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_claims_read_and_name_what_the_experiment_measures() -> None:
-    claims = PAPER.claims().claims
+    claims = claims_of(PAPER).claims
     assert {c.id for c in claims if c.profile == "standard"} == {
         "F1-nll-weighting",
         "F1-nll-importance",

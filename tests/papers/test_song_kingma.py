@@ -10,8 +10,9 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
+from replicate.experiments.ica import Ica
+from replicate.ledger.claims import claims_of
 from replicate.papers import song_kingma as sk
-from replicate.papers.lsd import Ica
 from replicate.resume import Journal, State
 from replicate.runs.checkpoint import pack, unpack
 from replicate.runs.experiment import Context, Experiment, Outcome
@@ -28,7 +29,7 @@ def generator(seed: int = 0) -> torch.Generator:
 def run(experiment: Experiment, **changed: object) -> Outcome:
     known = {k: v for k, v in {**TINY, **changed}.items() if k in experiment.params}
     params = {**experiment.settings("smoke"), **known}
-    return experiment.run(Context(params, Streams(experiment.name, "song_kingma", 0), torch.device("cpu")))
+    return experiment.measure(Context(params, Streams(experiment.name, "song_kingma", 0), torch.device("cpu")))
 
 
 @pytest.mark.parametrize("name", list(sk.DENSITIES))
@@ -109,7 +110,7 @@ def test_experiments_run_repeat_and_measure_what_claims_ask(experiment: Experime
     assert str(timeless[0]) == str(timeless[1])
     assert all(math.isfinite(e.value) for e in first.estimates.values())
     drawn = {plot.name for plot in first.plots}
-    claims = [c for c in sk.PAPER.claims().claims if c.experiment == experiment.name]
+    claims = [c for c in claims_of(sk.PAPER).claims if c.experiment == experiment.name]
     assert claims
     for claim in claims:
         for measure in filter(None, (claim.measure, claim.minus, claim.over)):
@@ -148,5 +149,5 @@ def test_a_killed_training_goes_on_bit_for_bit(variant: str, last: int) -> None:
 
 
 def test_every_consistent_method_has_a_bar() -> None:
-    judged = {c.measure for c in sk.PAPER.claims().claims if c.experiment == "energies-plane" and not c.minus}
+    judged = {c.measure for c in claims_of(sk.PAPER).claims if c.experiment == "energies-plane" and not c.minus}
     assert {f"kl:{m}" for m in ("ml", "pcd", "ism", "dsm", "ssm", "nce", "cnce", "ksd", "flow-nce")} <= judged

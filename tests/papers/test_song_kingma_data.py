@@ -11,16 +11,16 @@ import torch
 from scipy.special import logsumexp
 from torch import Tensor
 
+from replicate.experiments.rbm import Data, Machine, flat
 from replicate.model import DataInfo
 from replicate.papers import song_kingma_bits, song_kingma_digits
-from replicate.papers.carreira import Enumerated, Machine, flat
+from replicate.papers.carreira import Enumerated
 from replicate.papers.song_kingma_bits import ENERGIES_BITS, METHODS, CentredMachine, cd_biases, learn, model_statistics
 from replicate.papers.song_kingma_digits import ENERGIES_DIGITS, OPEN_BRACKET, gradients, objectives, scores
-from replicate.papers.tieleman import Data
-from replicate.registry import load_task
 from replicate.resume import Journal, State
 from replicate.runs.experiment import Context, Experiment
 from replicate.runs.seeds import Streams
+from replicate.tasks.loading import load_task
 
 DIM = 5
 

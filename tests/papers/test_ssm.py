@@ -16,8 +16,9 @@ import scipy.stats
 import torch
 from torch import Tensor
 
+from replicate.errors import UsageError
+from replicate.ledger.claims import claims_of
 from replicate.papers import ssm, ssm_kernel, ssm_nice
-from replicate.registry import UsageError
 from replicate.runs.experiment import Context, Experiment, Outcome
 from replicate.runs.seeds import Streams
 from replicate.score_based import matching
@@ -44,7 +45,7 @@ def tiny(experiment: Experiment, seed: int = 0) -> Outcome:
     changes = TINY_TABLE if "table" in experiment.params else TINY[experiment.name]
     settings = {**experiment.settings(experiment.profiles[0]), **changes}
     assert settings.keys() == experiment.params.keys() | changes.keys()
-    return experiment.run(Context(settings, Streams(experiment.name, "ssm", seed), torch.device("cpu")))
+    return experiment.measure(Context(settings, Streams(experiment.name, "ssm", seed), torch.device("cpu")))
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_claims_read_and_name_what_experiments_measure(data: Path) -> None:
     tables = [e for e in ssm.PAPER.experiments if "table" in e.params]  # one function: measured once
     found = {e.name: tiny(e) for e in ssm.PAPER.experiments if e not in tables[1:]}
     found |= {e.name: found[tables[0].name] for e in tables[1:]}
-    for claim in ssm.PAPER.claims().claims:
+    for claim in claims_of(ssm.PAPER).claims:
         outcome = found[claim.experiment]
         plots = {plot.name for plot in outcome.plots}
         for metric in filter(None, (claim.measure, claim.minus, claim.over)):
@@ -263,7 +264,7 @@ def test_missing_data_is_one_clear_line(
 ) -> None:
     monkeypatch.setenv("REPLICATE_DATA", str(tmp_path / "nowhere"))
     with pytest.raises(UsageError, match="is missing: REPLICATE_DATA=") as caught:
-        experiment.run(Context(experiment.params, Streams("t", "ssm", 0), torch.device("cpu")))
+        experiment.measure(Context(experiment.params, Streams("t", "ssm", 0), torch.device("cpu")))
     assert "\n" not in str(caught.value)
 
 

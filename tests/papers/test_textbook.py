@@ -6,13 +6,14 @@ import pytest
 import torch
 from scipy import integrate, stats
 
+from replicate.ledger.claims import claims_of
 from replicate.likelihood.dequantisation import DequantisedLogit
 from replicate.likelihood.importance import iw_bound
 from replicate.model import DataInfo
 from replicate.papers import textbook
-from replicate.registry import load_task
 from replicate.runs.experiment import Context, Experiment
 from replicate.runs.seeds import Streams
+from replicate.tasks.loading import load_task
 
 TINY = {"max_epochs": 1, "hidden": 8, "draws": 4, "channels": 4, "couplings": 2}
 
@@ -199,7 +200,7 @@ def test_experiments_run_small_and_measure_what_claims_name(experiment: Experime
     again = experiment.run(tiny(experiment))
     assert {k: e.value for k, e in outcome.estimates.items()} == {k: e.value for k, e in again.estimates.items()}
     plots = {p.name for p in outcome.plots}
-    for claim in textbook.PAPER.claims().claims:
+    for claim in claims_of(textbook.PAPER).claims:
         if claim.experiment == experiment.name:
             assert claim.measure in outcome.estimates
             assert not claim.minus or "/" in claim.minus or claim.minus in outcome.estimates

@@ -9,8 +9,10 @@ import torch
 from scipy.special import logsumexp
 from torch import Tensor
 
+from replicate.experiments.rbm import Machine, flat
+from replicate.ledger.claims import claims_of
 from replicate.papers import tieleman
-from replicate.papers.carreira import Enumerated, Machine, flat
+from replicate.papers.carreira import Enumerated
 from replicate.papers.tieleman import METHODS, PAPER, Method, learn, minibatches, nll, single
 from replicate.runs.experiment import Context
 from replicate.runs.seeds import Streams
@@ -86,11 +88,11 @@ def test_time_is_counted_in_products() -> None:
 
 
 def test_equal_time_small() -> None:
-    outcome = tieleman.EQUAL_TIME.run(context())
+    outcome = tieleman.EQUAL_TIME.measure(context())
     values = {name: e.value for name, e in outcome.estimates.items()}
     assert values["updates:pcd"] == values["updates:cd1"] == 4 * values["updates:cd10"]
     assert values["nll:pcd"] < 64 * 0.6931  # better than 64 fair coins
-    claims = PAPER.claims().claims
+    claims = claims_of(PAPER).claims
     assert {c.id for c in claims} >= {"C2.cd1", "C2.cd10"}
     assert all({c.measure, c.minus} <= set(values) for c in claims)
     assert len(outcome.plots[0].lines) == 3

@@ -6,6 +6,7 @@ import torch
 from scipy import integrate
 from torch import distributions
 
+from replicate.ledger.claims import claims_of
 from replicate.papers.vincent import (
     EQUIVALENCE,
     PAPER,
@@ -82,13 +83,13 @@ def test_networks_differ() -> None:
 
 
 def test_the_experiment_holds_and_repeats() -> None:
-    found = EQUIVALENCE.run(context()).estimates
+    found = EQUIVALENCE.measure(context()).estimates
     assert found["gradient_error"].value < 1e-10
     assert found["constant_spread"].value < 1e-10
     assert found["constant_error"].value < 1e-9
     assert found["objective_range"].value > 1e-3
-    assert found == EQUIVALENCE.run(context()).estimates
-    assert found["constant"] != EQUIVALENCE.run(context(1)).estimates["constant"]
+    assert found == EQUIVALENCE.measure(context()).estimates
+    assert found["constant"] != EQUIVALENCE.measure(context(1)).estimates["constant"]
 
 
 def test_sigma_misread_as_a_variance_is_caught(monkeypatch) -> None:
@@ -98,12 +99,12 @@ def test_sigma_misread_as_a_variance_is_caught(monkeypatch) -> None:
         return denoising_score_matching(score, x, sigma**2, z)
 
     monkeypatch.setattr("replicate.papers.vincent.denoising_score_matching", wrong)
-    found = EQUIVALENCE.run(context()).estimates
+    found = EQUIVALENCE.measure(context()).estimates
     assert found["gradient_error"].value > 1e-2
     assert found["constant_spread"].value > 1e-3
 
 
 def test_claims_read() -> None:
-    measured = EQUIVALENCE.run(context()).estimates
-    for claim in PAPER.claims().claims:
+    measured = EQUIVALENCE.measure(context()).estimates
+    for claim in claims_of(PAPER).claims:
         assert measured[claim.measure].unit == claim.unit

@@ -1,0 +1,11 @@
+"""The command `replicate`: one file per group of commands, and no logic in any of them."""
+
+
+def main() -> None:
+    """Run the command with the words of `sys.argv`."""
+    from replicate.cli.main import main as run_command
+
+    run_command()
+
+
+__all__ = ["main"]

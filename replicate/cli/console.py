@@ -1,0 +1,39 @@
+"""The two consoles of the command, and what every command prints alike."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from replicate.validation import harmless
+
+console = Console(markup=False, emoji=False)
+errors = Console(stderr=True, markup=False, emoji=False)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+Profile = Annotated[str, typer.Option("--profile", help="smoke, standard or full.")]
+
+
+def say(line: str) -> None:
+    """Print a line of plain text; names of files and runs cannot turn into markup."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def complain(line: str) -> None:
+    """Print one line on stderr, after the command's name."""
+    errors.print(f"replicate: {harmless(line)}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Print one clear line on stderr and exit."""
+    complain(message)
+    raise typer.Exit(code)
+
+
+def this_command() -> str:
+    """Return the command line that was given, so that the user can give it again."""
+    return shlex.join(["replicate", *sys.argv[1:]])

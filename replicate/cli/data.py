@@ -1,0 +1,183 @@
+"""The command `replicate data`: the tasks' data, and the data files: what is there, is it right, fetch the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Column, Table
+
+from replicate.cli.console import AsJson, Profile, complain, console, say
+from replicate.data.catalog import Entry, catalog
+from replicate.data.fetch import Show, fetch, silent
+from replicate.data.files import damage, data_folder, find
+from replicate.errors import FetchError
+
+data_app = typer.Typer(
+    help="Show the data: tasks' sizes and sha256, and the files that papers' experiments read.",
+    invoke_without_command=True,
+    rich_markup_mode=None,
+)
+
+
+@data_app.callback()
+def tasks(context: typer.Context, as_json: AsJson = False) -> None:
+    """Show each task's sizes, the sha256 that enters a run's hash; `files`, `fetch` and `check` for data files."""
+    if context.invoked_subcommand is not None:
+        return
+    from replicate.tasks.loading import load_task, tasks
+
+    rows, away = {}, {}
+    for name, entry in sorted(tasks().items()):
+        if missing := entry.absent():
+            away[name] = missing
+            continue
+        task = load_task(name)
+        rows[name] = {
+            "train": len(task.train),
+            "valid": len(task.valid),
+            "test": len(task.test),
+            "dim": task.info.dim,
+            "domain": task.info.domain,
+            "sha256": task.sha256(),
+        }
+    if as_json:
+        print(json.dumps({**rows, **{name: {"absent": why} for name, why in away.items()}}, indent=1))
+        return
+    table = Table("task", "train", "valid", "test", "dim", "domain", "sha256")
+    for name, row in rows.items():
+        table.add_row(name, *(str(v)[:16] for v in row.values()))
+    console.print(table)
+    for name, why in away.items():
+        say(f"{name} is absent: {why}")
+    say("`replicate data files` shows the files behind them; densities and digits need none.")
+
+
+def _status(entry: Entry) -> tuple[str, Path | None, str]:
+    """present, absent or damaged; where it is; and what is wrong with it."""
+    path = find(entry.name)
+    if path is None:
+        return "absent", None, ""
+    wrong = damage(path, entry)
+    return ("damaged" if wrong else "present"), path, wrong
+
+
+@data_app.command("files")
+def files_(as_json: AsJson = False) -> None:
+    """Show every data file that the suite knows: is it there, is it right, its size and licence."""
+    rows = {}
+    for name, entry in catalog().items():
+        status, path, wrong = _status(entry)
+        rows[name] = {
+            "status": status,
+            "problem": wrong,
+            "path": str(path) if path else None,
+            "size": entry.size,
+            "sha256": entry.sha256,
+            "licence": entry.licence,
+            "urls": entry.urls,
+            "note": entry.note,
+        }
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table(Column("file", no_wrap=True), "status", Column("bytes", justify="right"), "licence")
+    for name, row in rows.items():
+        table.add_row(name, str(row["status"]), f"{row['size']:,}", str(row["licence"]).partition(";")[0])
+    console.print(table)
+    say(f"They are read from {data_folder()}; `replicate data fetch` gets those that are not there.")
+
+
+def _chosen(names: list[str]) -> list[Entry]:
+    """The entries of these names or folders.
+
+    Raises:
+        UsageError: no such file or folder.
+    """
+    from replicate.registry import unknown
+
+    known = catalog()
+    found: dict[str, Entry] = {}
+    for name in names:
+        inside = {n: e for n, e in known.items() if n == name or n.startswith(name.rstrip("/") + "/")}
+        if not inside:
+            folders = {n.rsplit("/", 1)[0] for n in known}
+            raise unknown("data file", name, [*known, *folders], "`replicate data files` shows all.")
+        found |= inside
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def _bar(name: str) -> Iterator[Show]:
+    """A progress bar on a terminal, nothing elsewhere."""
+    if not console.is_terminal:
+        yield silent
+        return
+    with Progress(
+        TextColumn(name, markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=console
+    ) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total or None)
+
+
+@data_app.command("fetch")
+def fetch_(
+    names: Annotated[list[str] | None, typer.Argument(help="Files or folders; all that can be had if none.")] = None,
+) -> None:
+    """Download data files that are not there or damaged, each checked by its sha256."""
+    folder = data_folder()
+    failed = False
+    chosen = _chosen(names) if names else [e for e in catalog().values() if e.urls]
+    for i, entry in enumerate(chosen):
+        status, path, wrong = _status(entry)
+        if status == "present":
+            say(f"{entry.name} is there: {path}")
+            continue
+        if wrong:
+            say(f"{entry.name} is damaged: {wrong}")
+        try:
+            with _bar(entry.name) as show:
+                say(f"{entry.name} is fetched: {fetch(entry, folder, show=show, also=chosen[i + 1 :])}")
+        except FetchError as error:
+            failed = True
+            complain(str(error))
+    if not names and (others := [e.name for e in catalog().values() if not e.urls and find(e.name) is None]):
+        say(f"not to be had by fetching: {', '.join(others)}; `replicate data fetch NAME` says why.")
+    raise typer.Exit(int(failed))
+
+
+@data_app.command("pack-runs")
+def pack_runs_(archive: Path, profile: Profile = "full") -> None:
+    """Put a sweep's records and checkpoints into one file, for another machine of the same sources."""
+    from replicate.runs.store import default_runs_folder
+    from replicate.sweeps.archive import pack_runs
+
+    moved = pack_runs(default_runs_folder(), profile, archive)
+    say(f"{archive} ({archive.stat().st_size:,} bytes) has {moved}.")
+
+
+@data_app.command("unpack-runs")
+def unpack_runs_(archive: Path) -> None:
+    """Add the runs of such a file to this machine's sweep, which `replicate reproduce` goes on with."""
+    from replicate.runs.store import default_runs_folder
+    from replicate.sweeps.archive import unpack_runs
+
+    say(f"from {archive}: {unpack_runs(archive, default_runs_folder())}.")
+
+
+@data_app.command("check")
+def check() -> None:
+    """Verify every data file that is there against its published sha256."""
+    found = {entry.name: _status(entry) for entry in catalog().values()}
+    there = {name: told for name, told in found.items() if told[0] != "absent"}
+    damaged = {name: told for name, told in there.items() if told[0] == "damaged"}
+    for name, (_, path, wrong) in damaged.items():
+        again = f"`replicate data fetch {name}` gets it again"
+        complain(f"{path}: {wrong}; {again if catalog()[name].urls else 'get it again'}")
+    say(f"{len(there) - len(damaged)} of {len(there)} files in {data_folder()} are as published.")
+    raise typer.Exit(int(bool(damaged)))

@@ -1,0 +1,134 @@
+"""What each profile of the comparison runs: which models on which tasks over how many seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from replicate.registry import model_entry, models, unknown
+from replicate.runs.spec import RunSpec, make_spec
+from replicate.tasks.loading import load_task, task_entry, unsupported
+from replicate.validation import PROFILES
+
+PLANE = ("two-gaussians", "eight-gaussians", "two-moons", "rings")
+#: densities that standard leaves to the full profile
+MORE_PLANE, MORE_DIMENSIONS = ("pinwheel", "spirals", "checkerboard"), ("mixture-2", "mixture-64")
+#: real tables with ten folds, and binary sets with a split of their own
+TABLES, BINARY = ("red-wine", "white-wine", "parkinsons"), ("mushrooms", "dna", "nips")
+
+#: one model a family for how error and cost grow with the dimension
+ACROSS_DIMENSIONS = ("causal-conv", "spline-flow", "vae", "neural-ebm", "sde-vp", "truth")
+
+#: siblings of sde-vp, with its network and objective but another prior and noise range: in a paper's claims
+SIBLINGS = ("sde-ve", "sde-subvp")
+
+#: what models bits as bits, but for gated-pixelcnn, which costs most
+OF_BITS = ("causal-conv", "vae", "iwae", "rbm-cd", "rbm-pcd", "marginals", "mixture-em", "truth")
+
+#: scores of one noise level give no log p on data, and the exact trace costs one pass a dimension
+ONE_LEVEL = ("sm-explicit", "sm-implicit", "dsm", "dsm-energy", "ssm", "ssm-vr")
+
+#: trained by any objective; every way of it is compared in the papers' experiments
+ANY_OBJECTIVE = ("energy",)
+
+#: models of real tables, binary sets and images, which the full profile and papers' experiments have
+OF_REAL_DATA = ("nade", "eonade", "made", "maf", "image-realnvp", "glow", "image-spline-flow", "conv-ebm")
+OF_TABLES = ("causal-conv", "eonade", "made", "spline-flow", "maf", "vae", "neural-ebm", "sde-vp", "gaussian-mixture")
+OF_BINARY = (
+    "causal-conv",
+    "nade",
+    "eonade",
+    "made",
+    "spline-flow",
+    "iwae",
+    "rbm-pcd",
+    "sde-vp",
+    "mixture-em",
+    "marginals",
+)
+
+#: at least one model of each family, so that every kind of estimator runs
+SMOKE_DIGITS = (
+    "causal-conv",
+    "spline-flow",
+    "vae",
+    "neural-ebm",
+    "rbm-pcd",
+    "ncsn",
+    "sde-vp",
+    "gaussian-mixture",
+    "truth",
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Every given model that supports each task, over seeds 0 .. seeds-1.
+
+    Attributes:
+        tasks: task names.
+        seeds: how many.
+        models: model names; empty for all.
+        without: names left out of "all".
+    """
+
+    tasks: tuple[str, ...]
+    seeds: int
+    models: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+
+
+COMPARISON: dict[str, tuple[Part, ...]] = {
+    "smoke": (
+        Part(("two-gaussians",), 1, without=(*SIBLINGS, *OF_REAL_DATA)),
+        Part(("digits",), 1, SMOKE_DIGITS),
+        Part(("digits-binary",), 1, ("iwae", "rbm-cd", "mixture-em")),
+    ),
+    "standard": (
+        Part(PLANE, 3, without=(*ONE_LEVEL, *SIBLINGS, *ANY_OBJECTIVE, *OF_REAL_DATA, "iwae", "realnvp")),
+        Part(("two-gaussians",), 3, ONE_LEVEL),
+        Part(("two-gaussians", "rings"), 3, ("realnvp",)),
+        Part(("mixture-8", "mixture-32"), 3, ACROSS_DIMENSIONS),
+        Part(("digits",), 3, without=(*ONE_LEVEL, *SIBLINGS, *ANY_OBJECTIVE, *OF_REAL_DATA)),
+        Part(("digits-binary",), 3, OF_BITS),
+    ),
+    "full": (
+        Part((*MORE_PLANE, *MORE_DIMENSIONS), 3, ACROSS_DIMENSIONS),
+        Part(("digits-shuffled",), 3, ACROSS_DIMENSIONS),
+        Part(TABLES, 10, OF_TABLES),
+        Part(BINARY, 3, OF_BINARY),
+    ),
+}
+
+
+def absent_tasks(profile: str) -> dict[str, str]:
+    """Tasks of a profile's comparison that this machine cannot load, with the reason."""
+    names = dict.fromkeys(name for part in COMPARISON[profile] for name in part.tasks)
+    return {name: why for name in names if (why := task_entry(name).absent())}
+
+
+def plan(profile: str, device: str = "cpu", seeds: int | None = None) -> list[RunSpec]:
+    """All specs of a profile's comparison, in a fixed order; tasks whose files are absent are left out.
+
+    Args:
+        seeds: overrides the number of seeds of every part.
+
+    Raises:
+        UsageError: no such profile.
+    """
+    if profile not in PROFILES:
+        raise unknown("profile", profile, PROFILES, f"It is one of {', '.join(PROFILES)}.")
+    return list(_specs(profile, device, seeds))
+
+
+def _specs(profile: str, device: str, seeds: int | None) -> Iterator[RunSpec]:
+    away = absent_tasks(profile)
+    for part in COMPARISON[profile]:
+        for task_name in part.tasks:
+            if task_name in away:
+                continue
+            task = load_task(task_name)
+            for name in part.models or sorted(set(models()) - set(part.without)):
+                if unsupported(model_entry(name), task) is None:
+                    for seed in range(seeds or part.seeds):
+                        yield make_spec(name, task_name, seed, profile, device)

@@ -1,0 +1,72 @@
+"""Load a task's data by its name, once per process and fold."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from replicate.model import ModelEntry
+from replicate.registry import EntryPoints
+from replicate.tasks.base import Task, TaskEntry
+
+TASKS: EntryPoints[TaskEntry] = EntryPoints("replicate.tasks", "task", "replicate.tasks.base:TaskEntry")
+
+
+def tasks() -> dict[str, TaskEntry]:
+    """Return every task that could be imported, by name."""
+    return TASKS.found
+
+
+def task_entry(name: str) -> TaskEntry:
+    """Return the entry of a task.
+
+    Raises:
+        UsageError: no such task, or it cannot be imported.
+    """
+    return TASKS.get(name)
+
+
+def load_task(name: str, seed: int = 0) -> Task:
+    """Load a task's data as a run of this seed sees them: cross-validated tasks have another fold for each seed.
+
+    Raises:
+        UsageError: no such task, it cannot be imported, or its files are missing or damaged.
+    """
+    return _loaded(name, seed % task_entry(name).folds)
+
+
+@cache
+def _loaded(name: str, fold: int) -> Task:
+    entry = task_entry(name)
+    return entry.load(fold) if entry.folds > 1 else entry.load()
+
+
+def data_sha256(name: str, seed: int = 0) -> str:
+    """Return `Task.sha256` of what `load_task` gives, computed once per process.
+
+    Raises:
+        UsageError: as in `load_task`.
+    """
+    return _digest(name, seed % task_entry(name).folds)
+
+
+@cache
+def _digest(name: str, fold: int) -> str:
+    return _loaded(name, fold).sha256()
+
+
+def forget_tasks() -> None:
+    """Free the data of every task."""
+    _loaded.cache_clear()
+    _digest.cache_clear()
+
+
+def unsupported(entry: ModelEntry, task: Task) -> str | None:
+    """Return why this model cannot run on this task, or None where it can."""
+    domain = task.info.domain
+    if entry.needs_density and task.density is None and domain not in entry.domains:
+        return "it needs a task whose true density is known"
+    if entry.needs_image and task.info.image is None:
+        return "it needs images"
+    if domain in entry.domains or "continuous" in entry.domains:
+        return None
+    return f"it models {' and '.join(sorted(entry.domains))}, and the data are {domain}"
