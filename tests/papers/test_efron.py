@@ -7,9 +7,18 @@ import pytest
 import torch
 from scipy import integrate
 
+from replicate.experiments import Run
 from replicate.ledger.claims import claims_of
-from replicate.papers.efron import COMPONENTS, HALF_WIDTH, PAPER, PRIORS, RATE, TWEEDIE, derivatives, posterior_moments
-from replicate.runs.experiment import Context
+from replicate.papers.efron import PAPER
+from replicate.papers.efron.tweedie import (
+    COMPONENTS,
+    HALF_WIDTH,
+    PRIORS,
+    RATE,
+    check_tweedie,
+    derivatives,
+    posterior_moments,
+)
 from replicate.runs.seeds import Streams
 
 
@@ -58,26 +67,27 @@ def test_derivatives_of_a_gaussian() -> None:
     torch.testing.assert_close(second, torch.full_like(Z, -0.25))
 
 
-def context(**changes: float) -> Context:
-    return Context({**TWEEDIE.settings("standard"), **changes}, Streams(TWEEDIE.name, "efron", 0), torch.device("cpu"))
+def new_run(**changes: float) -> Run:
+    settings = {**check_tweedie.settings("standard"), **changes}
+    return Run(settings, Streams(check_tweedie.name, "efron", 0), torch.device("cpu"))
 
 
 def test_the_experiment_holds_and_repeats() -> None:
     small = {"observations": 20, "panels": 100}
-    outcome = TWEEDIE.measure(context(**small))
+    outcome = check_tweedie.measure(new_run(**small))
     assert outcome.estimates["mean_error"].value < 1e-9
     assert outcome.estimates["variance_error"].value < 1e-8
-    assert outcome.estimates == TWEEDIE.measure(context(**small)).estimates
+    assert outcome.estimates == check_tweedie.measure(new_run(**small)).estimates
     assert outcome.plots[0].as_dict()["lines"]
 
 
 def test_a_wrong_power_of_sigma_is_caught(monkeypatch) -> None:
-    monkeypatch.setattr("replicate.papers.efron.tweedie", lambda y, score, sigma: y + sigma * score)
-    assert TWEEDIE.measure(context(observations=20)).estimates["mean_error"].value > 0.1
+    monkeypatch.setattr("replicate.papers.efron.tweedie.tweedie", lambda y, score, sigma: y + sigma * score)
+    assert check_tweedie.measure(new_run(observations=20)).estimates["mean_error"].value > 0.1
 
 
 def test_claims_read() -> None:
     claims = claims_of(PAPER).claims
-    measured = TWEEDIE.measure(context(observations=20)).estimates
+    measured = check_tweedie.measure(new_run(observations=20)).estimates
     assert {c.measure for c in claims} <= set(measured)
     assert all(measured[c.measure].unit == c.unit for c in claims)

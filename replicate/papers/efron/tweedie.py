@@ -1,32 +1,18 @@
-"""Efron 2011, "Tweedie's Formula and Selection Bias", JASA 106: the posterior mean from the score of the marginal.
-
-For mu ~ g and z | mu ~ N(mu, sigma^2) with marginal density f, Efron takes from Robbins (1956)
-
-    E[mu | z]   = z + sigma^2 l'(z),
-    Var[mu | z] = sigma^2 (1 + sigma^2 l''(z)),         l = log f.
-
-Replicated: both against the posterior itself, integrated numerically, for three priors far from Gaussian whose
-marginals have closed forms: the paper's exponential, a uniform and a mixture of two narrow Gaussians. The formula
-sees only the marginal (differentiated automatically), the posterior only the prior and Bayes' rule.
-
-Deviation: the paper estimates l from data; here it is exact, so that the identity can be held to rounding error.
-"""
+"""Tweedie's formula against the posterior, which quadrature gives."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.special import log_ndtr
 
+from replicate.experiments import Run, experiment
 from replicate.model import Estimate
-from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
-from replicate.runs.paper import Paper
 from replicate.score_based.matching import tweedie
 
 RATE = 0.5
@@ -58,19 +44,19 @@ def _normal(x: Tensor, mean: float, sd: float) -> Tensor:
 
 
 def _exponential_marginal(z: Tensor, sigma: float) -> Tensor:
-    """log f of mu ~ Exp(RATE): the exponentially modified Gaussian."""
+    """Log f of mu ~ Exp(RATE): the exponentially modified Gaussian."""
     return math.log(RATE) + RATE**2 * sigma**2 / 2 - RATE * z + log_ndtr(z / sigma - RATE * sigma)
 
 
 def _uniform_marginal(z: Tensor, sigma: float) -> Tensor:
-    """log f of mu ~ U[-HALF_WIDTH, HALF_WIDTH], on the side where the difference of two Phi does not cancel."""
+    """Log f of mu ~ U[-HALF_WIDTH, HALF_WIDTH], on the side where the difference of two Phi does not cancel."""
     above = log_ndtr((HALF_WIDTH - z.abs()) / sigma)
     below = log_ndtr((-HALF_WIDTH - z.abs()) / sigma)
     return above + torch.log1p(-(below - above).exp()) - math.log(2 * HALF_WIDTH)
 
 
 def _bimodal(x: Tensor, sigma: float = 0.0) -> Tensor:
-    """log density of the two-Gaussian mixture after noise of level sigma."""
+    """Log density of the two-Gaussian mixture after noise of level sigma."""
     parts = [math.log(w) + _normal(x, m, math.hypot(sd, sigma)) for w, m, sd in COMPONENTS]
     return torch.stack(parts).logsumexp(0)
 
@@ -109,38 +95,32 @@ def posterior_moments(prior: Prior, z: Tensor, sigma: float, panels: int) -> tup
     return mean, (probability * (mu - mean[:, None]).square()).sum(1)
 
 
-def check_tweedie(context: Context) -> Outcome:
-    """Largest errors of both formulas over observations, noise levels and priors."""
-    p = context.params
-    z = torch.linspace(p["from"], p["to"], p["observations"], dtype=torch.float64, device=context.device)
-    errors: dict[str, list[float]] = {"mean_error": [], "variance_error": []}
-    lines = []
+# an even number of observations keeps clear of 0, where |z| in the uniform's marginal has no derivative
+@experiment("efron-tweedie", family="score", seeds=1, profiles=("smoke", "standard"), precision="float64")
+def check_tweedie(
+    run: Run,
+    *,
+    from_: float = -5.0,
+    to: float = 7.0,
+    observations: int = 200,
+    sigma_small: float = 0.5,
+    sigma_large: float = 1.0,
+    panels: int = 200,
+) -> None:
+    """Tweedie's formula for posterior mean and variance against posterior quadrature."""
+    z = torch.linspace(from_, to, observations, dtype=torch.float64, device=run.device)
+    mean_errors, variance_errors, curves = [], [], {}
     for prior in PRIORS:
-        for sigma in (p["sigma_small"], p["sigma_large"]):
+        for sigma in (sigma_small, sigma_large):
             score, curvature = derivatives(prior.log_marginal, z, sigma)
-            mean, variance = posterior_moments(prior, z, sigma, p["panels"])
+            mean, variance = posterior_moments(prior, z, sigma, panels)
             formula = tweedie(z, score, sigma)
-            errors["mean_error"].append(float((formula - mean).abs().max()))
-            errors["variance_error"].append(float((sigma**2 * (1 + sigma**2 * curvature) - variance).abs().max()))
-        lines.append(Line(f"{prior.name}: formula", z.tolist(), formula.tolist()))
-        lines.append(Line(f"{prior.name}: posterior", z[::8].tolist(), mean[::8].tolist()))
-    n = len(PRIORS) * 2 * len(z)
-    units = {"mean_error": "units of the observation", "variance_error": "squared units of the observation"}
-    estimates = {name: Estimate.exact(max(values), units[name], n) for name, values in errors.items()}
-    title = f"Posterior mean by Tweedie's formula and by quadrature, sigma = {p['sigma_large']:g}"
-    return Outcome(estimates, (Plot("posterior-mean", title, "observation z", "E[mu | z]", tuple(lines)),))
-
-
-TWEEDIE = Experiment(
-    name="efron-tweedie",
-    about="Tweedie's formula for posterior mean and variance against posterior quadrature",
-    family="score",
-    run=check_tweedie,
-    # an even number of observations keeps clear of 0, where |z| in the uniform's marginal has no derivative
-    params={"from": -5.0, "to": 7.0, "observations": 200, "sigma_small": 0.5, "sigma_large": 1.0, "panels": 200},
-    seeds=1,
-    profiles=("smoke", "standard"),
-    precision="float64",
-)
-
-PAPER = Paper("efron", Path(__file__).with_suffix(".toml"), experiments=(TWEEDIE,))
+            mean_errors.append(float((formula - mean).abs().max()))
+            variance_errors.append(float((sigma**2 * (1 + sigma**2 * curvature) - variance).abs().max()))
+        curves[f"{prior.name}: formula"] = z.tolist(), formula.tolist()
+        curves[f"{prior.name}: posterior"] = z[::8].tolist(), mean[::8].tolist()
+    n = len(mean_errors) * observations
+    run.measure("mean_error", Estimate.exact(max(mean_errors), "units of the observation", n))
+    run.measure("variance_error", Estimate.exact(max(variance_errors), "squared units of the observation", n))
+    title = f"Posterior mean by Tweedie's formula and by quadrature, sigma = {sigma_large:g}"
+    run.curves("posterior-mean", title, ("observation z", "E[mu | z]"), curves)
