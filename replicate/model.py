@@ -89,11 +89,11 @@ class Estimate:
         return SYMBOLS[self.kind]
 
     def __neg__(self) -> Estimate:
-        """The negated number: a lower bound becomes an upper bound."""
+        """Negate the number: a lower bound becomes an upper bound."""
         return replace(self, value=-self.value, kind=flipped(self.kind))
 
     def __sub__(self, other: Estimate) -> Estimate:
-        """The difference of two independent numbers of one unit.
+        """Subtract an independent number of the same unit.
 
         Example:
             >>> Estimate(3.0, 0.3, "lower_bound", "nats", 10) - Estimate(1.0, 0.4, "exact", "nats", 5)
@@ -108,14 +108,14 @@ class Estimate:
         return Estimate(self.value - other.value, stderr, kind, self.unit, min(self.n, other.n))
 
     def times(self, factor: float, unit: str) -> Estimate:
-        """The number in another unit; a negative factor turns bounds round."""
+        """Convert the number to another unit; a negative factor swaps lower and upper bounds."""
         flipped = -self if factor < 0 else self
         scale = abs(factor)
         return replace(flipped, value=flipped.value * scale, stderr=flipped.stderr * scale, unit=unit)
 
     @staticmethod
     def exact(value: SupportsFloat, unit: str, n: int = 1) -> Estimate:
-        """A computed number without sampling error.
+        """Return a computed number without sampling error.
 
         Example:
             >>> Estimate.exact(0.5, "nats")
@@ -125,7 +125,7 @@ class Estimate:
 
     @staticmethod
     def mean_of(values: Tensor, kind: Kind, unit: str) -> Estimate:
-        """The mean of per-example values of shape (n,), with the standard error of that mean."""
+        """Average per-example values of shape (n,), with the standard error of the mean."""
         x = values.detach().double().flatten()
         n = x.numel()
         stderr = float(x.std(unbiased=True) / math.sqrt(n)) if n > 1 else math.nan
@@ -204,7 +204,7 @@ class Model(nn.Module):
         return self.loss(batch, generator)
 
     def after_step(self, generator: torch.Generator) -> None:
-        """Called after each optimizer step (constraints, persistent chains)."""
+        """Run after each optimizer step (constraints, persistent chains)."""
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Exact normalised log density (or log mass) in nats, shape (n,)."""
@@ -232,7 +232,7 @@ class Model(nn.Module):
         return grad
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """n samples by the model's own sampler, shape (n, D)."""
+        """N samples by the model's own sampler, shape (n, D)."""
         raise NotImplementedError
 
     def samplers(self) -> Mapping[str, Sampler]:
@@ -245,7 +245,7 @@ class Model(nn.Module):
         raise NotImplementedError
 
     def base_sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """n exact samples of the annealing path at beta = 0, shape (n, D)."""
+        """N exact samples of the annealing path at beta = 0, shape (n, D)."""
         raise NotImplementedError
 
     def anneal(self, x: Tensor, beta: float, beta_next: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -256,6 +256,15 @@ class Model(nn.Module):
             respect to f_{beta_next}, shape (n, D)).
         """
         raise NotImplementedError
+
+
+def later(default: Any) -> Any:
+    """Declare a field of `Training` or `Evaluation` that came after the first committed runs.
+
+    At its default a spec leaves it out, so that it gives no earlier run another id. The default must compute what those
+    runs did, and must never change.
+    """
+    return field(default=default, metadata={"later": True})
 
 
 @dataclass(frozen=True)
@@ -308,6 +317,8 @@ class ModelEntry:
         needs_image: build raises ValueError on data without rows and columns.
         needs_density: build also gets density=task.density (None where the truth is not known, if the model lists
             that domain), and the model sees the data as they are, without preprocessing.
+        later: parameters that came after the model's first committed runs, each with the value that computes what these
+            runs did. At that value a parameter is left out of the spec, so that it gives no earlier run another id.
     """
 
     family: Family
@@ -320,6 +331,7 @@ class ModelEntry:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     needs_image: bool = False
     needs_density: bool = False
+    later: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def problem(self) -> str:

@@ -1,26 +1,25 @@
-"""Loops that go on where a killed process left them.
+"""Loops that resume where a killed process left them.
 
-A run is a deterministic program. When it is called again after a kill, everything quick is simply done again; a long
-loop goes through `resumable`, which remembers where it was:
+A run is a deterministic program. When it is called again after a kill, it repeats everything that is quick. A long loop
+goes through `resumable`, which remembers its progress:
 
     state = {"x": start, "generator": generator}
     for _ in resumable("langevin", steps, state):
         state["x"] = step(state["x"], state["generator"])
     return state["x"]
 
-Whatever the loop changes must stand in `state` and be read from there. On the second call the n-th loop of the program
-meets the n-th loop of the first: one that had ended is skipped with its last state, the one that was cut short goes
-on from the last save. A loop inside the step of another is part of that step and is not remembered by itself.
+Everything that the loop changes must be in `state` and be read from there. In the second process the n-th loop matches
+the n-th loop of the first: a loop that had ended is skipped with its last state, an interrupted one resumes from the last
+save. A loop inside the step of another is part of that step and is not remembered by itself.
 
-Without a `Journal` (in tests, in notebooks) `resumable` is `range`. This module knows neither files nor models:
-`replicate.runs.checkpoint` writes what a journal holds.
+Without a `Journal` (in tests, in notebooks) `resumable` is `range`. This module knows neither files nor models;
+`replicate.runs.checkpoint` writes a journal to disk.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol, runtime_checkable
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from replicate.errors import Stopped
 
-#: what a loop changes: tensors, numbers, text, None, lists, tuples and mappings of them, generators, and objects
+#: values that a loop changes: tensors, numbers, text, None, lists, tuples and mappings of them, generators, and objects
 #: with `state_dict` and `load_state_dict`
 State = dict[str, Any]
 
@@ -40,14 +39,14 @@ class Stateful(Protocol):
     """A module, an optimizer, or anything else that gives and takes its state."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes back."""
+        """Return the state that `load_state_dict` accepts."""
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
-        """Put a state back."""
+        """Restore a state."""
 
 
 def snapshot(value: Any) -> Any:
-    """A copy of a state that later steps cannot change: tensors cloned, stateful objects as their states."""
+    """Copy a state so that later steps cannot change it: tensors cloned, stateful objects as their states."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, torch.Generator):
@@ -67,10 +66,10 @@ def snapshot(value: Any) -> Any:
 
 
 def restore(state: State, saved: Mapping[str, Any]) -> None:
-    """Put a snapshot back: stateful objects and generators in place, everything else as new values."""
+    """Restore a snapshot: stateful objects and generators in place, everything else as new values."""
     for key, value in saved.items():
         now = state.get(key)
-        if value is None:  # also what the loop itself let go of
+        if value is None:  # the loop itself may have dropped it
             state[key] = None
         elif isinstance(now, torch.Generator):
             now.set_state(value.cpu())
@@ -81,13 +80,13 @@ def restore(state: State, saved: Mapping[str, Any]) -> None:
 
 
 class Journal:
-    """What one run remembers of its loops.
+    """The memory that a run has of its loops.
 
     Args:
         write: called with the whole content as a state; makes it durable.
-        saved: what an earlier sitting wrote, or None.
+        saved: what an earlier session wrote, or None.
         every: seconds between saves.
-        shortest: loops that end in fewer seconds are not remembered but done again; a second, or `every` if less.
+        shortest: loops that take fewer seconds are repeated, not remembered; a second, or `every` if less.
     """
 
     def __init__(
@@ -103,7 +102,7 @@ class Journal:
         self.cut: State | None = None
         self.saves, self.save_seconds = 0, 0.0
         self.stopping = False
-        #: the last loop has ended: what is left is quick, and a request to stop comes too late
+        #: the last loop has ended, the rest is quick, and a request to stop comes too late
         self.finishing = False
         self._inside = self._abandoned = False
         self._next = 0
@@ -113,7 +112,7 @@ class Journal:
 
     @contextmanager
     def active(self) -> Iterator[Journal]:
-        """Inside, `resumable` loops of this thread are remembered here."""
+        """Inside, remember the `resumable` loops of this thread here."""
         token = _JOURNAL.set(self)
         try:
             yield self
@@ -125,7 +124,7 @@ class Journal:
         self._abandoned = self._inside
 
     def request_stop(self) -> None:
-        """Stop at the next safe point; between two loops that is now.
+        """Stop at the next safe point: at once between two loops, else after the step.
 
         Raises:
             Stopped: nothing was half done.
@@ -139,7 +138,7 @@ class Journal:
         raise Stopped
 
     def save(self) -> None:
-        """Write what is remembered."""
+        """Write the memory."""
         begin = time.perf_counter()
         self.write({"ended": dict(self.ended), "cut": self.cut})
         self.saves += 1
@@ -148,16 +147,11 @@ class Journal:
 
     @property
     def nested(self) -> bool:
-        """Whether a loop asked for now would run inside a step of another."""
+        """Whether a loop that starts now runs inside a step of another."""
         return self._inside
 
-    @property
-    def position(self) -> tuple[int, int, int]:
-        """Loops that have ended, the number of the one that was cut short (-1: none), and its step."""
-        return (len(self.ended), self.cut["at"], self.cut["step"]) if self.cut else (len(self.ended), -1, 0)
-
     def loop(self, name: str, steps: int, state: State) -> Iterator[int]:
-        """The body of `resumable`."""
+        """Run the body of `resumable`."""
         if self.stopping:  # asked within a loop that was left by `break`
             self._stop()
         at, self._next = self._next, self._next + 1
@@ -207,69 +201,7 @@ class Journal:
         return {"at": at, "name": name, "steps": steps, "step": step, "seconds": seconds, "state": snapshot(state)}
 
 
-class Together:
-    """The journals of several runs whose loops are taken in step: each remembers its own, as if it ran alone.
-
-    Args:
-        journals: all at one position.
-        every: seconds between saves, which all make after the same step.
-    """
-
-    def __init__(self, journals: Sequence[Journal], every: float) -> None:
-        self.journals, self.every = journals, every
-        self.stopping = self.nested = False
-
-    @contextmanager
-    def active(self) -> Iterator[Together]:
-        """Inside, `resumable_together` loops of this thread are remembered here."""
-        token = _JOURNAL.set(self)
-        try:
-            yield self
-        finally:
-            _JOURNAL.reset(token)
-
-    def request_stop(self) -> None:
-        """Stop after the step that runs; outside a loop that is now.
-
-        Raises:
-            Stopped: no loop runs.
-        """
-        self.stopping = True
-        if not self.nested:
-            raise Stopped
-
-    def loop(self, name: str, steps: int, states: Sequence[State]) -> Iterator[int]:
-        """The body of `resumable_together`."""
-        loops = [journal.loop(name, steps, state) for journal, state in zip(self.journals, states, strict=True)]
-        saved, self.nested = time.monotonic(), True
-        try:
-            while True:
-                due = time.monotonic() - saved >= self.every
-                saved = time.monotonic() if due else saved
-                stopping = self.stopping  # a signal may come between two journals, and they must do the same
-                for journal in self.journals:
-                    journal.stopping, journal.every = stopping, 0.0 if due else math.inf
-                taken = [_next(loop) for loop in loops]
-                if stopping:
-                    raise Stopped
-                if taken[0] is None:
-                    break
-                yield taken[0]
-        finally:
-            self.nested = False
-        for journal in self.journals:
-            journal.save()
-
-
-def _next(loop: Iterator[int]) -> int | None:
-    """The loop's next step; None where it has ended, or saved and stopped."""
-    try:
-        return next(loop, None)
-    except Stopped:
-        return None
-
-
-_JOURNAL: ContextVar[Journal | Together | None] = ContextVar("journal", default=None)
+_JOURNAL: ContextVar[Journal | None] = ContextVar("journal", default=None)
 
 
 def stop_current() -> bool:
@@ -279,7 +211,7 @@ def stop_current() -> bool:
         Whether there is one.
 
     Raises:
-        Stopped: it could stop at once.
+        Stopped: the run could stop at once.
     """
     journal = _JOURNAL.get()
     if journal is None:
@@ -289,36 +221,23 @@ def stop_current() -> bool:
 
 
 def resumable(name: str, steps: int, state: State) -> Iterator[int]:
-    """range(steps) whose progress a run's journal remembers together with `state`.
+    """Return range(steps); a run's journal remembers its progress together with `state`.
 
     Args:
-        name: what the loop does; checked when it goes on.
-        steps: how many; the same at every call of the run.
-        state: all that the steps change. Objects with `state_dict` and generators go on in place; other values are
-            replaced, so read them from here. The loop may be left by `break`. An error that leaves it must end the run:
+        name: what the loop does; checked when the run resumes.
+        steps: how many; the same in every session of the run.
+        state: all that the steps change. Objects with `state_dict` and generators are restored in place; other values
+            are replaced, so read them from here. `break` may leave the loop. An error that leaves it must end the run:
             one that may be caught outside calls `abandon_loop` first, so that it does not count as the loop's end.
-    """
-    return resumable_together(name, steps, [state])
-
-
-def resumable_together(name: str, steps: int, states: Sequence[State]) -> Iterator[int]:
-    """`resumable` for runs that take every step together, with a state of each; one state is one run alone.
-
-    Raises:
-        RuntimeError: several states in a run that is alone.
     """
     journal = _JOURNAL.get()
     if journal is None or journal.nested:
         return iter(range(steps))
-    if isinstance(journal, Together):
-        return journal.loop(name, steps, states)
-    if len(states) != 1:
-        raise RuntimeError(f"{name!r} trains {len(states)} runs together, and this run is alone")
-    return journal.loop(name, steps, states[0])
+    return journal.loop(name, steps, state)
 
 
 def abandon_loop() -> None:
     """Forget the loop that runs now, before an error leaves it that the run may handle."""
     journal = _JOURNAL.get()
-    if isinstance(journal, Journal):
+    if journal is not None:
         journal.abandon()

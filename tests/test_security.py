@@ -425,7 +425,7 @@ def test_listing_and_claims_show_the_terminals_mark_up_as_text(
 ) -> None:
     import replicate.registry as registry
     from replicate.cli import main
-    from replicate.cli.main import _print_claims
+    from replicate.cli.results import print_claims
     from replicate.model import ModelEntry
     from replicate.report.ledger import CLAIM_COLUMNS
 
@@ -438,5 +438,5 @@ def test_listing_and_claims_show_the_terminals_mark_up_as_text(
     assert "[/red] about" in capsys.readouterr().out
     claim = dict.fromkeys(CLAIM_COLUMNS, "1") | {"claim_id": "[/red]", "paper": "[/red]", "relation": "within"}
     claim |= {"verdict": "reproduced", "deterministic": "true", "source_quality": "R", "number_kind": "exact"}
-    _print_claims([claim])
+    print_claims([claim])
     assert capsys.readouterr().out.count("[/red]") == 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -16,6 +18,7 @@ errors = Console(stderr=True, markup=False, emoji=False)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 Profile = Annotated[str, typer.Option("--profile", help="smoke, standard or full.")]
+Results = Annotated[Path, typer.Option("--results", help="Folder of results.")]
 
 
 def say(line: str) -> None:
@@ -32,6 +35,16 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """Print one clear line on stderr and exit."""
     complain(message)
     raise typer.Exit(code)
+
+
+def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
+    """Print rows of text under their heads; lines at the right of the first column wrap."""
+    from rich.table import Table
+
+    table = Table(*heads, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def this_command() -> str:

@@ -1,4 +1,4 @@
-"""The command `replicate data`: the tasks' data, and the data files: what is there, is it right, fetch the rest."""
+"""The command `replicate data`: show the tasks' data and the data files, check them, fetch missing ones."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from rich.table import Column, Table
 
-from replicate.cli.console import AsJson, Profile, complain, console, say
-from replicate.data.catalog import Entry, catalog
-from replicate.data.fetch import Show, fetch, silent
-from replicate.data.files import damage, data_folder, find
+from replicate.cli.console import AsJson, Profile, complain, console, print_table, say
 from replicate.errors import FetchError
+
+if TYPE_CHECKING:
+    from replicate.data.catalog import Entry
+    from replicate.data.fetch import Show
 
 data_app = typer.Typer(
     help="Show the data: tasks' sizes and sha256, and the files that papers' experiments read.",
@@ -49,17 +48,17 @@ def tasks(context: typer.Context, as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps({**rows, **{name: {"absent": why} for name, why in away.items()}}, indent=1))
         return
-    table = Table("task", "train", "valid", "test", "dim", "domain", "sha256")
-    for name, row in rows.items():
-        table.add_row(name, *(str(v)[:16] for v in row.values()))
-    console.print(table)
+    lines = ([name, *(str(v)[:16] for v in row.values())] for name, row in rows.items())
+    print_table(("task", "train", "valid", "test", "dim", "domain", "sha256"), lines)
     for name, why in away.items():
         say(f"{name} is absent: {why}")
     say("`replicate data files` shows the files behind them; densities and digits need none.")
 
 
 def _status(entry: Entry) -> tuple[str, Path | None, str]:
-    """present, absent or damaged; where it is; and what is wrong with it."""
+    """Return whether a file is present, absent or damaged, its path, and what is wrong with it."""
+    from replicate.data.files import damage, find
+
     path = find(entry.name)
     if path is None:
         return "absent", None, ""
@@ -69,7 +68,10 @@ def _status(entry: Entry) -> tuple[str, Path | None, str]:
 
 @data_app.command("files")
 def files_(as_json: AsJson = False) -> None:
-    """Show every data file that the suite knows: is it there, is it right, its size and licence."""
+    """Show every data file that the suite knows, with status, size and licence."""
+    from replicate.data.catalog import catalog
+    from replicate.data.files import data_folder
+
     rows = {}
     for name, entry in catalog().items():
         status, path, wrong = _status(entry)
@@ -86,19 +88,18 @@ def files_(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    table = Table(Column("file", no_wrap=True), "status", Column("bytes", justify="right"), "licence")
-    for name, row in rows.items():
-        table.add_row(name, str(row["status"]), f"{row['size']:,}", str(row["licence"]).partition(";")[0])
-    console.print(table)
-    say(f"They are read from {data_folder()}; `replicate data fetch` gets those that are not there.")
+    lines = ([n, str(r["status"]), f"{r['size']:,}", str(r["licence"]).partition(";")[0]] for n, r in rows.items())
+    print_table(("file", "status", "bytes", "licence"), lines)
+    say(f"The folder is {data_folder()}; `replicate data fetch` downloads missing files.")
 
 
 def _chosen(names: list[str]) -> list[Entry]:
-    """The entries of these names or folders.
+    """Return the entries of these names or folders.
 
     Raises:
         UsageError: no such file or folder.
     """
+    from replicate.data.catalog import catalog
     from replicate.registry import unknown
 
     known = catalog()
@@ -114,7 +115,11 @@ def _chosen(names: list[str]) -> list[Entry]:
 
 @contextlib.contextmanager
 def _bar(name: str) -> Iterator[Show]:
-    """A progress bar on a terminal, nothing elsewhere."""
+    """Show a progress bar on a terminal, nothing elsewhere."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from replicate.data.fetch import silent
+
     if not console.is_terminal:
         yield silent
         return
@@ -127,16 +132,22 @@ def _bar(name: str) -> Iterator[Show]:
 
 @data_app.command("fetch")
 def fetch_(
-    names: Annotated[list[str] | None, typer.Argument(help="Files or folders; all that can be had if none.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Files or folders; without any, all that can be fetched.")
+    ] = None,
 ) -> None:
-    """Download data files that are not there or damaged, each checked by its sha256."""
+    """Download data files that are missing or damaged, and check each by its sha256."""
+    from replicate.data.catalog import catalog
+    from replicate.data.fetch import fetch
+    from replicate.data.files import data_folder, find
+
     folder = data_folder()
     failed = False
     chosen = _chosen(names) if names else [e for e in catalog().values() if e.urls]
     for i, entry in enumerate(chosen):
         status, path, wrong = _status(entry)
         if status == "present":
-            say(f"{entry.name} is there: {path}")
+            say(f"{entry.name} is present: {path}")
             continue
         if wrong:
             say(f"{entry.name} is damaged: {wrong}")
@@ -147,13 +158,13 @@ def fetch_(
             failed = True
             complain(str(error))
     if not names and (others := [e.name for e in catalog().values() if not e.urls and find(e.name) is None]):
-        say(f"not to be had by fetching: {', '.join(others)}; `replicate data fetch NAME` says why.")
+        say(f"these files cannot be fetched: {', '.join(others)}; `replicate data fetch NAME` says why.")
     raise typer.Exit(int(failed))
 
 
 @data_app.command("pack-runs")
 def pack_runs_(archive: Path, profile: Profile = "full") -> None:
-    """Put a sweep's records and checkpoints into one file, for another machine of the same sources."""
+    """Pack a sweep's records and checkpoints into one file, for another machine with the same sources."""
     from replicate.runs.store import default_runs_folder
     from replicate.sweeps.archive import pack_runs
 
@@ -163,7 +174,7 @@ def pack_runs_(archive: Path, profile: Profile = "full") -> None:
 
 @data_app.command("unpack-runs")
 def unpack_runs_(archive: Path) -> None:
-    """Add the runs of such a file to this machine's sweep, which `replicate reproduce` goes on with."""
+    """Add the runs of such a file to this machine's sweep, which `replicate reproduce` resumes."""
     from replicate.runs.store import default_runs_folder
     from replicate.sweeps.archive import unpack_runs
 
@@ -172,12 +183,15 @@ def unpack_runs_(archive: Path) -> None:
 
 @data_app.command("check")
 def check() -> None:
-    """Verify every data file that is there against its published sha256."""
+    """Check every data file that is present against its published sha256."""
+    from replicate.data.catalog import catalog
+    from replicate.data.files import data_folder
+
     found = {entry.name: _status(entry) for entry in catalog().values()}
-    there = {name: told for name, told in found.items() if told[0] != "absent"}
-    damaged = {name: told for name, told in there.items() if told[0] == "damaged"}
+    there = {name: status for name, status in found.items() if status[0] != "absent"}
+    damaged = {name: status for name, status in there.items() if status[0] == "damaged"}
     for name, (_, path, wrong) in damaged.items():
-        again = f"`replicate data fetch {name}` gets it again"
-        complain(f"{path}: {wrong}; {again if catalog()[name].urls else 'get it again'}")
+        again = f"`replicate data fetch {name}` downloads it again"
+        complain(f"{path}: {wrong}; {again if catalog()[name].urls else 'download it again'}")
     say(f"{len(there) - len(damaged)} of {len(there)} files in {data_folder()} are as published.")
     raise typer.Exit(int(bool(damaged)))

@@ -38,14 +38,17 @@ class Unreadable(ValueError):
     """A file's bytes cannot be unpacked; the message says why, without the file's name."""
 
 
+def cache_folder() -> Path:
+    """Return scoreboard-replicate in the user's cache directory."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    home = cache if os.path.isabs(cache) else os.path.expanduser("~/.cache")  # the standard ignores a relative one
+    return Path(home, "scoreboard-replicate")
+
+
 def data_folder() -> Path:
     """REPLICATE_DATA, or scoreboard-replicate in the user's cache directory."""
     folder = os.environ.get("REPLICATE_DATA")
-    if folder:
-        return Path(folder)
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    home = cache if os.path.isabs(cache) else os.path.expanduser("~/.cache")  # a relative one is to be ignored
-    return Path(home, "scoreboard-replicate")
+    return Path(folder) if folder else cache_folder()
 
 
 def where() -> str:

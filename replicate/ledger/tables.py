@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from replicate.errors import ClaimError
+from replicate.ledger.claims import PaperClaims, all_claims
 
 
 @dataclass(frozen=True)
@@ -76,3 +77,20 @@ def measure_tables(path: Path | None = None) -> tuple[MeasureTable, ...]:
             raise ClaimError(f"{where}: every row needs {len(table['heads'])} cells, as there are heads")
         out.append(MeasureTable(table["name"], table["title"], table["caption"], tuple(table["heads"]), rows))
     return tuple(out)
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What the ledger is written from, beside the measurements."""
+
+    papers: tuple[PaperClaims, ...] = ()
+    tables: tuple[MeasureTable, ...] = ()
+
+
+def read_ledger() -> Claims:
+    """Read the claims of every paper, and the tables that compare print with released code.
+
+    Raises:
+        ClaimError: a file is wrong.
+    """
+    return Claims(all_claims(), measure_tables())

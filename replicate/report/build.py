@@ -24,7 +24,7 @@ import pandas as pd
 
 from replicate.errors import ReportError
 from replicate.ledger.claims import PaperClaims
-from replicate.ledger.tables import MeasureTable
+from replicate.ledger.tables import Claims, MeasureTable
 from replicate.report import ledger as claims_ledger
 from replicate.report.drawing import Drawing, save, style
 from replicate.report.figures import all_figures
@@ -82,14 +82,6 @@ def write_manifest(folder: Path) -> Path:
 def _write_records(runs: Runs, path: Path) -> None:
     lines = (json.dumps(run.as_record(), sort_keys=True, allow_nan=False) for run in runs.runs)
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8", newline="\n")
-
-
-@dataclass(frozen=True)
-class Claims:
-    """What the ledger is written from, beside the measurements."""
-
-    papers: tuple[PaperClaims, ...] = ()
-    tables: tuple[MeasureTable, ...] = ()
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
-"""A run in a process of its own: what every executor starts, whoever watches over it.
+"""A run in a process of its own, as every executor starts it.
 
 The local pool forks it from a warm server (`worker`); a cluster's worker starts it as a program that reads its job from
-standard input (`python -m replicate.runs.child`). Either way the run sees the same process: one thread, deterministic
+standard input (`python -m replicate.runs.child`). The run sees the same process both times: one thread, deterministic
 kernels, standard error in a file of the run's folder, an end when the process that watches it ends.
 """
 
@@ -13,13 +13,12 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from replicate.errors import Stopped
 from replicate.resume import stop_current
-from replicate.runs.execute import execute, failure, prepare_process, train_together
+from replicate.runs.execute import execute, failure, prepare_process
 from replicate.runs.limits import Limits
 from replicate.runs.orphan import die_when, die_with_parent
 from replicate.runs.spec import AnySpec, spec_from_dict
@@ -32,19 +31,18 @@ STDERR_TAIL = 2_000
 STDERR = "stderr.txt"
 
 
-def job(runs: Sequence[tuple[AnySpec, Path]], limits: Limits, visible: str | None) -> dict[str, Any]:
-    """What a child is told, JSON-ready.
+def job(spec: AnySpec, folder: Path, limits: Limits, visible: str | None) -> dict[str, Any]:
+    """Return the job of a child, JSON-ready.
 
     Args:
-        runs: a spec and its folder; several are seeds of one experiment, to be trained together and no more.
-        visible: the GPU it may see (CUDA_VISIBLE_DEVICES); None leaves that as it is.
+        folder: of the run.
+        visible: the GPU that the child may see (CUDA_VISIBLE_DEVICES); None leaves that as it is.
     """
-    asked = [{"spec": spec.as_dict(), "folder": str(folder)} for spec, folder in runs]
-    return {"runs": asked, "limits": limits.as_dict(), "visible": visible}
+    return {"spec": spec.as_dict(), "folder": str(folder), "limits": limits.as_dict(), "visible": visible}
 
 
 def make_ready(folder: Path) -> None:
-    """Empty a run's folder of everything but its checkpoints: a half-written or failed attempt."""
+    """Empty a run's folder of a half-written or failed attempt; its checkpoints stay."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         if path.is_dir() and path.name != "checkpoints":
@@ -56,7 +54,7 @@ def make_ready(folder: Path) -> None:
 
 
 def stderr_tail(folder: Path) -> str:
-    """The end of what a run's process printed on standard error."""
+    """Return the end of what a run's process printed on standard error."""
     try:
         data = (folder / STDERR).read_bytes()
     except OSError:
@@ -64,18 +62,10 @@ def stderr_tail(folder: Path) -> str:
     return data[-STDERR_TAIL:].decode("utf-8", "replace").strip()
 
 
-def attempt(runs: Sequence[tuple[AnySpec, Path]], limits: Limits) -> int:
-    """Do a job in this process and leave a record, or a failure in its first folder; returns the exit code.
-
-    Several runs leave checkpoints in place of a record.
-    """
-    spec, folder = runs[0]
+def attempt(spec: AnySpec, folder: Path, limits: Limits) -> int:
+    """Compute a run in this process, leave a record or a failure in its folder, and return the exit code."""
     try:
-        device = prepare_process(spec.device)
-        if len(runs) == 1:
-            execute(spec, folder, device, limits)
-        else:
-            train_together(runs, device, limits)
+        execute(spec, folder, prepare_process(spec.device), limits)
     except Stopped:
         return STOPPED
     except Exception as error:
@@ -88,24 +78,22 @@ def attempt(runs: Sequence[tuple[AnySpec, Path]], limits: Limits) -> int:
     return 0
 
 
-def run_job(told: dict[str, Any]) -> int:
-    """A child's whole life after it was told its job."""
+def run_job(given: dict[str, Any]) -> int:
+    """Do a job, in the process that is the child."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, _stop)
-    limits = Limits(**told["limits"])
-    runs = [(spec_from_dict(run["spec"]), Path(run["folder"])) for run in told["runs"]]
-    if told["visible"] is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = told["visible"]
+    spec, folder, limits = spec_from_dict(given["spec"]), Path(given["folder"]), Limits(**given["limits"])
+    if given["visible"] is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = given["visible"]
     if limits.memory_mb is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (limits.memory_mb * 2**20, limits.memory_mb * 2**20))
-    folder = runs[0][1]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         log = os.open(folder / STDERR, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 2)
     except OSError:
         return UNWRITABLE
-    return attempt(runs, limits)
+    return attempt(spec, folder, limits)
 
 
 def _stop(number: int, frame: Any) -> None:
@@ -113,22 +101,22 @@ def _stop(number: int, frame: Any) -> None:
         raise Stopped
 
 
-def worker(told: dict[str, Any]) -> None:
-    """The target of a forked child."""
+def worker(given: dict[str, Any]) -> None:
+    """Do a job and exit; the target of a forked child."""
     die_with_parent()
     try:
-        code = run_job(told)
+        code = run_job(given)
     except Stopped:  # between two safe points
         code = STOPPED
     raise SystemExit(code)
 
 
 def main() -> None:
-    """Read one job, a line of JSON, from standard input and run it; the end of standard input is the end of the run."""
-    told = json.loads(sys.stdin.readline())
+    """Read one job, a line of JSON, from standard input and do it; the end of standard input ends the run."""
+    given = json.loads(sys.stdin.readline())
     die_when(sys.stdin.read)
     try:
-        code = run_job(told)
+        code = run_job(given)
     except Stopped:
         code = STOPPED
     sys.stdout.flush()

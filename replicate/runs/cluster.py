@@ -1,12 +1,12 @@
-"""Runs on the workers of a Dask cluster, one a task.
+"""Compute runs on the workers of a Dask cluster, one run per task.
 
-Dask decides which worker takes a run and gives it to another when that worker goes away; `Cluster` hands it no more
-runs than there are slots, tells what happens to each, and writes what comes back. No disk is shared: a run is computed
-in a child program of its worker, in a folder of that worker, and its files come back as bytes.
+Dask chooses a worker for each run and reschedules the run when that worker goes away. `Cluster` submits no more runs
+than there are slots, reports what happens to each, and writes the files that they return. No disk is shared: a run is
+computed in a child program of its worker, in a folder of that worker, and its files return as bytes.
 
-What a run needs to go on comes back too. A run that is stopped, by the deadline, by an interrupt or by its time limit,
-saves itself and sends its newest checkpoint, and the next call sends that out again. When a worker dies its run's
-checkpoints die with it, and the run starts from its beginning.
+A run that is stopped by the deadline, by an interrupt or by its time limit saves itself and returns its newest
+checkpoint; the next call sends it out again. When a worker dies, the checkpoints of its run are lost, and the run starts
+from its beginning.
 
 Dask's own messages are pickles, on both sides; whoever can reach the scheduler can run code on its workers and in this
 process. The suite itself sends JSON and bytes, and takes nothing from a worker but bytes under names that it knows.
@@ -41,11 +41,11 @@ from typing import TYPE_CHECKING, Any
 from replicate.errors import ClusterLost, UsageError
 from replicate.runs.child import STDERR, STDERR_TAIL, STOPPED, job, make_ready
 from replicate.runs.execute import check_data, failure
-from replicate.runs.executor import Listener, Runs, outcome
+from replicate.runs.executor import Listener, RunFolders, outcome
 from replicate.runs.limits import DEFAULT, Limits
 from replicate.runs.provenance import LIBRARIES, source_sha256, source_version
 from replicate.runs.server import ONE_THREAD
-from replicate.runs.spec import AnySpec, ExperimentSpec, spec_from_dict
+from replicate.runs.spec import AnySpec, spec_from_dict
 from replicate.runs.store import read_record, write_atomic, write_json
 from replicate.tasks.loading import forget_tasks
 
@@ -54,27 +54,27 @@ if TYPE_CHECKING:
 
 #: seconds that a scheduler has to answer
 CONNECT = 10.0
-#: seconds that the workers have to say what they are; reading and hashing the data is in it
+#: seconds that the workers have to describe themselves, reading and hashing the data included
 INSPECT = 300.0
-#: seconds that a cluster may be without any worker; one that is started again by its nanny is back in less
+#: seconds that a cluster may be without any worker; a nanny restarts one in less
 PATIENCE = 30.0
-#: seconds between two looks at what came back, and at a child
+#: seconds between two looks at results, and at a child
 TICK = 0.1
-#: seconds, beyond a run's own grace, in which what a stopped run saved must have come back
+#: seconds beyond a run's own grace in which its checkpoint must have returned
 RETURN = 10.0
-#: files of a run's folder that come back, in the order in which they are written: the record last
+#: files of a run's folder that return, in the order in which they are written: the record last
 FILES = (STDERR, "failure.json", "arrays.npz", "model.safetensors", "record.json")
 CHECKPOINT = re.compile(r"\d{8}\.checkpoint")
 
 
-# -- what must be the same on both sides
+# -- versions of both sides
 
 
 def versions(device: str) -> dict[str, str]:
-    """What must not differ between this process and any that computes for it, by name.
+    """Return by name what must not differ between this process and any that computes for it.
 
     Args:
-        device: with "cuda" the build of torch may differ: a machine without a GPU may lead those that have one.
+        device: with "cuda" the build of torch may differ: a machine without a GPU may lead machines with one.
     """
     commit, dirty = source_version()
     found = {"commit": commit[:12], "uncommitted changes": dirty[:12], "source files": source_sha256()[:12]}
@@ -91,15 +91,15 @@ def versions(device: str) -> dict[str, str]:
 
 
 def differences(here: dict[str, str], there: dict[str, str]) -> list[str]:
-    """What differs between two sides, a phrase each that names both."""
+    """Return one phrase per difference between two sides, with both values."""
     names = [name for name in {**here, **there} if here.get(name) != there.get(name)]
     return [f"{name} {there.get(name) or 'none'} there, {here.get(name) or 'none'} here" for name in names]
 
 
 async def inspect_worker(device: str, specs: list[dict[str, Any]]) -> tuple[dict[str, str], list[str]]:
-    """On a worker: its versions, and what is wrong with its data of these specs.
+    """On a worker: return its versions, and what is wrong with its data of these specs.
 
-    In a thread, because the worker must go on answering meanwhile.
+    The work is in a thread, because the worker must keep answering.
     """
     return await asyncio.to_thread(lambda: (versions(device), _data_problems(specs)))
 
@@ -117,34 +117,34 @@ def _data_problems(specs: list[dict[str, Any]]) -> list[str]:
 
 # -- on a worker
 
-#: sweeps whose runs are to save themselves and stop
+#: tokens of sweeps whose runs must save themselves and stop
 _ended: set[str] = set()
 
 
-def end_session(session: str) -> None:
+def end_sweep(token: str) -> None:
     """On a worker: let every run of a sweep save itself and stop."""
-    _ended.add(session)
+    _ended.add(token)
 
 
-def compute(told: str, checkpoint: bytes) -> dict[str, Any]:
-    """The task: one run, in a child program of this worker, in a folder of its own.
+def compute(request: str, checkpoint: bytes) -> dict[str, Any]:
+    """Compute one run in a child program of this worker, in a folder of its own; this is the task that Dask gets.
 
     Args:
-        told: JSON of what `_Sweep` asks for.
-        checkpoint: where an earlier sitting left off, or nothing.
+        request: JSON of a request that `_Sweep` makes.
+        checkpoint: of an earlier session, or empty.
 
     Returns:
         worker: its address. refused: why nothing was computed, or "". code: the child's exit code. timed_out: whether
-        it was stopped for the time it took. files: what the run left, by name.
+        it was stopped for the time it took. files: the run's files by name.
     """
     from distributed import get_worker
 
-    worker, asked = get_worker(), json.loads(told)
+    worker, asked = get_worker(), json.loads(request)
     found: dict[str, Any] = {"worker": worker.address, "refused": "", "code": STOPPED, "timed_out": False, "files": {}}
     wrong = differences(asked["versions"], versions(asked["device"]))
     if wrong:
         return {**found, "refused": "; ".join(wrong)}
-    if asked["session"] in _ended:
+    if asked["token"] in _ended:
         return found
     limits = Limits(**asked["limits"])
     with TemporaryDirectory(prefix="run-", dir=worker.local_directory) as folder:
@@ -152,17 +152,17 @@ def compute(told: str, checkpoint: bytes) -> dict[str, Any]:
         if checkpoint:
             (root / "checkpoints").mkdir()
             write_atomic(root / "checkpoints" / asked["checkpoint"], checkpoint)
-        child = _start(job([(spec_from_dict(asked["spec"]), root)], limits, None), root)
-        worker.log_event(asked["session"], {"key": asked["key"], "worker": worker.address})
-        code, timed_out = _watch(child, limits, lambda: _wanted(worker, asked["key"], asked["session"]))
+        child = _start(job(spec_from_dict(asked["spec"]), root, limits, None), root)
+        worker.log_event(asked["token"], {"key": asked["key"], "worker": worker.address})
+        code, timed_out = _watch(child, limits, lambda: _wanted(worker, asked["key"], asked["token"]))
         return {**found, "code": code, "timed_out": timed_out, "files": _left(root)}
 
 
-def _start(told: dict[str, Any], folder: Path) -> subprocess.Popen[bytes]:
-    """A child that has its job.
+def _start(given: dict[str, Any], folder: Path) -> subprocess.Popen[bytes]:
+    """Start a child with its job.
 
-    It imports what this process does, whose files were compared, and not what lies in the current folder. Its standard
-    input stays open: the child ends when this process does.
+    The child imports the files of this process, which were compared, and none of the current folder. Its standard input
+    stays open: the child ends when this process does.
     """
     environment = {**os.environ, **dict.fromkeys(ONE_THREAD, "1"), "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -176,16 +176,16 @@ def _start(told: dict[str, Any], folder: Path) -> subprocess.Popen[bytes]:
         )
     assert child.stdin is not None
     with suppress(BrokenPipeError):  # it has ended already; its exit code says so
-        child.stdin.write(json.dumps(told).encode() + b"\n")
+        child.stdin.write(json.dumps(given).encode() + b"\n")
         child.stdin.flush()
     return child
 
 
 def _watch(child: subprocess.Popen[bytes], limits: Limits, wanted: Callable[[], bool]) -> tuple[int, bool]:
-    """Wait for a child; when it has used up its time or is no longer wanted, let it save itself, then kill it.
+    """Wait for a child; when its time is used up or its task is cancelled, let it save itself, then kill it.
 
     Returns:
-        Its exit code, and whether it was stopped for the time it took.
+        The exit code, and whether the child was stopped for the time it took.
     """
     ends, asked, timed_out = time.monotonic() + limits.seconds, False, False
     try:
@@ -206,15 +206,15 @@ def _watch(child: subprocess.Popen[bytes], limits: Limits, wanted: Callable[[], 
             child.stdin.close()
 
 
-def _wanted(worker: Worker, key: str, session: str) -> bool:
-    """Whether anybody still waits for a task: its client may be gone, the worker closing, or the sweep at its end."""
+def _wanted(worker: Worker, key: str, token: str) -> bool:
+    """Return whether a client still waits for a task and neither the worker nor the sweep is ending."""
     task = worker.state.tasks.get(key)
     closing = worker.status.name in ("closing", "closed", "failed")
-    return not closing and session not in _ended and task is not None and task.state != "cancelled"
+    return not closing and token not in _ended and task is not None and task.state != "cancelled"
 
 
 def _left(folder: Path) -> dict[str, bytes]:
-    """What a run left: its files and, where it is not finished, its newest checkpoint."""
+    """Return a run's files and, where it is not finished, its newest checkpoint."""
     files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
     if STDERR in files:
         files[STDERR] = files[STDERR][-STDERR_TAIL:]
@@ -227,7 +227,7 @@ def _left(folder: Path) -> dict[str, bytes]:
 
 
 class Cluster:
-    """See `Executor`. Connects anew for each sweep; the cluster itself stays up.
+    """An `Executor` on a Dask cluster. It connects anew for each sweep; the cluster itself stays up.
 
     Args:
         address: of the scheduler, such as tcp://127.0.0.1:8786.
@@ -246,10 +246,12 @@ class Cluster:
 
     @property
     def jobs(self) -> int:
-        """Runs at a time, with the workers that were there at first."""
+        """The number of runs at a time, with the workers that were there at first."""
         return self._jobs
 
-    def run_all(self, specs: Sequence[AnySpec], runs: Runs, listen: Listener, deadline: float | None = None) -> bool:
+    def run_all(
+        self, specs: Sequence[AnySpec], runs: RunFolders, listen: Listener, deadline: float | None = None
+    ) -> bool:
         """See `Executor`.
 
         Raises:
@@ -280,7 +282,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _library() -> Any:
-    """The module `distributed`, its log kept for itself: what matters of it is said here, and once.
+    """Import `distributed` with its log switched off: this module reports what matters, once.
 
     Raises:
         UsageError: it is not installed.
@@ -297,7 +299,7 @@ def _library() -> Any:
 
 
 async def _who_answers(address: str) -> str:
-    """The kind of Dask server at an address."""
+    """Return the kind of Dask server at an address."""
     from distributed import Security, rpc
 
     async with rpc(address, connection_args=Security().get_connection_args("client")) as server:
@@ -306,20 +308,20 @@ async def _who_answers(address: str) -> str:
 
 @contextmanager
 def _connected(address: str) -> Iterator[Client]:
-    """A client of the scheduler for a while.
+    """Connect a client to the scheduler for a while.
 
     Raises:
         UsageError: none answers there.
     """
     distributed = _library()
-    try:  # asked first: a client that cannot connect is never quite closed again
+    try:  # a client that cannot connect never closes completely, so ask first
         found = asyncio.run(asyncio.wait_for(_who_answers(address), CONNECT))
         reason = "" if found == "Scheduler" else f"a {found} does"
-    except Exception as error:  # what is raised depends on who, other than Dask, answers there
+    except Exception as error:  # the exception depends on the program that answers there
         reason = _first_line(error) or f"none within {CONNECT:g} seconds"
     if reason:
         raise UsageError(
-            f"no Dask scheduler answers at {address} ({reason}); start one with `dask scheduler`, or mend --scheduler."
+            f"no Dask scheduler answers at {address} ({reason}); start one with `dask scheduler`, or correct --scheduler."
         )
     client = distributed.Client(address, timeout=CONNECT, set_as_default=False, name="replicate")
     try:
@@ -330,7 +332,7 @@ def _connected(address: str) -> Iterator[Client]:
 
 
 def _slots(client: Client, device: str) -> dict[str, int]:
-    """Runs that each worker takes at a time, by its address."""
+    """Return the number of runs that each worker takes at a time, by its address."""
     offered = {}
     for address, worker in client.scheduler_info(n_workers=-1).get("workers", {}).items():
         threads = int(worker["nthreads"])
@@ -339,10 +341,10 @@ def _slots(client: Client, device: str) -> dict[str, int]:
 
 
 def _wait_for_slots(client: Client, address: str, device: str) -> int:
-    """Runs that the cluster takes at a time; waits for the first worker.
+    """Return the number of runs that the cluster takes at a time; wait for the first worker.
 
     Raises:
-        UsageError: there is none, or none with what the runs want.
+        UsageError: there is no worker, or none with the resources of the runs.
     """
     end, gpu = time.monotonic() + PATIENCE, " --resources GPU=1" if device == "cuda" else ""
     while True:
@@ -352,7 +354,7 @@ def _wait_for_slots(client: Client, address: str, device: str) -> int:
         if offered:
             raise UsageError(
                 f"none of the {len(offered)} workers at {address} offers the resource GPU; start one for each GPU with "
-                f"`CUDA_VISIBLE_DEVICES=0 dask worker {address} --nthreads 1{gpu}`, or take --device cpu."
+                f"`CUDA_VISIBLE_DEVICES=0 dask worker {address} --nthreads 1{gpu}`, or use --device cpu."
             )
         if time.monotonic() >= end:
             raise UsageError(
@@ -365,17 +367,17 @@ def _check_workers(client: Client, device: str, specs: Sequence[AnySpec]) -> Non
     """Compare code, libraries and data of every worker with those of this process.
 
     Raises:
-        UsageError: every worker that differs, a line each, and in what.
+        UsageError: every worker that differs and how, one per line.
     """
-    data = {(s.task, s.model if isinstance(s, ExperimentSpec) else ""): s.as_dict() for s in specs}
+    data = {s.data_key: s.as_dict() for s in specs}
     here = versions(device)
     found = client.run(inspect_worker, device, list(data.values()), on_error="return", callback_timeout=INSPECT)
     problems = []
     for worker, answer in sorted(found.items()):
         if isinstance(answer, Exception):
-            if _gone(client, worker, device):  # it died while it was asked; what it left will be told as any loss
+            if _gone(client, worker, device):  # it died meanwhile; its runs will be reported as lost
                 continue
-            problems.append(f"{worker}: it cannot say what it has ({type(answer).__name__}: {answer})")
+            problems.append(f"{worker}: it cannot describe itself ({type(answer).__name__}: {answer})")
             continue
         there, wrong = answer
         if wrong := [*differences(here, there), *wrong]:
@@ -386,7 +388,7 @@ def _check_workers(client: Client, device: str, specs: Sequence[AnySpec]) -> Non
 
 
 def _gone(client: Client, worker: str, device: str) -> bool:
-    """Whether the scheduler has lost this worker, or notices it within seconds."""
+    """Return whether the scheduler has lost this worker, or notices it within seconds."""
     end = time.monotonic() + CONNECT
     while worker in _slots(client, device):
         if time.monotonic() >= end:
@@ -400,7 +402,7 @@ class _Flight:
     """A run that Dask has.
 
     Attributes:
-        worker: on which it runs; "" where it has not begun.
+        worker: address of the worker that runs it; "" where it has not started.
     """
 
     spec: AnySpec
@@ -412,23 +414,23 @@ class _Flight:
 class _Sweep:
     """One call of `Cluster.run_all`."""
 
-    def __init__(self, client: Client, cluster: Cluster, runs: Runs, listen: Listener) -> None:
+    def __init__(self, client: Client, cluster: Cluster, runs: RunFolders, listen: Listener) -> None:
         from distributed import as_completed
 
         self.client, self.cluster, self.runs, self.listen = client, cluster, runs, listen
-        self.session = f"replicate-{uuid.uuid4().hex}"
+        self.token = f"replicate-{uuid.uuid4().hex}"
         self.versions = versions(cluster.device)
         self.flights: dict[str, _Flight] = {}
         self.slots = 0
-        self.lonely_since: float | None = None
+        self.idle_since: float | None = None
         self.done = as_completed(loop=client.loop, with_results=True, raise_errors=False)
         self.events: SimpleQueue[tuple[str, dict[str, Any]]] = SimpleQueue()
-        client.subscribe_topic(self.session, lambda event: self.events.put(("begin", event[1])))
-        # where the scheduler tells of workers that come and go
+        client.subscribe_topic(self.token, lambda event: self.events.put(("started", event[1])))
+        # the scheduler reports workers that come and go there
         client.subscribe_topic("all", lambda event: self.events.put((event[1].get("action", ""), event[1])))
 
     def run(self, specs: Sequence[AnySpec], deadline: float | None) -> bool:
-        """All of `Cluster.run_all` but its ends."""
+        """Do the work of `Cluster.run_all`, connected."""
         waiting = deque(specs)
         self._count_slots()
         while waiting or self.flights:
@@ -444,7 +446,7 @@ class _Sweep:
         return True
 
     def stop(self) -> None:
-        """Let what still runs save itself, keep what it saved, and take the rest back from the cluster."""
+        """Let running runs save themselves, keep their checkpoints, and release the other tasks."""
         try:
             if self.flights and self.slots and self.client.status == "running":
                 self._save()
@@ -454,9 +456,9 @@ class _Sweep:
 
     def _save(self) -> None:
         try:
-            self.client.run(end_session, self.session, on_error="ignore", callback_timeout=CONNECT)
+            self.client.run(end_sweep, self.token, on_error="ignore", callback_timeout=CONNECT)
         except OSError:
-            return  # who cannot be told is stopped when this client is gone, and what it saved is lost
+            return  # unreachable workers stop when the client disconnects; their checkpoints are lost
         end = time.monotonic() + self.cluster.limits.grace + RETURN
         while self.flights and time.monotonic() < end and self.client.status == "running":
             for future, result in self._back():
@@ -465,19 +467,19 @@ class _Sweep:
                     _keep(flight.folder, result["files"])
 
     def _back(self) -> Iterator[tuple[Future, Any]]:
-        """The tasks that have ended since the last look, with their results; waits a moment where there are none."""
+        """Iterate over the tasks that have ended since the last look; wait a moment where there are none."""
         if not self.done.has_ready():
             time.sleep(TICK)
-        while self.done.has_ready():  # one by one, so that none is forgotten where the reader leaves off
+        while self.done.has_ready():  # one by one, so that none is lost where the reader stops
             yield next(self.done)
 
     def _submit(self, spec: AnySpec) -> None:
-        folder, key = self.runs.folder(spec), f"replicate-{spec.run_id()}-{self.session[-32:]}"
+        folder, key = self.runs.folder(spec), f"replicate-{spec.run_id()}-{self.token[-32:]}"
         make_ready(folder)
         newest = sorted(folder.glob("checkpoints/*.checkpoint"))[-1:]
-        told = {
+        request = {
             "key": key,
-            "session": self.session,
+            "token": self.token,
             "device": self.cluster.device,
             "spec": spec.as_dict(),
             "limits": self.cluster.limits.as_dict(),
@@ -488,7 +490,7 @@ class _Sweep:
             warnings.simplefilter("ignore", UserWarning)  # a checkpoint is large, and meant to be
             future = self.client.submit(
                 compute,
-                json.dumps(told),
+                json.dumps(request),
                 newest[0].read_bytes() if newest else b"",
                 key=key,
                 resources={"GPU": 1} if self.cluster.device == "cuda" else None,
@@ -499,19 +501,19 @@ class _Sweep:
         self.done.add(future)
 
     def _hear(self) -> None:
-        """Tell what the workers and the scheduler have told."""
+        """Handle the events of the workers and the scheduler."""
         moved = False
         while not self.events.empty():
             action, event = self.events.get()
             moved = moved or action in ("add-worker", "remove-worker")
-            if action == "begin":
-                self._begin(event["key"], event["worker"])
+            if action == "started":
+                self._start(event["key"], event["worker"])
             elif action == "remove-worker":
                 self._lose(event["worker"], [*event["processing-tasks"], *event["lost-computed-tasks"]])
         if moved:
             self._count_slots()
 
-    def _begin(self, key: str, worker: str) -> None:
+    def _start(self, key: str, worker: str) -> None:
         flight = self.flights.get(key)
         if flight is not None and not flight.worker:
             flight.worker = worker
@@ -522,27 +524,27 @@ class _Sweep:
             flight = self.flights.get(key)
             if flight is not None and flight.worker == worker:
                 flight.worker = ""
-                self.listen("lost", flight.spec, f"worker {worker} went away; given to another")
+                self.listen("lost", flight.spec, f"worker {worker} went away; rescheduled")
 
     def _count_slots(self) -> None:
         self.slots = sum(_slots(self.client, self.cluster.device).values())
 
     def _check_slots(self) -> None:
-        """Be patient for a while when no worker is left."""
+        """Wait for a while when no worker is left."""
         if self.slots:
-            self.lonely_since = None
+            self.idle_since = None
             return
-        self.lonely_since = self.lonely_since or time.monotonic()
-        if time.monotonic() - self.lonely_since > PATIENCE:
+        self.idle_since = self.idle_since or time.monotonic()
+        if time.monotonic() - self.idle_since > PATIENCE:
             raise ClusterLost(f"the scheduler at {self.cluster.address} has no workers left; start some")
 
     def _check_scheduler(self, cancelled: bool = False) -> None:
-        """Raise when the connection to the scheduler broke, even if it was made again: its tasks are cancelled then."""
+        """Raise when the connection to the scheduler broke; after a reconnection too, since its tasks are cancelled then."""
         if cancelled or self.client.status != "running":
             raise ClusterLost(f"the scheduler at {self.cluster.address} is gone; start it and its workers again")
 
     def _finish(self, future: Future, result: Any) -> None:
-        """A task has ended: write what it sent and tell."""
+        """Write the files of a task that has ended, and report it."""
         self._check_scheduler(future.status == "cancelled")
         flight = self.flights.pop(str(future.key))
         if future.status == "error":
@@ -554,7 +556,7 @@ class _Sweep:
                     f"worker {result['worker']} differs from this program: {result['refused']}. Give it the same "
                     "checkout and lock file, and start it again."
                 )
-            if not flight.worker:  # the word of it is still on its way
+            if not flight.worker:  # its start event has not arrived yet
                 self.listen("started", flight.spec, f"on {result['worker']}")
             _keep(flight.folder, result["files"])
             exceeded = self.cluster.limits if result["timed_out"] else None
@@ -563,17 +565,17 @@ class _Sweep:
         self.listen("failed" if error else "done", flight.spec, error)
 
     def _explain(self, error: BaseException) -> str:
-        """The line of a run whose task itself broke."""
+        """Return the error of a run whose task itself failed."""
         from distributed import KilledWorker
 
         if isinstance(error, KilledWorker):
             workers = error.allowed_failures + 1
-            return f"it was given up: {workers} workers died while they had it, the last at {error.last_worker.address}"
+            return f"it was given up after {workers} workers died with it, the last at {error.last_worker.address}"
         return f"its worker could not run it: {type(error).__name__}: {_first_line(error)}"
 
 
 def _keep(folder: Path, files: dict[str, bytes]) -> None:
-    """Write what a run sent into its folder, the record last; files of other names are not taken."""
+    """Write the files that a run returned into its folder, the record last; ignore files of other names."""
     for name in FILES:
         if name in files:
             write_atomic(folder / name, files[name])

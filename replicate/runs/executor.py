@@ -1,6 +1,6 @@
-"""What runs specs: in this process, in a pool of processes on this machine, or on a cluster. One contract for all.
+"""The contract of an executor: it computes runs in this process, in a pool of processes, or on a cluster.
 
-An executor may decide where and when a run is computed and nothing else. The same specs through any of them give the
+An executor decides where and when a run is computed, and nothing else. Through each of them the same specs give the
 same bytes.
 """
 
@@ -18,44 +18,47 @@ from replicate.runs.limits import Limits
 from replicate.runs.spec import AnySpec
 from replicate.runs.store import read_record, write_json
 
-Outcome = Literal["started", "done", "failed", "lost"]
-#: told "started", "done", "failed" or "lost" (its worker went away; the run is given to another), the spec, and a line
-Listener = Callable[[Outcome, AnySpec, str], None]
+#: of a run; "lost" means that its worker went away and the run is rescheduled
+Event = Literal["started", "done", "failed", "lost"]
+#: receives the event, the spec, and a line
+Listener = Callable[[Event, AnySpec, str], None]
 
 
 @dataclass(frozen=True)
-class Runs:
-    """A folder of runs, one below it for each, named by its id."""
+class RunFolders:
+    """A folder with one folder per run, named by the run's id."""
 
     root: Path
 
     def folder(self, spec: AnySpec) -> Path:
-        """Where a run's record lies."""
+        """Return the folder of a run."""
         return self.root / spec.run_id()
 
     def missing(self, specs: Sequence[AnySpec]) -> Iterator[AnySpec]:
-        """The specs without a whole record."""
+        """Iterate over the specs without a whole record."""
         return (s for s in specs if read_record(self.folder(s)) is None)
 
 
 class Executor(Protocol):
-    """Where runs are computed."""
+    """Something that computes runs."""
 
     @property
     def jobs(self) -> int:
-        """Runs at a time."""
+        """The number of runs at a time."""
 
-    def run_all(self, specs: Sequence[AnySpec], runs: Runs, listen: Listener, deadline: float | None = None) -> bool:
-        """Run the specs whose records are missing; every one leaves a record or a failure in its folder.
+    def run_all(
+        self, specs: Sequence[AnySpec], runs: RunFolders, listen: Listener, deadline: float | None = None
+    ) -> bool:
+        """Compute the specs whose records are missing; each leaves a record or a failure in its folder.
 
         Args:
             specs: in the order in which they start.
             runs: where records are read and written.
-            listen: told what happens to each run.
-            deadline: monotonic time after which nothing is started and what runs saves itself and stops.
+            listen: receives what happens to each run.
+            deadline: monotonic time after which no run starts, and running ones save themselves and stop.
 
         Returns:
-            True if every spec has been tried; False if the deadline came first.
+            Whether every spec was tried before the deadline.
 
         Raises:
             OSError: the runs' folder cannot be written.
@@ -63,13 +66,13 @@ class Executor(Protocol):
 
 
 def outcome(spec: AnySpec, folder: Path, code: int | None, exceeded: Limits | None) -> str:
-    """The error's line of a run whose process has ended, or "" where its record is there and whole.
+    """Return the error of a run whose process has ended, or "" where its record is there and whole.
 
-    Where the process could not say why it failed, its failure is written here.
+    Where the process could not say why it failed, write its failure.
 
     Args:
         code: the process's exit code; a negative one is the signal that ended it.
-        exceeded: its limits, where it was stopped for the time it took.
+        exceeded: the run's limits, where it was stopped for the time it took.
 
     Raises:
         OSError: the folder cannot be written.
@@ -82,11 +85,11 @@ def outcome(spec: AnySpec, folder: Path, code: int | None, exceeded: Limits | No
         except (OSError, ValueError, KeyError):
             pass
     if exceeded is not None:
-        error = f"it took longer than {exceeded.seconds:g} seconds (--run-limit); the next call goes on from there"
+        error = f"it took longer than {exceeded.seconds:g} seconds (--run-limit); the next call resumes it"
     elif code == UNWRITABLE:
         error = "its folder could not be written"
     elif code == STOPPED:
-        error = "the run's process was told to stop by somebody else"
+        error = "another program stopped the run's process"
     elif code == -9:
         error = "the run's process ended with code -9 and left no record: it was killed, perhaps for lack of memory"
     else:

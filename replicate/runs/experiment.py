@@ -146,7 +146,7 @@ def pack_examples(log_p: LogLikelihood) -> dict[str, Any]:
 
 
 def unpack_examples(data: Mapping[str, Any]) -> np.ndarray:
-    """log p of each example in nats (n,), float64: the inverse of `pack_examples` to half a step.
+    """Log p of each example in nats (n,), float64: the inverse of `pack_examples` to half a step.
 
     Raises:
         ValueError: the text is not what `pack_examples` writes.

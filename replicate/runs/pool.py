@@ -1,10 +1,7 @@
 """A pool of child processes, one run each, forked from a clean server that has imported torch once.
 
-Every run starts from the same state whatever ran before it and however many run beside it, so that the number of
+Every run starts from the same state, whatever ran before it and however many run beside it, so that the number of
 workers cannot change a number. On GPUs a slot is a device, or a share of one, and a child sees that device alone.
-
-Seeds that are to be trained together are one child's job first. It leaves their checkpoints, and each is then a run
-like any other; so it is where training them together failed.
 """
 
 from __future__ import annotations
@@ -12,8 +9,8 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,18 +18,17 @@ from typing import cast
 
 from replicate.runs import server
 from replicate.runs.child import job, make_ready, worker
-from replicate.runs.executor import Listener, Runs, outcome
+from replicate.runs.executor import Listener, RunFolders, outcome
 from replicate.runs.limits import DEFAULT, Limits
-from replicate.runs.paper import find_experiment
-from replicate.runs.spec import AnySpec, ExperimentSpec
+from replicate.runs.spec import AnySpec
 
 
 def slots(device: str, jobs: int, runs_per_gpu: int = 1) -> list[str | None]:
-    """What each child that runs at a time may see of the GPUs: a device's number, or None on the CPU.
+    """Return what each child may see of the GPUs: a device's number, or None on the CPU.
 
     Args:
         device: "cpu" or "cuda".
-        jobs: children at a time; 0 for one a core, on GPUs for as many as these offer.
+        jobs: children at a time; 0 for one per core, on GPUs for as many as these offer.
         runs_per_gpu: children that share a GPU.
     """
     if device == "cpu":
@@ -45,50 +41,38 @@ def slots(device: str, jobs: int, runs_per_gpu: int = 1) -> list[str | None]:
     return offered[: jobs or len(offered)]
 
 
-def groups(specs: Iterable[AnySpec], together: bool) -> list[list[AnySpec]]:
-    """What a child each is to do: one run, or before it seeds of one experiment that are trained `together`.
-
-    Such a group stands where its first run stood, and its runs follow it in `Pool.run_all`.
-    """
-    found: dict[str, list[AnySpec]] = {}
-    for spec in specs:
-        joins = together and isinstance(spec, ExperimentSpec) and find_experiment(spec.model, spec.task).together
-        key = replace(spec, seed=0).run_id() if joins else spec.run_id()
-        found.setdefault(key, []).append(spec)
-    return list(found.values())
-
-
 @dataclass
 class _Child:
     process: BaseProcess
-    runs: list[tuple[AnySpec, Path]]
+    spec: AnySpec
+    folder: Path
     slot: str | None
     ends: float
     timed_out: bool = False
 
 
 class Pool:
-    """Runs in child processes on this machine.
+    """An `Executor` that runs child processes on this machine.
 
     Args:
-        slots: one entry a child that may run at a time, see `slots`.
+        slots: one entry per child that may run at a time, see `slots`.
         limits: of each run.
-        together: train seeds together where an experiment can; what they leave is equal to rounding, not to the bit,
-            and their records say so.
     """
 
-    def __init__(self, slots: Sequence[str | None], limits: Limits = DEFAULT, together: bool = False) -> None:
-        self.slots, self.limits, self.together = list(slots), limits, together
+    def __init__(self, slots: Sequence[str | None], limits: Limits = DEFAULT) -> None:
+        self.slots, self.limits = list(slots), limits
 
     @property
     def jobs(self) -> int:
-        """Runs at a time."""
+        """The number of runs at a time."""
         return len(self.slots)
 
-    def run_all(self, specs: Sequence[AnySpec], runs: Runs, listen: Listener, deadline: float | None = None) -> bool:
+    def run_all(
+        self, specs: Sequence[AnySpec], runs: RunFolders, listen: Listener, deadline: float | None = None
+    ) -> bool:
         """See `Executor`."""
         context = server.context()
-        waiting = groups(runs.missing(specs), self.together)
+        waiting = list(runs.missing(specs))
         free = list(self.slots)
         children: dict[int, _Child] = {}
         try:
@@ -98,18 +82,14 @@ class Pool:
                 while waiting and free:
                     child = self._start(context, waiting.pop(0), runs, free.pop(0))
                     children[child.process.sentinel] = child
-                    for spec, _ in child.runs:
-                        listen("started", spec, "")
+                    listen("started", child.spec, "")
                 for sentinel in wait(list(children), _until(children, deadline)):
                     child = children.pop(cast(int, sentinel))
                     child.process.join()
                     free.append(child.slot)
-                    if len(child.runs) > 1:
-                        waiting[:0] = [[spec] for spec, _ in child.runs]
-                        self._tell_of_group(child, listen)
-                        continue
-                    error = self._error(child)
-                    listen("failed" if error else "done", child.runs[0][0], error)
+                    exceeded = self.limits if child.timed_out else None
+                    error = outcome(child.spec, child.folder, child.process.exitcode, exceeded)
+                    listen("failed" if error else "done", child.spec, error)
                 for child in children.values():
                     self._enforce(child)
             return True
@@ -117,25 +97,13 @@ class Pool:
             self._stop(list(children.values()))
 
     def _start(
-        self, context: mp.context.ForkServerContext, specs: list[AnySpec], runs: Runs, slot: str | None
+        self, context: mp.context.ForkServerContext, spec: AnySpec, runs: RunFolders, slot: str | None
     ) -> _Child:
-        asked = [(spec, runs.folder(spec)) for spec in specs]
-        for _, folder in asked:
-            make_ready(folder)
-        name = f"{specs[0].model} on {specs[0].task} seed {', '.join(str(s.seed) for s in specs)}"
-        process = context.Process(target=worker, args=(job(asked, self.limits, slot),), name=name)
+        folder = runs.folder(spec)
+        make_ready(folder)
+        process = context.Process(target=worker, args=(job(spec, folder, self.limits, slot),), name=spec.label)
         process.start()
-        return _Child(process, asked, slot, time.monotonic() + self.limits.seconds)
-
-    def _error(self, child: _Child) -> str:
-        spec, folder = child.runs[0]
-        return outcome(spec, folder, child.process.exitcode, self.limits if child.timed_out else None)
-
-    def _tell_of_group(self, child: _Child, listen: Listener) -> None:
-        """Say what ended a job that trains several seeds, if it was not done."""
-        if child.process.exitcode:
-            error = f"its seeds are not trained together, each goes on alone: {self._error(child)}"
-            listen("lost", child.runs[0][0], error)
+        return _Child(process, spec, folder, slot, time.monotonic() + self.limits.seconds)
 
     def _enforce(self, child: _Child) -> None:
         """Ask a child that has used up its time to save and stop; kill it when it has not."""
@@ -148,7 +116,7 @@ class Pool:
         child.timed_out, child.ends = True, time.monotonic() + self.limits.grace
 
     def _stop(self, children: list[_Child]) -> None:
-        """Let children save and stop, then kill what is left of them."""
+        """Let children save and stop, then kill those that are left."""
         for child in children:
             child.process.terminate()
         end = time.monotonic() + self.limits.grace
@@ -160,6 +128,6 @@ class Pool:
 
 
 def _until(children: dict[int, _Child], deadline: float | None) -> float:
-    """Seconds until the next thing that may have to be done without any child's ending."""
+    """Return the seconds until the pool may have to act although no child has ended."""
     ends = [c.ends for c in children.values()] + ([] if deadline is None else [deadline])
     return max(0.0, min(ends) - time.monotonic())

@@ -1,11 +1,16 @@
-"""A run's specification and the hash that names it."""
+"""A run's specification and the hash that names it.
+
+The hash covers every setting but the later ones that have their defaults. So a new field of `Training` or
+`Evaluation` (declared by `replicate.model.later`), or a new parameter of a model (`ModelEntry.later`), gives no committed run another
+id. The default of a later setting must never change.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -36,23 +41,51 @@ from replicate.validation import (
     rules_of,
 )
 
-#: raised by hand when a change of code changes results without changing any spec
+#: raised by hand when a change of the code changes results but no spec
 RESULTS_VERSION = 1
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 DEVICES = ("cpu", "cuda")
-#: the suite's own settings, beside the model's parameters and the training's
+#: the preprocessings that a user may choose
 PREPROCESSINGS = ("logit", "gaussianise")
 DEFAULT_PREPROCESSING = "gaussianise"
 MAX_SEED = 2**31 - 1
 SMOKE_STEPS = 25
 
 
-@dataclass(frozen=True)
-class RunSpec:
-    """All that may change a run's numbers, and nothing else.
+class Spec:
+    """What the specs of a model's run and of an experiment's run share."""
 
-    `device` is the kind of device ("cpu", "cuda"): kernels differ, so numbers do. Which of several devices, the
-    number of workers and every path are left out on purpose.
+    model: str
+    task: str
+    seed: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the JSON-ready form, the one that is hashed."""
+        data = asdict(self)  # type: ignore[call-overload]
+        for name, part in vars(self).items():
+            if is_dataclass(part):
+                for f in fields(part):
+                    if f.metadata.get("later") and getattr(part, f.name) == f.default:
+                        del data[name][f.name]
+        found: dict[str, Any] = json.loads(json.dumps(data))
+        return found
+
+    def run_id(self) -> str:
+        """Return the sha256 of the canonical JSON."""
+        return spec_hash(self.as_dict())
+
+    @property
+    def label(self) -> str:
+        """The run in words."""
+        return f"{self.model} on {self.task}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class RunSpec(Spec):
+    """All that may change the numbers of a model's run on a task, and nothing else.
+
+    `device` is the kind of device ("cpu", "cuda"): kernels differ, so numbers do. The number of the device, the number
+    of workers and every path are left out on purpose.
     """
 
     model: str
@@ -69,19 +102,15 @@ class RunSpec:
     data_sha256: str
     results_version: int = RESULTS_VERSION
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready form, the one that is hashed."""
-        data: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return data
-
-    def run_id(self) -> str:
-        """sha256 of the canonical JSON."""
-        return spec_hash(self.as_dict())
+    @property
+    def data_key(self) -> tuple[str, str]:
+        """Equal for runs that read the same data."""
+        return self.task, ""
 
 
 @dataclass(frozen=True)
-class ExperimentSpec:
-    """What may change an experiment's numbers, in the words of a run: a paper's key is its model, its name its task."""
+class ExperimentSpec(Spec):
+    """All that may change an experiment's numbers: its paper's key is the model, its name is the task."""
 
     model: str
     family: str
@@ -95,24 +124,26 @@ class ExperimentSpec:
     results_version: int = RESULTS_VERSION
     kind: str = "experiment"
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready form, the one that is hashed."""
-        data: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return data
-
-    def run_id(self) -> str:
-        """sha256 of the canonical JSON."""
-        return spec_hash(self.as_dict())
+    @property
+    def data_key(self) -> tuple[str, str]:
+        """Equal for runs that read the same data."""
+        return self.task, self.model
 
 
 AnySpec = RunSpec | ExperimentSpec
 T = TypeVar("T")
 
 
-#: what a training setting may be, whoever asks for it
-_TRAINING = rules_of(
+def _rules(kind: type, ranges: Mapping[str, Range]) -> dict[str, Rule]:
+    """Return the rules of a part of a spec, which must have every field but the later ones."""
+    later = {f.name for f in fields(kind) if f.metadata.get("later")}
+    return {name: replace(rule, required=name not in later) for name, rule in rules_of(kind, ranges=ranges).items()}
+
+
+#: what a training setting may be, whoever gives it
+_TRAINING = _rules(
     Training,
-    ranges={
+    {
         "steps": COUNT,
         "batch_size": Range(1, MOST),
         "lr": Range(above=0),
@@ -123,9 +154,8 @@ _TRAINING = rules_of(
         "ema": Range(low=0, below=1),
         "validate_every": COUNT,
     },
-    complete=True,
 )
-_EVALUATION = rules_of(Evaluation, ranges=dict.fromkeys(rules_of(Evaluation), COUNT), complete=True)
+_EVALUATION = _rules(Evaluation, dict.fromkeys(rules_of(Evaluation), COUNT))
 _SHARED_RANGES = {"seed": Range(0, MAX_SEED), "results_version": Range(1, MOST)}
 _SHARED_CHOICES = {"family": FAMILIES, "profile": PROFILES, "precision": PRECISIONS, "device": DEVICES}
 _RUN = {
@@ -156,7 +186,7 @@ _PARAM = Rule(Param, blank=True)
 
 
 def check_spec(data: object, problems: Problems, name: str = "the spec") -> None:
-    """Note everything in which data is not what `as_dict` of a spec gives.
+    """Note every difference between the data and what `as_dict` of a spec returns.
 
     Args:
         name: of the data, in words or as a path of keys.
@@ -179,11 +209,11 @@ def check_spec(data: object, problems: Problems, name: str = "the spec") -> None
 
 
 def spec_from_dict(data: object) -> AnySpec:
-    """The inverse of `as_dict`, of either kind.
+    """Read a spec of either kind; the inverse of `as_dict`.
 
     Raises:
-        UsageError: all that is wrong with the data, one problem a line. Whether the model, the task or the paper
-            exists here is not asked.
+        UsageError: everything that is wrong with the data, one problem per line. Whether the model, the task or the
+            paper exists here is not checked.
     """
     problems = Problems()
     check_spec(data, problems)
@@ -197,29 +227,29 @@ def spec_from_dict(data: object) -> AnySpec:
 
 
 def _frozen(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with tuples for lists: the same whether they come from an entry, a command line or a file."""
+    """Turn lists into tuples, so that settings from an entry, a command line and a file are equal."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in params.items()}
 
 
 def canonical(data: Mapping[str, Any]) -> bytes:
-    """The one JSON form of data whose hash means something: sorted keys, no spaces, ASCII."""
+    """Return the one JSON form that is hashed: sorted keys, no spaces, ASCII."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
 def spec_hash(spec: Mapping[str, Any]) -> str:
-    """sha256 of a spec's canonical JSON."""
+    """Return the sha256 of a spec's canonical JSON."""
     return hashlib.sha256(canonical(spec)).hexdigest()
 
 
 def preprocessing_of(entry: ModelEntry, task: Task) -> str:
-    """What stands between the data and the model: "none", "affine", or a dequantisation."""
+    """Return the preprocessing between data and model: "none", "affine", or a dequantisation."""
     if entry.needs_density or (task.info.domain != "continuous" and task.info.domain in entry.domains):
         return "none"
     return "affine" if task.info.domain == "continuous" else DEFAULT_PREPROCESSING
 
 
 def _rule_of(key: str, default: Any) -> Rule:
-    """What may be asked of a setting: for a model's parameter a value of its default's type."""
+    """Return the rule of a setting: a parameter of a model must have the type of its default."""
     if key in _TRAINING:
         return _TRAINING[key]
     if key == "preprocessing":
@@ -235,14 +265,14 @@ def _check_setting(problems: Problems, key: str, value: Any, default: Any) -> No
 
 
 def _typed(value: Any, default: Any) -> Any:
-    """A setting in the type of its default: a float where an integer was given, a tuple where a list was."""
+    """Convert a setting to the type of its default: an integer to a float, a list to a tuple."""
     if isinstance(default, float):
         return float(value)
     return tuple(value) if isinstance(default, tuple) else value
 
 
 def _found(problems: Problems, find: Callable[[str], T], name: str) -> T | None:
-    """find(name), or None and its problem."""
+    """Return find(name), or note the problem and return None."""
     try:
         return find(name)
     except UsageError as error:
@@ -253,7 +283,7 @@ def _found(problems: Problems, find: Callable[[str], T], name: str) -> T | None:
 def _defaults(
     entry: ModelEntry | None, task: Task | None, task_name: str, profile: str
 ) -> tuple[dict[str, Any], Training, str]:
-    """A model's parameters, training and preprocessing on a task, as far as both are known."""
+    """Return a model's parameters, training and preprocessing on a task, as far as both are known."""
     if entry is None:
         return {}, Training(), "none"
     params, training = dict(entry.params), entry.training
@@ -277,10 +307,10 @@ def make_spec(
     precision: str = "float32",
     settings: Mapping[str, Any] | None = None,
 ) -> RunSpec:
-    """The spec of one run: the entry's defaults, its overrides for the task and profile, then `settings`.
+    """Make the spec of one run: the entry's defaults, its overrides for the task and profile, then `settings`.
 
     Raises:
-        UsageError: every unknown name, every value of the wrong type or out of range, one a line; or a model that
+        UsageError: every unknown name and every value of the wrong type or out of range, one per line; or a model that
             cannot run here.
     """
     problems = Problems()
@@ -312,6 +342,7 @@ def make_spec(
     assert task is not None
 
     params = _frozen({key: _typed(asked.get(key, value), value) for key, value in params.items()})
+    params = {key: value for key, value in params.items() if key not in entry.later or value != entry.later[key]}
     chosen = {k: _typed(v, getattr(training, k)) for k, v in asked.items() if k in TRAINING_FIELDS}
     return RunSpec(
         model=model,
@@ -332,7 +363,7 @@ def make_spec(
 def experiment_spec(
     paper: str, experiment: Experiment, seed: int, profile: str = "standard", device: str = "cpu"
 ) -> ExperimentSpec:
-    """The spec of one seed of a paper's experiment."""
+    """Make the spec of one seed of a paper's experiment."""
     files = (*experiment.files, *experiment.optional_files)  # an absent one has no digest
     digests = "".join([*map(data_sha256, experiment.tasks), *map(sha256, files)])
     return ExperimentSpec(

@@ -23,7 +23,7 @@ from replicate.errors import RecordError, UsageError
 from replicate.runs.provenance import source_sha256
 from replicate.runs.record import parse_failure, parse_record
 from replicate.runs.store import held, writable, write_atomic
-from replicate.sweeps.reproduce import Sweep
+from replicate.sweeps.sweep import Sweep
 from replicate.validation import PROFILES
 
 FORMAT = 1

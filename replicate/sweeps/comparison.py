@@ -1,4 +1,4 @@
-"""What each profile of the comparison runs: which models on which tasks over how many seeds."""
+"""The comparison of each profile: which models run on which tasks, over how many seeds."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ MORE_PLANE, MORE_DIMENSIONS = ("pinwheel", "spirals", "checkerboard"), ("mixture
 #: real tables with ten folds, and binary sets with a split of their own
 TABLES, BINARY = ("red-wine", "white-wine", "parkinsons"), ("mushrooms", "dna", "nips")
 
-#: one model a family for how error and cost grow with the dimension
+#: one model per family, for the growth of error and cost with the dimension
 ACROSS_DIMENSIONS = ("causal-conv", "spline-flow", "vae", "neural-ebm", "sde-vp", "truth")
 
 #: siblings of sde-vp, with its network and objective but another prior and noise range: in a paper's claims
 SIBLINGS = ("sde-ve", "sde-subvp")
 
-#: what models bits as bits, but for gated-pixelcnn, which costs most
+#: models of bits, without gated-pixelcnn, which costs most
 OF_BITS = ("causal-conv", "vae", "iwae", "rbm-cd", "rbm-pcd", "marginals", "mixture-em", "truth")
 
-#: scores of one noise level give no log p on data, and the exact trace costs one pass a dimension
+#: scores of one noise level give no log p on data, and the exact trace costs one pass per dimension
 ONE_LEVEL = ("sm-explicit", "sm-implicit", "dsm", "dsm-energy", "ssm", "ssm-vr")
 
-#: trained by any objective; every way of it is compared in the papers' experiments
+#: trained by any objective; the papers' experiments compare these objectives
 ANY_OBJECTIVE = ("energy",)
 
-#: models of real tables, binary sets and images, which the full profile and papers' experiments have
+#: models of real tables, binary sets and images, for the full profile and papers' experiments
 OF_REAL_DATA = ("nade", "eonade", "made", "maf", "image-realnvp", "glow", "image-spline-flow", "conv-ebm")
 OF_TABLES = ("causal-conv", "eonade", "made", "spline-flow", "maf", "vae", "neural-ebm", "sde-vp", "gaussian-mixture")
 OF_BINARY = (
@@ -102,13 +102,13 @@ COMPARISON: dict[str, tuple[Part, ...]] = {
 
 
 def absent_tasks(profile: str) -> dict[str, str]:
-    """Tasks of a profile's comparison that this machine cannot load, with the reason."""
+    """Return the tasks of a profile's comparison that this machine cannot load, with the reason."""
     names = dict.fromkeys(name for part in COMPARISON[profile] for name in part.tasks)
     return {name: why for name in names if (why := task_entry(name).absent())}
 
 
-def plan(profile: str, device: str = "cpu", seeds: int | None = None) -> list[RunSpec]:
-    """All specs of a profile's comparison, in a fixed order; tasks whose files are absent are left out.
+def compared_runs(profile: str, device: str = "cpu", seeds: int | None = None) -> list[RunSpec]:
+    """Return all runs of a profile's comparison in a fixed order, without tasks whose files are absent.
 
     Args:
         seeds: overrides the number of seeds of every part.

@@ -1,14 +1,18 @@
-"""What the ledger asks of a profile: the papers' experiments, and runs of registered models that claims measure."""
+"""The plan of a sweep as a value: which runs a profile has, which this call computes, and which this machine cannot.
+
+A profile has the runs of the comparison (`replicate.sweeps.comparison`), the papers' experiments, and runs of
+registered models that claims measure.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from replicate.runs.experiment import Experiment
 from replicate.runs.paper import papers
 from replicate.runs.spec import AnySpec, experiment_spec, make_spec
-from replicate.sweeps.comparison import absent_tasks, plan
+from replicate.sweeps.comparison import absent_tasks, compared_runs
 from replicate.tasks.loading import task_entry
 
 
@@ -20,60 +24,105 @@ class Skipped:
     reason: str
 
 
-def ledger_plan(profile: str, device: str = "cpu", seeds: int | None = None) -> tuple[list[AnySpec], list[Skipped]]:
-    """Every spec that the papers' claims need at a profile, in a fixed order, and what cannot run for lack of data.
+@dataclass(frozen=True)
+class SweepPlan:
+    """The runs of a sweep.
+
+    Attributes:
+        profile: smoke, standard or full.
+        specs: the runs to compute, in a fixed order.
+        others: runs of the profile that this call does not compute; the report lists those that have a record.
+        skipped: what this machine cannot run.
+        adds: the computed runs are added to the results, which keep all that they have.
+        reused: how many runs of the profile the results have already.
+    """
+
+    profile: str
+    specs: tuple[AnySpec, ...]
+    others: tuple[AnySpec, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    adds: bool = False
+    reused: int = 0
+
+    @property
+    def run_ids(self) -> list[str]:
+        """The ids of all runs of the profile."""
+        return [spec.run_id() for spec in (*self.specs, *self.others)]
+
+
+def make_plan(
+    profile: str,
+    device: str = "cpu",
+    seeds: int | None = None,
+    cuda_rows: bool = False,
+    have: Collection[str] | None = None,
+) -> SweepPlan:
+    """Plan a sweep of a profile.
 
     Args:
+        profile: smoke, standard or full.
+        device: the kind of device, "cpu" or "cuda".
         seeds: overrides the number of seeds wherever there is more than one.
+        cuda_rows: compute only the runs that need a CUDA device.
+        have: ids of runs that the results have and that are reused; None computes all runs.
+
+    Raises:
+        UsageError: no such profile.
     """
+    if cuda_rows:
+        (specs, skipped), (others, _) = cuda_plan(profile, seeds), whole_plan(profile, "cpu", seeds)
+    else:
+        specs, skipped = whole_plan(profile, device, seeds)
+        others = cuda_plan(profile, seeds)[0] if device == "cpu" else []
+    if have is None:
+        return SweepPlan(profile, tuple(specs), tuple(others), tuple(skipped))
+    done = [s for s in specs if s.run_id() in have]
+    missing = tuple(s for s in specs if s.run_id() not in have)
+    return SweepPlan(profile, missing, (*others, *done), tuple(skipped), adds=True, reused=len(done))
+
+
+def whole_plan(profile: str, device: str = "cpu", seeds: int | None = None) -> tuple[list[AnySpec], list[Skipped]]:
+    """Return every run of a profile once, and what this machine cannot run.
+
+    Raises:
+        UsageError: no such profile.
+    """
+    compared = compared_runs(profile, device, seeds)
+    claimed, skipped = ledger_plan(profile, device, seeds)
+    skipped += (Skipped(name, why) for name, why in absent_tasks(profile).items())
+    return list({spec.run_id(): spec for spec in [*compared, *claimed]}.values()), skipped
+
+
+def ledger_plan(profile: str, device: str = "cpu", seeds: int | None = None) -> tuple[list[AnySpec], list[Skipped]]:
+    """Return every run that the papers' claims need at a profile, in a fixed order, and what cannot run here."""
     specs: list[AnySpec] = []
     skipped: list[Skipped] = []
     for key in sorted(papers()):
-        for experiment in papers()[key].experiments:
-            if profile not in experiment.profiles:
-                continue
-            absent = experiment.absent(device)
-            if absent:
-                skipped.append(Skipped(experiment.name, absent))
-                continue
-            specs += (experiment_spec(key, experiment, s, profile, device) for s in _seeds(experiment, seeds))
+        asked = [e for e in papers()[key].experiments if profile in e.profiles]
+        skipped += (Skipped(e.name, why) for e in asked if (why := e.absent(device)))
+        specs += _experiment_specs(key, asked, profile, device, seeds)
         specs += _model_specs(key, profile, device, seeds)
     return specs, skipped
 
 
 def cuda_plan(profile: str, seeds: int | None = None) -> tuple[list[AnySpec], list[Skipped]]:
-    """What of a profile needs a CUDA device, and so is in no plan for a CPU.
-
-    Args:
-        seeds: as in `ledger_plan`.
-    """
+    """Return the runs of a profile that need a CUDA device, and what of them cannot run for lack of data."""
     specs: list[AnySpec] = []
     skipped: list[Skipped] = []
     for key in sorted(papers()):
-        for experiment in papers()[key].experiments:
-            if profile not in experiment.profiles or not experiment.cuda_minutes:
-                continue
-            if absent := experiment.absent("cuda"):
-                skipped.append(Skipped(experiment.name, absent))
-            else:
-                specs += (experiment_spec(key, experiment, s, profile, "cuda") for s in _seeds(experiment, seeds))
+        asked = [e for e in papers()[key].experiments if profile in e.profiles and e.cuda_minutes]
+        skipped += (Skipped(e.name, why) for e in asked if (why := e.absent("cuda")))
+        specs += _experiment_specs(key, asked, profile, "cuda", seeds)
     return specs, skipped
 
 
-def whole_plan(profile: str, device: str = "cpu", seeds: int | None = None) -> tuple[list[AnySpec], list[Skipped]]:
-    """The comparison and the ledger of a profile together; runs that both ask for stand there once.
-
-    Raises:
-        UsageError: no such profile.
-    """
-    compared = plan(profile, device, seeds)
-    asked, skipped = ledger_plan(profile, device, seeds)
-    skipped += (Skipped(name, why) for name, why in absent_tasks(profile).items())
-    return list({spec.run_id(): spec for spec in [*compared, *asked]}.values()), skipped
-
-
-def _seeds(experiment: Experiment, override: int | None) -> range:
-    return range(experiment.seeds if experiment.seeds == 1 or not override else override)
+def _experiment_specs(
+    key: str, experiments: Collection[Experiment], profile: str, device: str, seeds: int | None
+) -> Iterator[AnySpec]:
+    for experiment in experiments:
+        if not experiment.absent(device):
+            count = experiment.seeds if experiment.seeds == 1 or not seeds else seeds
+            yield from (experiment_spec(key, experiment, s, profile, device) for s in range(count))
 
 
 def _model_specs(key: str, profile: str, device: str, seeds: int | None) -> Iterator[AnySpec]:

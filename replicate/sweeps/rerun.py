@@ -1,19 +1,18 @@
-"""Committed runs made again, and what of their numbers comes back.
+"""Rerun committed runs and compare their numbers.
 
 A run's id names everything that may change its numbers but the machine and the code. So a run that is drawn from a
-results folder is computed afresh, from its spec alone, and held against what is committed: to the bit where the machine
-is the same, within the tolerances of `replicate.report.compare` where it is another. Neither another commit nor other
-sources excuse a difference; they are named beside it.
+results folder is computed afresh from its spec alone and compared with the committed numbers: bit for bit on the same
+machine, within the tolerances of `replicate.report.compare` on another. Neither another commit nor other sources excuse
+a difference; they are named beside it.
 """
 
 from __future__ import annotations
 
 import math
 import random
-import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,40 +21,38 @@ import pandas as pd
 import torch
 
 from replicate.errors import UsageError
-from replicate.registry import model_entry
 from replicate.report.compare import Difference, differences
 from replicate.report.labels import is_timing, short
 from replicate.report.records import Run, load_runs, measurements, read_measurements, read_records
 from replicate.runs.execute import check_data
-from replicate.runs.executor import Executor, Runs
+from replicate.runs.executor import Executor, RunFolders
 from replicate.runs.progress import clock
 from replicate.runs.provenance import UNKNOWN, machine_differences, source_sha256, source_version
-from replicate.runs.spec import RESULTS_VERSION, AnySpec, RunSpec, spec_from_dict
-from replicate.runs.store import held, read_record
-from replicate.sweeps.reproduce import Sweep, until_signal
+from replicate.runs.spec import RESULTS_VERSION, AnySpec, spec_from_dict
+from replicate.runs.store import read_record
+from replicate.sweeps.signals import until_signal
 
-#: labels of `Difference` that another machine, or training seeds together, excuses
+#: labels of `Difference` that another machine excuses
 TOLERATED = ("rounding", "within error")
 #: columns of measurements.csv beside the value that are the same on any machine, and on the same one
 ANYWHERE, EXACT = ("unit",), ("unit", "status", "stderr", "n")
-#: so many differences of one run are spelled out; the rest are counted
+#: how many differences of one run are listed; the others are counted
 SHOWN = 10
 COMMITTED, AFRESH = "as committed", "here"
 
 
 @dataclass(frozen=True)
 class Rerun:
-    """One committed run and its repetition.
+    """One committed run and its rerun.
 
     Attributes:
         name: of the run, for a reader.
         numbers: how many values were compared.
-        found: values that are not the same bits.
-        machine: in what the machine, or the company in which it was trained, is another; empty where the same bits are
-            due.
-        source: in what the code is another; "" where it is the same.
-        other: what else is not as committed.
-        error: why the repetition failed; "" if it did not.
+        found: values whose bits differ.
+        machine: differences in hardware or libraries; empty where bit equality is expected.
+        source: the difference in the code; "" where it is the same.
+        other: other differences.
+        error: why the rerun failed; "" if it did not.
     """
 
     name: str
@@ -68,12 +65,12 @@ class Rerun:
 
     @property
     def held(self) -> bool:
-        """Whether everything that was due came back."""
+        """Whether everything matched that had to."""
         excused = TOLERATED if self.machine else ()
         return not (self.error or self.other or any(d.label not in excused for d in self.found))
 
     def lines(self) -> list[str]:
-        """The outcome in a line, and what did not hold below it."""
+        """Return the outcome in a line, followed by the differences that are not excused."""
         if self.error:
             return [f"{self.name}: FAILED: {self.error}{self._source()}"]
         counts = Counter(d.label for d in self.found)
@@ -96,10 +93,10 @@ def _text(found: Difference) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """What came of a draw.
+    """The outcome of rerunning drawn runs.
 
     Attributes:
-        runs: those that were made again.
+        runs: those that were rerun.
         complete: False where a signal ended it.
     """
 
@@ -108,26 +105,24 @@ class Report:
 
     @property
     def code(self) -> int:
-        """Exit code: 0 all came back, 1 something did not or nothing could be made again, 3 stopped."""
+        """The exit code: 0 all matched, 1 something did not or nothing could be rerun, 3 stopped."""
         if not self.complete:
             return 3
         return 0 if self.runs and all(r.held for r in self.runs) else 1
 
 
 def name_of(spec: AnySpec) -> str:
-    """A run in words, its id first."""
-    return f"run {short(spec.run_id())} {spec.model} on {spec.task} seed {spec.seed}"
+    """Return a run in words, its id first."""
+    return f"run {short(spec.run_id())} {spec.label}"
 
 
 def obstacle(spec: AnySpec) -> str:
-    """Why a committed run cannot be made again on this machine with this code; "" where it can."""
+    """Return why a committed run cannot be rerun on this machine with this code; "" where it can."""
     if spec.device == "cuda" and not torch.cuda.is_available():
         return "it needs a CUDA device"
     if spec.results_version != RESULTS_VERSION:
         return f"its results version is {spec.results_version}, this code makes {RESULTS_VERSION}"
     try:
-        if isinstance(spec, RunSpec):
-            model_entry(spec.model)
         check_data(spec)
     except UsageError as error:
         return str(error)
@@ -137,9 +132,9 @@ def obstacle(spec: AnySpec) -> str:
 def draw(
     records: Sequence[Mapping[str, Any]], n: int, seed: int, say: Callable[[str], None]
 ) -> list[tuple[AnySpec, Mapping[str, Any]]]:
-    """Up to n finished runs of a results folder with their records, at random; those that cannot be made are named.
+    """Draw up to n finished runs with their records at random; name those that cannot be rerun.
 
-    The same records, seed and machine give the same runs, and a larger n those of a smaller one and more.
+    The same records, seed and machine give the same runs, and a larger n only adds runs.
     """
     done = sorted((r for r in records if "error" not in r), key=lambda r: str(r.get("run_id")))
     drawn: list[tuple[AnySpec, Mapping[str, Any]]] = []
@@ -149,20 +144,20 @@ def draw(
         try:
             spec = spec_from_dict(record.get("spec"))
         except UsageError as error:
-            say(f"run {short(str(record.get('run_id')))} is not re-run: {error}")
+            say(f"run {short(str(record.get('run_id')))} is not rerun: {error}")
             continue
         reason = obstacle(spec)
         if spec.run_id() != record.get("run_id"):
             reason = f"its id is committed as {short(str(record.get('run_id')))}"
         if reason:
-            say(f"{name_of(spec)} is not re-run: {reason}")
+            say(f"{name_of(spec)} is not rerun: {reason}")
         else:
             drawn.append((spec, record))
     return drawn
 
 
 def seconds_taken(frame: pd.DataFrame, run_id: str) -> float:
-    """Seconds that a run took when it was committed."""
+    """Return the seconds that a run took when it was committed."""
     mine = frame[(frame["run_id"] == run_id) & frame["metric"].isin(["train_seconds", "evaluate_seconds"])]
     return float(mine["value"].sum())
 
@@ -174,16 +169,16 @@ def rerun(
     executor: Callable[[str], Executor],
     say: Callable[[str], None],
 ) -> Report:
-    """Make n committed runs of a results folder again and compare what they measure with what is committed.
+    """Rerun n committed runs of a results folder and compare their measurements with the committed ones.
 
-    Nothing in the folder is changed; the runs are made in a temporary one.
+    Nothing in the folder is changed; the runs are computed in a temporary one.
 
     Args:
         folder: results/PROFILE.
-        n: how many, at least 1; fewer where the folder has fewer or this machine cannot make them.
-        seed: of the draw; None draws one. It is said, so that the draw can be repeated.
-        executor: makes what runs the specs of a kind of device, "cpu" or "cuda".
-        say: told every line for the user.
+        n: how many, at least 1; fewer where the folder has fewer or this machine cannot rerun them.
+        seed: of the draw; None draws one. It is printed, so that the draw can be repeated.
+        executor: makes the executor of a kind of device, "cpu" or "cuda".
+        say: receives every line for the user.
 
     Raises:
         ReportError: the folder's records or measurements cannot be read.
@@ -193,31 +188,35 @@ def rerun(
     reference = read_measurements(folder / "measurements.csv")
     drawn = draw(read_records(folder / "records.jsonl"), n, seed, say)
     if not drawn:
-        say(f"none of the runs in {folder} can be made again here")
+        say(f"none of the runs in {folder} can be rerun here")
         return Report(())
-    few = "" if len(drawn) == n else f" of the {n} asked for"
-    return _make_again(drawn, reference, executor, say, f"{few} again (--rerun-seed {seed})")
+    few = "" if len(drawn) == n else f" of the {n} requested"
+    return rerun_drawn(drawn, reference, executor, say, f"{few} (--rerun-seed {seed})")
 
 
-def _make_again(
+def rerun_drawn(
     drawn: Sequence[tuple[AnySpec, Mapping[str, Any]]],
     reference: pd.DataFrame,
     executor: Callable[[str], Executor],
     say: Callable[[str], None],
     how: str,
 ) -> Report:
-    """Compute the drawn runs in a temporary folder and compare them with the reference; `how` ends the first line."""
+    """Rerun the drawn runs in a temporary folder and compare them with the reference.
+
+    Args:
+        how: ends the first line for the user.
+    """
     executors = {kind: executor(kind) for kind in sorted({spec.device for spec, _ in drawn})}
     wall = 0.0
     for kind, chosen in executors.items():
         wall += sum(seconds_taken(reference, s.run_id()) for s, _ in drawn if s.device == kind) / chosen.jobs
-    say(f"making {len(drawn)} runs{how}, which took about {clock(wall)}")
+    say(f"rerunning {len(drawn)} runs{how}, which took about {clock(wall)}")
     with tempfile.TemporaryDirectory(prefix="replicate-rerun.") as temporary:
         root = Path(temporary)
         for kind, chosen in executors.items():
             specs = [spec for spec, _ in drawn if spec.device == kind]
-            if not until_signal(lambda: chosen.run_all(specs, Runs(root), lambda *_: None)):  # noqa: B023
-                say("stopped before every run was made")
+            if not until_signal(lambda: chosen.run_all(specs, RunFolders(root), lambda *_: None)):  # noqa: B023
+                say("stopped before every run was rerun")
                 return Report((), complete=False)
         report = Report(tuple(_compared(drawn, root, reference)))
     for run in report.runs:
@@ -228,63 +227,6 @@ def _make_again(
     tolerant = len(report.runs) - exactly
     say(f"{held} of {len(report.runs)} runs are as committed; {exactly} compared to the bit, {tolerant} by tolerance")
     return report
-
-
-def keep(
-    sweep: Sweep,
-    commit: str,
-    planned: Collection[str],
-    n: int,
-    executor: Callable[[str], Executor],
-    say: Callable[[str], None],
-) -> int:
-    """Let what a sweep of another commit has finished stand under this one, where that moves no number.
-
-    A sweep that is finished as a whole is in progress again, so that what this commit has more is run.
-
-    n of its runs, at random, are made again by the code that is here now, and must come back to the bit. Every record
-    goes on naming the commit that it was made from. What was in progress is begun again, and what is planned no more is
-    removed.
-
-    Args:
-        commit: of the sweep, or its first digits.
-        planned: ids of the runs of the sweep that goes on.
-        n, executor, say: as for `rerun`.
-
-    Returns:
-        Exit code: 0 they stand, 1 one did not come back, 3 stopped; nothing is changed unless it is 0.
-
-    Raises:
-        UsageError: there is no such sweep, or what differs from a commit is not committed.
-    """
-    if sweep.belongs_here():  # the same command again, after an interruption
-        return 0
-    there, (here, dirty) = sweep.version() or {}, source_version()
-    found = str(there.get("commit", "none"))
-    if len(commit) < 4 or not found.startswith(commit):
-        raise UsageError(f"the sweep in {sweep.root} is of commit {found[:12]}, not {commit!r}.")
-    if dirty or here == UNKNOWN or there.get("dirty") != "":
-        raise UsageError("runs are kept from one commit to another; commit your changes, and start a sweep from there.")
-    with held(sweep.root):
-        loaded = load_runs(sweep.runs)
-        finished = (read_record(sweep.runs / run.run_id) for run in loaded.done if run.run_id in planned)
-        records = {r["run_id"]: r for r in finished if r is not None}
-        drawn = draw(list(records.values()), n, random.SystemRandom().randrange(2**31), say)
-        if records and not drawn:
-            say("none of its runs can be made again here: none is kept")
-            return 1
-        if drawn:
-            how = f" of commit {found[:8]} again by commit {here[:8]}"
-            report = _make_again(drawn, measurements(loaded), executor, say, how)
-            if report.code or any(r.machine for r in report.runs):
-                say("not every run came back to the bit: none is kept")
-                return report.code or 1
-        sweep.reopen()
-        for folder in (p for p in sweep.current.iterdir() if p.is_dir() and p.name not in records):
-            shutil.rmtree(folder)
-        sweep.belong_here()
-    say(f"{len(records)} finished runs of commit {found[:8]} stand")
-    return 0
 
 
 def _compared(drawn: Sequence[tuple[AnySpec, Mapping[str, Any]]], root: Path, reference: pd.DataFrame) -> list[Rerun]:
@@ -303,8 +245,6 @@ def _compared(drawn: Sequence[tuple[AnySpec, Mapping[str, Any]]], root: Path, re
         afresh = read_record(root / run_id) or {}
         provenance = record.get("provenance") or {}
         machine = machine_differences(provenance, afresh["provenance"], COMMITTED, AFRESH)
-        if any("together" in sitting for sitting in provenance.get("sittings", ())):
-            machine.append(f"seeds trained together {COMMITTED}, alone {AFRESH}")
         mine, committed = (_rows(frame, run_id) for frame in (new, reference))
         other = _other(mine, committed, exact=not machine)
         if not machine:
@@ -315,13 +255,13 @@ def _compared(drawn: Sequence[tuple[AnySpec, Mapping[str, Any]]], root: Path, re
 
 
 def _rows(frame: pd.DataFrame, run_id: str) -> pd.DataFrame:
-    """A run's measurements but times and memory, in an order that its names decide."""
+    """Return a run's measurements without times and memory, ordered by name."""
     rows = frame[(frame["run_id"] == run_id) & ~frame["metric"].map(is_timing)]
     return rows.sort_values(["metric", "split", "kind"], kind="stable").set_index(["metric", "split", "kind"])
 
 
 def _other(new: pd.DataFrame, committed: pd.DataFrame, exact: bool) -> list[str]:
-    """What stands beside the values and is not as committed; rows on one side only are `differences`' to name."""
+    """Return the differences in the columns other than the values; `differences` reports rows missing on one side."""
     out = []
     for column in EXACT if exact else ANYWHERE:
         left, right = _cells(committed[column]), _cells(new[column])
@@ -332,7 +272,7 @@ def _other(new: pd.DataFrame, committed: pd.DataFrame, exact: bool) -> list[str]
 
 
 def _cells(column: pd.Series) -> dict[Any, list[Any]]:
-    """Values by row name, as text of all their digits: nan is like nan."""
+    """Return values by row name, as text of all their digits, so that nan equals nan."""
     out: dict[Any, list[Any]] = {}
     for key, value in column.items():
         out.setdefault(key, []).append("" if pd.isna(value) else str(value))
@@ -340,7 +280,7 @@ def _cells(column: pd.Series) -> dict[Any, list[Any]]:
 
 
 def _traces(record: Mapping[str, Any], afresh: Mapping[str, Any]) -> list[str]:
-    """Losses and weights that are not as committed, where the record tells them."""
+    """Return the differences in losses and weights, where the record has them."""
     out = []
     old, new = record.get("history") or {}, afresh.get("history") or {}
     for key, name in (("train", "training losses"), ("valid", "validation losses"), ("best_step", "selected step")):
@@ -352,7 +292,7 @@ def _traces(record: Mapping[str, Any], afresh: Mapping[str, Any]) -> list[str]:
 
 
 def other_source(then: Mapping[str, Any]) -> str:
-    """In what the code of a committed run and the code here differ; "" where it is the same."""
+    """Return the difference between the code of a committed run and the code here; "" where it is the same."""
     commit, dirty = source_version()
     now = {"commit": commit, "dirty": dirty}
     if "source_sha256" in then:
