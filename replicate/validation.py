@@ -1,7 +1,7 @@
-"""What comes from outside is checked in one way: every problem is found and named, and one message tells them all.
+"""Validation of external input: collect all problems, raise one error that lists them.
 
-A table (a mapping from disk, network or command line) is checked against one `Rule` a key. Claims files, specs,
-`--set` options and records stand on this module; what only one of them asks, each checks for itself.
+A table (a mapping from disk, network or command line) is checked against one `Rule` per key. Claims files, specs,
+`--set` options and records use this module; each adds the checks that it alone needs.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ PROFILES = ("smoke", "standard", "full")
 
 #: what a spec may hold as a setting; a list in JSON is a tuple here
 Param = Scalar | tuple[Scalar, ...]
-#: problems that one message tells; a hostile file could make millions
-MOST_TOLD = 100
+#: problems that one message lists; a hostile file could make millions
+MOST_LISTED = 100
 #: the largest size or count that anybody can mean
 MOST = 1_000_000_000
 #: whole numbers are kept in 64 bits by whatever reads them next
@@ -67,18 +67,18 @@ _BRIEF = _Brief()
 
 
 def brief(value: object) -> str:
-    """Any value in one short printable line."""
+    """Return any value in one short printable line."""
     text = _BRIEF.repr(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def harmless(text: str) -> str:
-    """Text from elsewhere with every character that could command a terminal written out, such as ESC as \\x1b."""
+    r"""Text from elsewhere with every character that could command a terminal written out, such as ESC as \\x1b."""
     return _COMMANDS.sub(lambda match: ascii(match.group())[1:-1], text)
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """ "; did you mean steps?", or "" where no known name is near."""
+    """Return a hint like "; did you mean steps?", or "" where no known name is near."""
     near = difflib.get_close_matches(name, list(known), n=1) if isinstance(name, str) and len(name) < 100 else []
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -100,14 +100,14 @@ class Problems:
         return len(self.found)
 
     def refuse(self, error: type[ValueError]) -> None:
-        """Raise one error that tells all problems, one a line; nothing where there are none."""
+        """Raise one error that lists all problems, one per line; do nothing where there are none."""
         if self.found:
-            more = len(self.found) - MOST_TOLD
-            told = [*self.found[:MOST_TOLD], *([f"and {more} more"] if more > 0 else [])]
-            raise error("\n".join(told))
+            more = len(self.found) - MOST_LISTED
+            listed = [*self.found[:MOST_LISTED], *([f"and {more} more"] if more > 0 else [])]
+            raise error("\n".join(listed))
 
 
-#: is told a key ("" for the table itself) and what is wrong with it
+#: receives a key ("" for the table itself) and what is wrong with it
 Wrong = Callable[[str, str], None]
 
 
@@ -124,7 +124,7 @@ class Range:
     below: float | None = None
 
     def must_be(self, value: float) -> str:
-        """Where the number had to lie, in words; "" where it lies there."""
+        """Return where the number had to lie, in words; "" where it lies there."""
         outside = (
             (self.low is not None and value < self.low)
             or (self.high is not None and value > self.high)
@@ -173,7 +173,7 @@ class Rule:
     blank: bool = False
 
     def must_be(self, value: object) -> str:
-        """What the value had to be, in words; "" where it is that."""
+        """Return what the value had to be, in words; "" where it is that."""
         if self.choices:
             return "" if isinstance(value, str) and value in self.choices else f"one of {', '.join(self.choices)}"
         problem = _mismatch(value, self.hint, self.range)
@@ -204,7 +204,7 @@ def _mismatch(value: object, hint: Any, bounds: Range) -> str:
 
 
 def _is(value: object, hint: Any) -> bool:
-    """Whether a value has the type, whatever it holds."""
+    """Return whether a value has the type, whatever its content."""
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
@@ -246,7 +246,7 @@ def rules_of(
     choices: Mapping[str, Iterable[str]] | None = None,
     complete: bool = False,
 ) -> dict[str, Rule]:
-    """One rule for each field of a dataclass, by its annotation; a field with a default may be left out.
+    """Return one rule per field of a dataclass, by its annotation; a field with a default may be left out.
 
     Args:
         without: fields that the table does not have.
@@ -267,7 +267,7 @@ def rules_of(
 
 
 def check_value(key: str, value: object, rule: Rule, wrong: Wrong, name: str = "") -> None:
-    """Tell what is wrong with the value of one key.
+    """Report what is wrong with the value of one key.
 
     Args:
         name: of the table, in words.
@@ -281,13 +281,13 @@ def check_value(key: str, value: object, rule: Rule, wrong: Wrong, name: str = "
 
 
 def check_table(table: object, rules: Mapping[str, Rule], name: str, wrong: Wrong) -> bool:
-    """Tell every unknown, missing and wrong key of a table.
+    """Report every unknown, missing and wrong key of a table.
 
     Args:
         name: of the table, in words.
 
     Returns:
-        Whether it is a table at all, so that more of it can be looked at.
+        Whether it is a table at all, so that its items can be checked.
     """
     if not isinstance(table, Mapping):
         wrong("", f"{name} is {brief(table)}; it must be a table")
@@ -306,7 +306,7 @@ def check_table(table: object, rules: Mapping[str, Rule], name: str, wrong: Wron
 
 
 def check_json(value: object, name: str, wrong: Wrong) -> None:
-    """Tell what in a free part of a file could not be kept as JSON or shown: odd numbers, odd characters, depth."""
+    """Report what cannot be kept as JSON or shown in a free part of a file: odd numbers, characters, depth."""
     todo: list[tuple[object, str, int]] = [(value, name, 0)]
     while todo:
         item, at, depth = todo.pop()
@@ -325,10 +325,10 @@ def check_json(value: object, name: str, wrong: Wrong) -> None:
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """The settings that `--set key=value` names; a value is JSON where it parses as such, else text.
+    """Parse the settings of `--set key=value`; a value is JSON where it parses as such, else text.
 
     Raises:
-        UsageError: every pair that has another form or comes twice, one a line.
+        UsageError: every pair that has another form or comes twice, one per line.
     """
     problems, out = Problems(), {}
     for pair in pairs:

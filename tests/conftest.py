@@ -15,7 +15,7 @@ settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
 #: files that take longest go first, so that none of them is left for one process at the end
-LONGEST = ("test_reproduce.py", "test_notebooks.py", "test_faults.py", "test_cluster.py", "test_models.py")
+LONGEST = ("test_reproduce.py", "test_notebooks.py", "test_faults.py", "test_cluster.py", "test_contracts.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,7 +21,7 @@ MEMBERS = 1000
 
 
 def take(archive: Path, ending: str, member: str, limit: int) -> Iterator[bytes]:
-    """The content of one member, piece by piece.
+    """Read the content of one member, piece by piece.
 
     Args:
         archive: the file.

@@ -51,7 +51,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*"
 
 
 def ending_of(url: str) -> str:
-    """The ending by which a URL's or file's name says how it is packed: one of ARCHIVES or PACKED; "" for neither."""
+    """Return the ending that says how a URL or file is packed: one of ARCHIVES or PACKED, or ""."""
     path = urlsplit(url).path.lower()
     return next((ending for ending in (*ARCHIVES, *PACKED) if path.endswith(ending)), "")
 
@@ -79,7 +79,7 @@ def read_catalog(path: Path) -> dict[str, Entry]:
 
 
 def _problems(name: str, table: Any) -> list[str]:
-    """What is wrong with one entry."""
+    """Note what is wrong with one entry."""
     if not isinstance(table, dict):
         return ["is no table of keys"]
     found = []
@@ -101,7 +101,7 @@ def _problems(name: str, table: Any) -> list[str]:
 
 
 def _source_problems(table: Mapping[str, Any]) -> list[str]:
-    """What is wrong with where an entry says that its file can be had."""
+    """Note what is wrong with the addresses of an entry."""
     urls = table.get("urls", [])
     if not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):
         return ["urls must be a list of text"]

@@ -275,7 +275,7 @@ def _body(response: Any) -> Iterator[bytes]:
 
 
 def _refuse_page(response: Any, beginning: bytes) -> None:
-    """A page that says sorry with status 200 is no data."""
+    """Refuse a page that reports an error with status 200."""
     kind = response.headers.get("Content-Type", "").lower()
     if "text/html" in kind or beginning.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
         raise _Failed("it sends a web page (HTML), not the file")

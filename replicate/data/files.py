@@ -52,26 +52,26 @@ def data_folder() -> Path:
 
 
 def where() -> str:
-    """The folder and how it was chosen, in words."""
+    """Return the folder and how it was chosen, in words."""
     if os.environ.get("REPLICATE_DATA"):
         return f"REPLICATE_DATA={data_folder()}"
     return f"REPLICATE_DATA is not set, so it was looked for in {data_folder()}"
 
 
 def find(name: str) -> Path | None:
-    """A file of the data folder, as it is named or with .gz or .xz after it; None where there is none."""
+    """Find a file of the data folder, as named or with .gz or .xz after it; None where there is none."""
     paths = (data_folder() / (name + ending) for ending in ENDINGS)
     return next((path for path in paths if path.is_file()), None)
 
 
 def absent(names: Iterable[str]) -> str:
-    """The first of these files that is not there, in words; "" where all are."""
+    """Name the first of these files that is missing, in words; "" where all are present."""
     missing = next((name for name in names if find(name) is None), "")
     return f"it reads {missing}, which is not there: {where()}" if missing else ""
 
 
 def data_file(name: str, origin: str) -> Path:
-    """The same, for who needs it.
+    """Find a file like `find`, but raise UsageError if it is missing.
 
     Args:
         name: below the data folder.
@@ -89,14 +89,14 @@ def data_file(name: str, origin: str) -> Path:
 
 
 def expected(path: Path) -> Entry | None:
-    """The catalogue's entry of a file of the data folder; None for a file that the catalogue does not know."""
+    """Return the catalogue's entry of a file of the data folder; None for a file that it does not know."""
     name = os.path.relpath(path, data_folder()).replace(os.sep, "/")
     known = catalog()
     return next((known[name.removesuffix(e)] for e in ENDINGS if name.removesuffix(e) in known), None)
 
 
 def pieces(path: Path, ending: str, limit: int) -> Iterator[bytes]:
-    """The uncompressed bytes of a file, piece by piece.
+    """Read the uncompressed bytes of a file, piece by piece.
 
     Args:
         ending: how it is packed: "", ".gz" or ".xz".
@@ -158,7 +158,7 @@ def _difference(sha256: str, size: int, entry: Entry) -> str:
 
 
 def damage(path: Path, entry: Entry) -> str:
-    """What is wrong with a file of the catalogue, in words; "" where nothing is. It is read whole, every time."""
+    """Return what is wrong with a file of the catalogue, or ""; the file is read whole, every time."""
     return mismatch(pieces(path, _packing(path), entry.size), entry)
 
 
@@ -180,7 +180,7 @@ def _state(path: Path) -> _State:
 
 
 def contents(path: Path) -> bytes:
-    """The uncompressed bytes of a file; those of a file of the catalogue are the published ones.
+    """Read the uncompressed bytes of a file; those of a file of the catalogue are checked.
 
     They are hashed once a process, as long as the file does not change.
 
@@ -191,7 +191,7 @@ def contents(path: Path) -> bytes:
 
 
 def _checked(path: Path) -> tuple[bytes, str]:
-    """The same, with their sha256."""
+    """Read the uncompressed bytes of a file, with their sha256."""
     entry, state, whole = expected(path), _state(path), io.BytesIO()
     try:
         for piece in pieces(path, _packing(path), MOST if entry is None else entry.size):
@@ -226,7 +226,7 @@ def sha256(name: str) -> str:
 
 
 def parse_idx(content: bytes, what: str) -> Tensor:
-    """The images of an IDX file as uint8, shape (n, rows * columns).
+    """Read the images of an IDX file as uint8, shape (n, rows * columns).
 
     Args:
         content: the file's bytes, from anywhere.
@@ -250,7 +250,7 @@ def parse_idx(content: bytes, what: str) -> Tensor:
 
 
 def read_idx(name: str, origin: str) -> Tensor:
-    """The images of an IDX file as uint8, shape (n, rows * columns).
+    """Read the images of an IDX file as uint8, shape (n, rows * columns).
 
     Raises:
         UsageError: the file is missing, damaged or no IDX file of images.
@@ -260,7 +260,7 @@ def read_idx(name: str, origin: str) -> Tensor:
 
 
 def parse_idx_labels(content: bytes, what: str) -> Tensor:
-    """The labels of an IDX file as int64, shape (n,).
+    """Read the labels of an IDX file as int64, shape (n,).
 
     Args:
         content: the file's bytes, from anywhere.
@@ -278,7 +278,7 @@ def parse_idx_labels(content: bytes, what: str) -> Tensor:
 
 
 def read_idx_labels(name: str, origin: str) -> Tensor:
-    """The labels of an IDX file as int64, shape (n,).
+    """Read the labels of an IDX file as int64, shape (n,).
 
     Raises:
         UsageError: the file is missing, damaged or no IDX file of labels.

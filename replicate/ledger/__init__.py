@@ -1,0 +1,1 @@
+"""The claims of papers as data, read and checked."""

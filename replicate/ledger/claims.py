@@ -189,7 +189,7 @@ class _Checker:
         self.problems.add(problem, f"{self.name}, line {line}")
 
     def file(self, data: Mapping[str, Any]) -> PaperClaims | None:
-        """The whole file, or None where something is wrong."""
+        """Read the whole file, or return None where something is wrong."""
         for key in sorted(set(data) - {"paper", "claim"}):
             self.wrong(-1, key, f"unknown table {brief(key)}; a claims file has [paper] and [[claim]]")
         paper, rows = data.get("paper"), data.get("claim")
@@ -241,7 +241,7 @@ class _Checker:
         return Claim(**{**row, "published": published, "target": float(target), "plots": plots})
 
     def measure(self, at: int, key: str, name: str, row: Mapping[str, Any]) -> None:
-        """A measure is METRIC of the claim's experiment, or TASK/MODEL/METRIC."""
+        """Check that a measure is METRIC of the claim's experiment, or TASK/MODEL/METRIC."""
         parts = row.get(key, "").split("/")
         if not all(parts) and row.get(key):
             self.wrong(at, key, f"{name}: {key} is {brief(row[key])}; it must be METRIC or TASK/MODEL/METRIC")
@@ -250,7 +250,7 @@ class _Checker:
 
 
 def resolved(measure: str, claim: Claim, key: str) -> str:
-    """A claim's measure as TASK/MODEL/METRIC; "" stays "".
+    """Return a claim's measure as TASK/MODEL/METRIC; "" stays "".
 
     Args:
         key: the paper's.

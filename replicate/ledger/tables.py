@@ -1,4 +1,4 @@
-"""Tables that set print beside our numbers, as data: `tables.toml` beside this file.
+"""Tables that compare printed numbers with ours, as data: `tables.toml` beside this file.
 
     [[table]]
     name = "printed-released"           # file name
@@ -56,7 +56,7 @@ def _cell(value: Any, where: str) -> str | MeasureCell:
 
 
 def measure_tables(path: Path | None = None) -> tuple[MeasureTable, ...]:
-    """The tables of a file, by default of the one beside this module.
+    """Read the tables of a file, by default of the one beside this module.
 
     Raises:
         ClaimError: it cannot be read, or a row does not fit its heads.

@@ -1,0 +1,1 @@
+"""Distances and scores between samples, densities and data."""

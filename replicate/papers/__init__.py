@@ -1,0 +1,1 @@
+"""One folder per paper: claims as data, experiments as functions."""

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what a run's journal remembers, so written that a kill at any moment loses one interval at most.
+"""Checkpoints on disk: a run's journal, written so that a kill at any moment loses one interval at most.
 
 A file is a line of 64 hexadecimal digits (sha256 of the rest) and a safetensors image. Tensors lie in it by number; the
 structure around them is JSON, kept as one more tensor of bytes. Nothing in it is code.
@@ -28,7 +28,7 @@ STRUCTURE = "structure"
 
 
 def pack(state: Any) -> bytes:
-    """A state of plain values and tensors as bytes that `unpack` reads back, bit for bit."""
+    """Pack a state of plain values and tensors into bytes that `unpack` reads, bit for bit."""
     tensors: dict[str, Tensor] = {}
 
     def plain(value: Any) -> Any:
@@ -58,7 +58,7 @@ def pack(state: Any) -> bytes:
 
 
 def unpack(data: bytes) -> Any:
-    """The inverse of `pack`; tensors come back on the kind of device that they were on.
+    """Unpack a state; tensors return to the kind of device that they were on.
 
     Raises:
         ValueError: the bytes are not those that `pack` made.
@@ -115,7 +115,7 @@ class Checkpoints:
             old.unlink(missing_ok=True)
 
     def read(self) -> Any:
-        """The newest whole state of this run, or None; every file that is passed over is named on stderr."""
+        """Return the newest whole state of this run, or None; name damaged files on stderr."""
         for path in reversed(self.paths()):
             try:
                 found = unpack(path.read_bytes())

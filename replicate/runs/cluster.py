@@ -5,8 +5,8 @@ than there are slots, reports what happens to each, and writes the files that th
 computed in a child program of its worker, in a folder of that worker, and its files return as bytes.
 
 A run that is stopped by the deadline, by an interrupt or by its time limit saves itself and returns its newest
-checkpoint; the next call sends it out again. When a worker dies, the checkpoints of its run are lost, and the run starts
-from its beginning.
+checkpoint; the next call sends it out again. When a worker dies, the checkpoints of its run are lost, and the run
+starts from its beginning.
 
 Dask's own messages are pickles, on both sides; whoever can reach the scheduler can run code on its workers and in this
 process. The suite itself sends JSON and bytes, and takes nothing from a worker but bytes under names that it knows.
@@ -321,7 +321,7 @@ def _connected(address: str) -> Iterator[Client]:
         reason = _first_line(error) or f"none within {CONNECT:g} seconds"
     if reason:
         raise UsageError(
-            f"no Dask scheduler answers at {address} ({reason}); start one with `dask scheduler`, or correct --scheduler."
+            f"no Dask scheduler answers at {address} ({reason}); start one with `dask scheduler`, or fix --scheduler."
         )
     client = distributed.Client(address, timeout=CONNECT, set_as_default=False, name="replicate")
     try:
@@ -539,7 +539,7 @@ class _Sweep:
             raise ClusterLost(f"the scheduler at {self.cluster.address} has no workers left; start some")
 
     def _check_scheduler(self, cancelled: bool = False) -> None:
-        """Raise when the connection to the scheduler broke; after a reconnection too, since its tasks are cancelled then."""
+        """Raise when the connection to the scheduler broke, even if it was restored: its tasks are cancelled then."""
         if cancelled or self.client.status != "running":
             raise ClusterLost(f"the scheduler at {self.cluster.address} is gone; start it and its workers again")
 

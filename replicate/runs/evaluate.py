@@ -63,12 +63,12 @@ Measurements = Iterator[Measurement]
 
 
 def na(metric: str, reason: str) -> Measurement:
-    """A metric that this model honestly does not have."""
+    """Return a metric that this model does not have, with the reason."""
     return Measurement(metric, None, f"n/a: {reason}")
 
 
 def count(metric: str, value: float, unit: str) -> Measurement:
-    """A number without sampling error."""
+    """Return a measurement without sampling error."""
     return Measurement(metric, Estimate.exact(value, unit))
 
 
@@ -173,7 +173,7 @@ class Evaluator:
     # -- any model with a score, under any Langevin sampler
 
     def _start(self, chains: int) -> Tensor:
-        """Langevin's start: a centred Gaussian as wide as the data, which knows nothing of the modes' weights."""
+        """Draw Langevin's start: a centred Gaussian as wide as the data, which ignores the modes' weights."""
         generator = self.streams.fresh("langevin-start")
         z = torch.randn((chains, self.task.info.dim), generator=generator, device=self.device)
         return z * float(self.task.train.square().mean().sqrt())
@@ -207,7 +207,7 @@ class Evaluator:
         yield from self._alternative_samplers(truth)
 
     def _alternative_samplers(self, truth: Density) -> Measurements:
-        """The samplers that a model offers beside its own: predictor-corrector, another last step."""
+        """Measure the samplers that a model offers beside its own: predictor-corrector, another last step."""
         for name, sample in self.model.samplers().items():
             generator = self.streams.fresh(f"sample-{name}")
             (x, nfe), seconds = timed(self.device, partial(sample, self.settings.langevin_chains, generator))
@@ -260,7 +260,7 @@ class Evaluator:
     # -- what the report draws
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Maps, samples and paths for the report; drawn for one seed only, since they are pictures."""
+        """Return maps, samples and paths for the report; of one seed only, since they are pictures."""
         out: dict[str, np.ndarray] = {}
         if "sample" in self.model.capabilities:
             n = 100 if self.task.density is None else 1_000
@@ -314,12 +314,12 @@ _FEATURES: dict[str, FeatureClassifier] = {}
 
 
 def task_features(task: Task) -> FeatureClassifier:
-    """The feature classifier of a task with labels."""
+    """Return the feature classifier of a task with labels."""
     return image_features(task.name) if task.name in IMAGES else digit_features(task)
 
 
 def digit_features(task: Task) -> FeatureClassifier:
-    """The feature classifier of a task of 8x8 digits, trained once a process under a fixed seed."""
+    """Return the feature classifier of 8x8 digits, trained once per process under a fixed seed."""
     if task.name not in _FEATURES:
         assert task.labels is not None
         assert task.info.levels is not None

@@ -76,12 +76,12 @@ class Plot:
 
     @staticmethod
     def row_of_images(label: str, pixels: Tensor) -> Line:
-        """A row of images (k, height, width) with grey values from 0 to 1."""
+        """Return a row of images (k, height, width) with grey values from 0 to 1."""
         flat = pixels.detach().flatten().tolist()
         return Line(label, range(len(flat)), flat)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready form: at most MAX_POINTS evenly chosen points a line with six digits; every pixel with three."""
+        """Return the JSON-ready form: MAX_POINTS evenly chosen points per line with six digits, pixels with three."""
         digits, most = (3, MAX_PIXELS) if self.image else (6, MAX_POINTS)
         lines = [
             {"label": line.label, "x": _thinned(line.x, most, 6), "y": _thinned(line.y, most, digits)}
@@ -135,7 +135,7 @@ MAX_EXAMPLES = 20_000
 
 
 def pack_examples(log_p: LogLikelihood) -> dict[str, Any]:
-    """JSON-ready form of log p of each example: 16-bit steps from the lowest to the highest, base64 of little-endian.
+    """Pack log p of each example for JSON: 16-bit steps from the lowest to the highest, base64 of little-endian.
 
     Half a step is the error of a value; on ten thousand images it is below a hundredth of a nat.
     """

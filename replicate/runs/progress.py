@@ -1,4 +1,4 @@
-"""What the user sees while a sweep runs: a live bar on a terminal, plain lines elsewhere."""
+"""Show the user how a sweep proceeds: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.progress import Progress as Bar
 
 
 def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
+    """Return seconds as h:mm:ss or m:ss."""
     whole = round(seconds)
     hours, rest = divmod(whole, 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
@@ -34,11 +34,11 @@ class Progress:
         self._bar: Bar | None = None
 
     def say(self, line: str) -> None:
-        """One line that stays."""
+        """Print one line that stays."""
         (self._bar.console if self._bar else self.console).print(line, markup=False, highlight=False, soft_wrap=True)
 
     def begin(self, expected: list[tuple[str, float]], jobs: int) -> None:
-        """The runs to come, each with the seconds it may take."""
+        """Start with the runs to come, each with the seconds that it may take."""
         self.expected, self.jobs = dict(expected), jobs
         self._started = self._last = time.monotonic()
         total = sum(self.expected.values()) / jobs
@@ -54,13 +54,13 @@ class Progress:
             self._bar.start()
 
     def skip(self, run_id: str) -> None:
-        """A run that an earlier call finished."""
+        """Count a run that an earlier call finished."""
         self.expected.pop(run_id, None)
         self.skipped += 1
         self._show(force=False)
 
     def event(self, outcome: str, run_id: str, label: str, error: str) -> None:
-        """A run was started, done or failed, or its worker was lost."""
+        """Show that a run has started, is done, has failed, or lost its worker."""
         if outcome == "lost":
             self.say(f"lost: {label}: {error}")
         elif outcome == "started":
@@ -75,7 +75,7 @@ class Progress:
         self._show(force=not self.expected)
 
     def left(self) -> float:
-        """Seconds left: the expected work of what is not finished, scaled by how the finished work went."""
+        """Estimate the seconds left: the expected work of unfinished runs, scaled by the speed of finished ones."""
         elapsed = time.monotonic() - self._started
         speed = self._finished_work / elapsed if elapsed > 5 and self._finished_work else float(self.jobs)
         return sum(self.expected.values()) / max(speed, 1e-9)
@@ -90,7 +90,7 @@ class Progress:
             self.say(f"{finished}/{finished + len(self.expected)} runs, {note}")
 
     def end(self) -> None:
-        """Stop the live display and say what came out."""
+        """Stop the live display and print the totals."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -1,4 +1,4 @@
-"""Where and with what a run was made, and whether another run may be expected to repeat it to the bit.
+"""Record where and with what a run was computed, and decide whether another run should repeat it bit for bit.
 
 A record's provenance names the code (commit, what differs from it, the sources' own hash, the lock), the libraries, the
 machine and the settings of the numerical kernels. It holds no name of a host or a user and no path. What cannot change
@@ -56,7 +56,7 @@ MACHINE = {
 
 
 def ask(*words: str) -> str | None:
-    """What a program prints, or None where it is absent, fails or does not answer."""
+    """Return what a program prints, or None where it is absent, fails or does not answer."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=PATIENCE, errors="replace")
     except (OSError, subprocess.SubprocessError):
@@ -66,7 +66,7 @@ def ask(*words: str) -> str | None:
 
 @cache
 def source_version() -> tuple[str, str]:
-    """(commit, sha256 of what differs from it beside the results; "" for a clean tree).
+    """Return (commit, sha256 of what differs from it except the results; "" for a clean tree).
 
     Both are "unknown" where the packages do not lie in a checkout of their own: the repository around a virtual
     environment is somebody else's.
@@ -89,7 +89,7 @@ def source_version() -> tuple[str, str]:
 
 
 def source_sha256() -> str:
-    """sha256 over the packages' own modules and tables, names included, as they lie on disk now: in git or not."""
+    """Return the sha256 of the packages' own modules and tables, names included, as they are on disk now."""
     files = (p for package in PACKAGES for p in (ROOT / package).rglob("*") if p.suffix in (".py", ".toml"))
     digest = hashlib.sha256()
     for path in sorted(files, key=lambda p: p.relative_to(ROOT).as_posix()):
@@ -99,7 +99,7 @@ def source_sha256() -> str:
 
 
 def lock_sha256() -> str:
-    """sha256 of requirements.lock; "" where there is none, as in a wheel."""
+    """Return the sha256 of requirements.lock; "" where there is none, as in a wheel."""
     lock = ROOT / "requirements.lock"
     return hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else ""
 
@@ -116,7 +116,7 @@ def _versions() -> dict[str, str]:
 
 @cache
 def _cpuinfo() -> dict[str, str]:
-    """What the kernel says of the first core; empty where it does not."""
+    """Return what the kernel says about the first core; empty where it says nothing."""
     try:
         first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     except OSError:
@@ -127,46 +127,46 @@ def _cpuinfo() -> dict[str, str]:
 
 @cache
 def cpu_model() -> str:
-    """Maker, family and model by number: a virtual machine may call every CPU of a maker by one name."""
+    """Return maker, family and model by number: a virtual machine may give every CPU of a maker one name."""
     found = [_cpuinfo().get(key, "") for key in ("vendor_id", "cpu family", "model")]
     return " ".join(found) if all(found) else platform.machine()
 
 
 @cache
 def driver_version() -> str:
-    """The GPU driver's version; "" where there is none or it does not say."""
+    """Return the GPU driver's version, or ""."""
     lines = (ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "").split()
     return lines[0] if lines else ""
 
 
 @cache
 def device_name(device: torch.device) -> str:
-    """The device's model, in words."""
+    """Return the device's model, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
 def blas_threads() -> int:
-    """Threads that the linear algebra of numpy and scipy may use; like torch's own they change the last bits."""
+    """Return the threads of linear algebra in numpy and scipy; like torch's own they change the last bits."""
     return max((pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"), default=1)
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory in megabytes: the device's on a GPU, else this process's resident set, libraries included."""
+    """Return the peak memory in megabytes: the device's on a GPU, else this process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def stamp(seconds: float) -> str:
-    """Seconds since the epoch as UTC in ISO 8601."""
+    """Return seconds since the epoch as UTC in ISO 8601."""
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
 
 
 @cache
 def _code() -> dict[str, Any]:
-    """What this process was started from."""
+    """Return the versions of the code that this process runs."""
     commit, dirty = source_version()
     own = {"commit": commit, "dirty": dirty, "source_sha256": source_sha256(), "lock_sha256": lock_sha256()}
     return {**own, "libraries": _versions()}
@@ -174,7 +174,7 @@ def _code() -> dict[str, Any]:
 
 @cache
 def _fixed(device: torch.device) -> dict[str, Any]:
-    """What cannot change while this process lives."""
+    """Return what cannot change while this process lives."""
     on_gpu = device.type == "cuda"
     return {
         "format": FORMAT,
@@ -193,7 +193,7 @@ def _fixed(device: torch.device) -> dict[str, Any]:
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Code, machine and settings of this process, as a record carries them; JSON-ready.
+    """Return code, machine and settings of this process, as a record has them; JSON-ready.
 
     Of a run on the CPU `driver` and `cuda` are "" and `cudnn` is null, whatever the machine has.
     """
@@ -212,7 +212,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def machine(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a provenance that decides whether bits may be expected to agree, as far as it is there.
+    """Return the part of a provenance on which bit equality depends, as far as it is recorded.
 
     The lock is left out, since it also names what computes nothing; of Python's version the patch is. The source is no
     part of the machine.
@@ -224,7 +224,7 @@ def machine(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def machine_differences(a: Mapping[str, Any], b: Mapping[str, Any], a_is: str, b_is: str) -> list[str]:
-    """In what two provenances name different machines, in words; empty where the same bits are due.
+    """Return the differences between two machines in words; empty where bit equality is expected.
 
     What one of them does not say may differ, and counts.
 

@@ -1,4 +1,4 @@
-"""A run's record: its shape, the seal that any change of it breaks, and the reader of what claims to be one.
+"""A run's record: its shape, the seal that any change of it breaks, and its reader.
 
 A record comes from disk or from a worker on the network, so nothing in it is believed before `check_record` has seen
 it: keys, types, finite numbers, text that is safe in a terminal and in a table, a run id that is the sha256 of the
@@ -94,23 +94,23 @@ _LINE = {"label": _AXIS_LABEL, "x": Rule(tuple[float | None, ...]), "y": Rule(tu
 
 
 def content_sha256(record: Mapping[str, Any]) -> str:
-    """sha256 of the canonical JSON of a record without its seal."""
+    """Return the sha256 of the canonical JSON of a record without its seal."""
     return hashlib.sha256(canonical({key: value for key, value in record.items() if key != SEAL})).hexdigest()
 
 
 def seal(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with its seal."""
+    """Add the seal to a record."""
     return {**record, SEAL: content_sha256(record)}
 
 
 def check_record(data: object, sealed: bool = False) -> dict[str, Any]:
-    """The record itself.
+    """Check a record and return it.
 
     Args:
         sealed: whether it must carry the seal of its content.
 
     Raises:
-        RecordError: all in which it is not what `replicate.runs.execute.execute` leaves.
+        RecordError: every difference from what `replicate.runs.execute.execute` writes.
     """
     problems = Problems()
     if check_table(data, _RECORD, "the record", lambda _, problem: problems.add(problem)):
@@ -197,12 +197,12 @@ def _check_hashes(record: Mapping[str, Any], sealed: bool, problems: Problems) -
 
 
 def _items(values: object, name: str) -> Iterable[tuple[str, Any]]:
-    """Each item of a list with its place in words; none of what is no list."""
+    """Iterate over the items of a list with their place in words; over nothing if it is no list."""
     return ((f"{name}[{i}]", value) for i, value in enumerate(values)) if isinstance(values, list) else ()
 
 
 def parse_record(text: bytes) -> dict[str, Any]:
-    """The sealed record that a file or a message holds.
+    """Parse the sealed record of a file or a message.
 
     Raises:
         RecordError: it is no JSON, or `check_record` refuses it.
@@ -211,7 +211,7 @@ def parse_record(text: bytes) -> dict[str, Any]:
 
 
 def parse_failure(text: bytes) -> dict[str, Any]:
-    """What a run without a record left instead; its texts, which may be anybody's, with terminal commands written out.
+    """Parse the failure of a run that has no record; terminal commands in its texts are escaped.
 
     Raises:
         RecordError: it is no JSON, or has another shape than `replicate.runs.execute.failure` gives.
@@ -228,7 +228,7 @@ def parse_failure(text: bytes) -> dict[str, Any]:
 
 
 def _parsed(text: bytes) -> Any:
-    """JSON as the standard has it: UTF-8, no NaN, no key twice."""
+    """Parse JSON as the standard defines it: UTF-8, no NaN, no key twice."""
     try:
         return json.loads(text.decode("utf-8"), parse_constant=_no_number, object_pairs_hook=_table)
     except RecursionError:

@@ -12,7 +12,7 @@ SUITE_SEED = "scoreboard-1"
 
 
 def stream_seed(*parts: object) -> int:
-    """A 63-bit seed from sha256 of the suite seed and the parts."""
+    """Return a 63-bit seed from the sha256 of the suite seed and the parts."""
     text = "\x1f".join([SUITE_SEED, *map(str, parts)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
@@ -29,16 +29,16 @@ class Streams:
         self._open: dict[str, torch.Generator] = {}
 
     def seed_of(self, stream: str) -> int:
-        """The seed of a stream."""
+        """Return the seed of a stream."""
         owner = "" if stream == "batches" else self.model
         return stream_seed(self.task, owner, self.seed, stream)
 
     def fresh(self, stream: str) -> torch.Generator:
-        """A new generator at the stream's beginning."""
+        """Return a new generator at the stream's beginning."""
         return torch.Generator(self.device).manual_seed(self.seed_of(stream))
 
     def get(self, stream: str) -> torch.Generator:
-        """The stream's one generator, going on from where it was left."""
+        """Return the stream's one generator, which continues where its last use ended."""
         if stream not in self._open:
             self._open[stream] = self.fresh(stream)
         return self._open[stream]

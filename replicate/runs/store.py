@@ -17,13 +17,13 @@ from replicate.runs.record import parse_record
 
 
 def default_runs_folder() -> Path:
-    """REPLICATE_RUNS, or .runs in the current folder."""
+    """Return REPLICATE_RUNS, or .runs in the current folder."""
     return Path(os.environ.get("REPLICATE_RUNS") or ".runs")
 
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A handle whose bytes become the file when all are on disk; nothing is left of them where that fails."""
+    """Open a handle whose bytes become the file when all are on disk; a failure leaves nothing."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as handle:
@@ -54,7 +54,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """A run's record, or None where there is no whole record that belongs to this folder."""
+    """Read a run's record; None where there is no whole record that belongs to this folder."""
     try:
         record = parse_record((folder / "record.json").read_bytes())
     except (OSError, RecordError):
@@ -63,7 +63,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def writable(folder: Path) -> Path:
-    """The folder, made if it was missing.
+    """Return the folder, created if it was missing.
 
     Raises:
         UsageError: it cannot be written.
@@ -75,14 +75,14 @@ def writable(folder: Path) -> Path:
         probe.unlink()
     except OSError as error:
         raise UsageError(
-            f"cannot write to {folder}: {error.strerror}. Choose another folder or mend its rights."
+            f"cannot write to {folder}: {error.strerror}. Choose another folder or fix its permissions."
         ) from None
     return folder
 
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Inside, nobody else is inside for this folder; waits for whoever is."""
+    """Hold an exclusive lock on the folder; wait for it if another process has it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)

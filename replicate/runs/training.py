@@ -1,4 +1,4 @@
-"""The one training loop that every gradient-trained model goes through, and that a killed run goes on with."""
+"""The one training loop of every gradient-trained model; a killed run resumes within it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from replicate.runs.seeds import Streams
 
 @dataclass(frozen=True)
 class History:
-    """What training left behind besides the weights.
+    """What training leaves besides the weights.
 
     Attributes:
         train: (step, loss) pairs, the loss averaged since the pair before.
         valid: (step, validation loss) pairs.
         best_step: the step whose weights were kept.
-        seconds: wall time of initialisation and training, over all sittings.
+        seconds: wall time of initialisation and training, over all sessions.
     """
 
     train: list[tuple[int, float]]
@@ -45,7 +45,7 @@ def learning_rate(step: int, settings: Training) -> float:
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], settings: Training) -> torch.optim.Optimizer:
-    """The optimizer that the settings name."""
+    """Make the optimizer that the settings name."""
     if settings.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(
@@ -54,22 +54,22 @@ def make_optimizer(parameters: Sequence[nn.Parameter], settings: Training) -> to
 
 
 class Stopwatch:
-    """Wall seconds, those of earlier sittings included."""
+    """Wall seconds, those of earlier sessions included."""
 
     def __init__(self) -> None:
         self._before, self._start = 0.0, time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """Seconds up to now."""
+        """Return the seconds up to now."""
         return self._before + time.perf_counter() - self._start
 
     def state_dict(self) -> dict[str, Any]:
-        """Seconds up to now."""
+        """Return the seconds up to now."""
         return {"seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Count on from an earlier sitting."""
+        """Continue from an earlier session."""
         self._before, self._start = state["seconds"], time.perf_counter()
 
 
@@ -81,7 +81,7 @@ class Batches:
         self.queue = torch.empty(0, dtype=torch.int64, device=generator.device)
 
     def draw(self) -> Tensor:
-        """The next `size` indices."""
+        """Return the next `size` indices."""
         while self.queue.numel() < self.size:
             fresh = torch.randperm(self.n, generator=self.generator, device=self.generator.device)
             self.queue = torch.cat([self.queue, fresh])
@@ -89,11 +89,11 @@ class Batches:
         return head
 
     def state_dict(self) -> dict[str, Any]:
-        """What is left of the permutation, and the generator."""
+        """Return the rest of the permutation, and the generator."""
         return {"queue": self.queue, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from a state."""
         self.queue = state["queue"].to(self.generator.device)
         self.generator.set_state(state["generator"].cpu())
 

@@ -1,0 +1,1 @@
+"""Langevin dynamics and its relatives: samplers that need a score."""

@@ -1,0 +1,1 @@
+"""Score models, their objectives and networks."""

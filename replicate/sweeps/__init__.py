@@ -1,0 +1,1 @@
+"""Plan a profile, compute its runs, reuse and rerun them."""

@@ -53,7 +53,7 @@ class Moved:
 
 
 def _members(run: Path) -> Iterator[Path]:
-    """The files of one run that an archive takes."""
+    """Iterate over the files of one run that an archive takes."""
     ended = [run / name for name in ("record.json", "failure.json") if (run / name).is_file()]
     yield from ended[:1]  # a record beside a failure is the later, successful try
     if (run / "arrays.npz").is_file() and (run / "record.json").is_file():
@@ -88,9 +88,9 @@ def pack_runs(root: Path, profile: str, target: Path) -> Moved:
 
 
 def unpack_runs(archive: Path, root: Path) -> Moved:
-    """Add the runs of an archive to the sweep of its profile, a finished one too; `replicate reproduce` goes on there.
+    """Add the runs of an archive to the sweep of its profile, a finished one too; `replicate reproduce` resumes it.
 
-    Finished runs that are here already stay as they are; of a run's checkpoints the one that is further on stays.
+    Finished runs that are here already stay as they are; of two checkpoints of a run the later one stays.
 
     Args:
         root: REPLICATE_RUNS.
@@ -113,7 +113,7 @@ def unpack_runs(archive: Path, root: Path) -> Moved:
 
 
 def _head(opened: zipfile.ZipFile, archive: Path) -> str:
-    """The profile of an archive.
+    """Return the profile of an archive.
 
     Raises:
         ValueError: it is none, or was made with other sources.
@@ -127,7 +127,7 @@ def _head(opened: zipfile.ZipFile, archive: Path) -> str:
 
 
 def _checked(opened: zipfile.ZipFile, name: str) -> bytes:
-    """A member's bytes.
+    """Read a member's bytes.
 
     Raises:
         ValueError: its name, size or content is not that of a run's file.

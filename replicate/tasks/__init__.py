@@ -1,0 +1,1 @@
+"""Data with a fixed split, and the truth where it is known."""

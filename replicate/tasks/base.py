@@ -32,10 +32,10 @@ class Density(Protocol):
         """Exact grad log p of x (n, D), shape (n, D)."""
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """n exact samples, shape (n, D), float32."""
+        """Draw n exact samples, shape (n, D), float32."""
 
     def mode_weights(self) -> Tensor | None:
-        """True probability of each mode, shape (M,), or None where modes mean nothing."""
+        """Return the true probability of each mode, shape (M,), or None where modes mean nothing."""
 
     def mode_of(self, x: Tensor) -> Tensor:
         """Index of the mode that each x (n, D) belongs to, shape (n,), int64."""

@@ -87,7 +87,7 @@ def _refused(what: str, problem: str) -> UsageError:
 
 
 def parse_benchmark(content: bytes, name: str, what: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The three parts of one benchmark, each float32 (n, D) of bits.
+    """Return the three parts of one benchmark, each float32 (n, D) of bits.
 
     The file has, packed to bytes along the rows, NAME_train, NAME_valid and NAME_test, and beside each the number of
     bits of a row, NAME_train_bits.
@@ -106,7 +106,7 @@ def parse_benchmark(content: bytes, name: str, what: str) -> tuple[Tensor, Tenso
 
 @contextmanager
 def _opened(content: bytes, what: str) -> Iterator[zipfile.ZipFile]:
-    """An .npz file to read arrays from; whatever is wrong with it is told with the file's name."""
+    """Open an .npz file to read arrays from; errors name the file."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             yield archive
@@ -121,7 +121,7 @@ class _Wrong(ValueError):
 
 
 def _bits(archive: zipfile.ZipFile, name: str, dim: int, axes: int = 2) -> Tensor:
-    """An array of so many axes, bits packed along the last one, unpacked: float32 (.., dim)."""
+    """Unpack an array whose bits are packed along its last axis: float32 (.., dim)."""
     packed, bits = _member(archive, name), _member(archive, f"{name}_bits")
     if bits.shape != () or bits.dtype.kind not in "iu" or int(bits) != dim:
         raise _Wrong(f"{name}_bits is {str(bits)[:40]}, and {dim} bits are expected")
@@ -134,7 +134,7 @@ def _bits(archive: zipfile.ZipFile, name: str, dim: int, axes: int = 2) -> Tenso
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """An array of an .npz file, no larger than it may be."""
+    """Read an array of an .npz file, no larger than allowed."""
     try:
         found = archive.getinfo(f"{name}.npy")
     except KeyError:
@@ -156,7 +156,7 @@ def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 
 
 def load_benchmark(name: str) -> Task:
-    """A benchmark by its name in the collection.
+    """Return a benchmark by its name in the collection.
 
     Raises:
         UsageError: the file is missing or damaged.
@@ -205,7 +205,7 @@ def _pictures(name: str, about: str, shape: tuple[int, int], parts: tuple[Tensor
 
 
 def parse_silhouettes(content: bytes, what: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The three parts, each float32 (n, 784) of bits, row by row, 1 = background.
+    """Return the three parts, each float32 (n, 784) of bits, row by row, 1 = background.
 
     Raises:
         UsageError: these are not the bytes of the silhouettes' file.
@@ -235,7 +235,7 @@ def caltech_silhouettes() -> Task:
 
 
 def parse_omniglot(content: bytes, what: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The three parts, each float32 (n, 11025) of bits, row by row, 1 = ink.
+    """Return the three parts, each float32 (n, 11025) of bits, row by row, 1 = ink.
 
     The file has, packed to bytes along the rows of a drawing, background and evaluation, (characters, drawings of each,
     105, 14), and beside each the number of bits of a row.

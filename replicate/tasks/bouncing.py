@@ -74,7 +74,7 @@ def sequences(images: Tensor, n: int, generator: torch.Generator) -> tuple[Tenso
 
 
 def bouncing() -> Task:
-    """The task: rows are the four frames one after another, levels 0..16, and labels are those of the digits."""
+    """Build the task: rows are the four frames in order, levels 0..16, labels are those of the digits."""
     parts, labels = [], []
     for (images, classes), n, part in zip(textbook_split(), SIZES, ("train", "valid", "test"), strict=True):
         frames, chosen = sequences(images, n, torch.Generator().manual_seed(data_seed(NAME, part)))

@@ -101,7 +101,7 @@ class GaussianMixture:
         return self._by_chunk(part, x).to(x.dtype)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """n exact samples, shape (n, D), float32, on the generator's device.
+        """Draw n exact samples, shape (n, D), float32, on the generator's device.
 
         Drawn in float64 and then rounded: what the last bits of log, cos and a matmul are differs between
         processors, and rounding hides it, so that the data sets are the same everywhere.
@@ -120,7 +120,7 @@ class GaussianMixture:
         return self.weights @ self._members
 
     def mode_of(self, x: Tensor) -> Tensor:
-        """The mode with the largest posterior probability given x (n, D), shape (n,), int64."""
+        """Return the mode with the largest posterior probability given x (n, D), shape (n,), int64."""
         whiten, _, _, members = self._on(x.device)
         return self._by_chunk(lambda rows: (self._log_joint(rows @ whiten).softmax(1) @ members).argmax(1), x)
 
@@ -161,7 +161,7 @@ class Checkerboard:
         return torch.full_like(x, math.nan).masked_fill(self._inside(x)[:, None], 0.0)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """n exact samples, shape (n, 2), float32, on the generator's device.
+        """Draw n exact samples, shape (n, 2), float32, on the generator's device.
 
         Uniform on a lattice of 2^20 points a side that float32 holds exactly and that never touches an edge:
         a rounded uniform could land in an empty neighbour.
@@ -177,7 +177,7 @@ class Checkerboard:
         return torch.full((len(self.cells),), 1 / len(self.cells), dtype=torch.float64)
 
     def mode_of(self, x: Tensor) -> Tensor:
-        """The filled cell whose centre is nearest to x (n, 2), shape (n,), int64: its own one inside a cell."""
+        """Return the filled cell whose centre is nearest to x (n, 2), shape (n,), int64."""
         centres = (self.cells.to(x.device, x.dtype) + 0.5) * self.side - self.half_width
         return (x[:, None, :] - centres).square().sum(2).argmin(1)
 
@@ -195,7 +195,7 @@ def _linspace(start: float, end: float, n: int) -> Tensor:
 
 
 def _curves(curves: list[Tensor], curve_weights: list[float], along: Tensor | None = None) -> GaussianMixture:
-    """A mixture that smears each curve (points of shape (n_i, 2)) by CURVE_SD; every curve is a mode.
+    """Smear each curve (points of shape (n_i, 2)) by CURVE_SD; every curve is a mode of the mixture.
 
     Args:
         curves: points no further apart than CURVE_SD.
@@ -281,7 +281,7 @@ def mixture(dim: int) -> GaussianMixture:
 
 
 def data_seed(task: str, part: str) -> int:
-    """The 63-bit seed of a part ("train", "valid", "test") of a task's data."""
+    """Return the 63-bit seed of a part ("train", "valid", "test") of a task's data."""
     text = "\x1f".join([DATA_SEED, task, part])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 

@@ -33,7 +33,7 @@ def textbook_split() -> list[tuple[Tensor, Tensor]]:
 
 
 def shuffled_split() -> list[tuple[Tensor, Tensor]]:
-    """The same sizes, shuffled and stratified by class: the textbook's parts are by different writers."""
+    """Split into the same sizes, shuffled and stratified by class: the textbook's parts are by different writers."""
     x, y = _pixels()
     rest, test = train_test_split(range(len(x)), test_size=447, stratify=y.numpy(), random_state=SPLIT_SEED)
     train, valid = train_test_split(rest, test_size=350, stratify=y[rest].numpy(), random_state=SPLIT_SEED)
@@ -41,13 +41,13 @@ def shuffled_split() -> list[tuple[Tensor, Tensor]]:
 
 
 def digits() -> Task:
-    """The textbook's split."""
+    """Load the textbook's split."""
     info = DataInfo(64, "levels", LEVELS, (8, 8))
     return _task("digits", "8x8 digits, 17 levels, the textbook's split", info, textbook_split())
 
 
 def digits_shuffled() -> Task:
-    """The stratified shuffled split."""
+    """Load the stratified shuffled split."""
     info = DataInfo(64, "levels", LEVELS, (8, 8))
     return _task("digits-shuffled", "8x8 digits, 17 levels, stratified shuffled split", info, shuffled_split())
 

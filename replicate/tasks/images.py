@@ -159,7 +159,7 @@ def parse_cifar(content: bytes, what: str) -> tuple[Tensor, Tensor]:
 
 
 def read_cifar(name: str) -> tuple[Tensor, Tensor]:
-    """A batch of CIFAR-10 below REPLICATE_DATA, as `parse_cifar`.
+    """Read a batch of CIFAR-10 below REPLICATE_DATA, as `parse_cifar`.
 
     Raises:
         UsageError: the file is missing, damaged or no such batch.

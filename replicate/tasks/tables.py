@@ -91,7 +91,7 @@ def _refused(where: str, problem: str) -> UsageError:
 
 
 def parse_table(content: bytes, source: Source, what: str) -> np.ndarray:
-    """The columns of a table, float64 (n, len(source.columns)).
+    """Read the columns of a table, float64 (n, len(source.columns)).
 
     Args:
         content: the file's bytes, from anywhere.
@@ -125,7 +125,7 @@ def _numbers(line: str, source: Source, where: str) -> list[float]:
 
 
 def parse_matrix(content: bytes, columns: int, what: str) -> np.ndarray:
-    """The matrix of an .npy file, float64 (n, columns).
+    """Read the matrix of an .npy file, float64 (n, columns).
 
     Args:
         content: the file's bytes, from anywhere.
@@ -164,7 +164,7 @@ def without_correlated(rows: np.ndarray) -> np.ndarray:
 
 
 def parts_of(rows: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """The part, 0 .. count - 1, of each row (n, D): shape (n,), nearly equal in size, equal rows in one part."""
+    """Assign each row (n, D) a part 0 .. count - 1, shape (n,); parts are nearly equal, equal rows share one."""
     _, group, sizes = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
     order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed)).numpy()
     before = np.cumsum(sizes[order]) - sizes[order]
@@ -194,7 +194,7 @@ def as_task(name: str, about: str, split: tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def read_rows(source: Source) -> np.ndarray:
-    """A table's rows as the protocol keeps them, float64 (n, D), not standardised.
+    """Read a table's rows as the protocol keeps them, float64 (n, D), not standardised.
 
     Raises:
         UsageError: the file is missing or damaged.

@@ -123,12 +123,13 @@ def main(words: Sequence[str] | None = None) -> None:
     """See the module."""
     from rich.console import Console
 
-    from replicate.report.build import Claims
+    from replicate.ledger.tables import Claims
     from replicate.runs.inline import Inline
     from replicate.runs.limits import Limits
     from replicate.runs.pool import Pool, slots
     from replicate.runs.progress import Progress
-    from replicate.sweeps.reproduce import reproduce
+    from replicate.sweeps.plan import SweepPlan
+    from replicate.sweeps.reproduce import SweepOptions, reproduce
 
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -151,11 +152,9 @@ def main(words: Sequence[str] | None = None) -> None:
         executor = Inline(limits)
     else:
         executor = Pool(slots("cpu", told.jobs), limits)
-    show = Progress(Console(width=300))
-    folder = told.folder
-    specs = chosen(told.runs)
-    code = reproduce(specs, "smoke", folder / "runs", folder / "results", executor, told.time_budget, show, Claims())
-    raise SystemExit(code)
+    folder, progress = told.folder, Progress(Console(width=300))
+    options = SweepOptions(executor, Claims(), folder / "runs", folder / "results", progress, told.time_budget)
+    raise SystemExit(reproduce(SweepPlan("smoke", tuple(chosen(told.runs))), options))
 
 
 if __name__ == "__main__":

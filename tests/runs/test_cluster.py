@@ -23,7 +23,7 @@ from replicate.errors import ClusterLost, UsageError
 from replicate.report.labels import is_timing
 from replicate.runs import cluster as module
 from replicate.runs.cluster import Cluster
-from replicate.runs.executor import Outcome, Runs
+from replicate.runs.executor import Event, RunFolders
 from replicate.runs.inline import Inline
 from replicate.runs.limits import Limits
 from replicate.runs.pool import Pool
@@ -146,9 +146,9 @@ def shared(growing: tuple[Dask, dict[str, str]]) -> Dask:
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def reference(tmp_path_factory: pytest.TempPathFactory) -> RunFolders:
     """The specs through the pool, undisturbed."""
-    runs = Runs(tmp_path_factory.mktemp("pool"))
+    runs = RunFolders(tmp_path_factory.mktemp("pool"))
     assert Pool([None, None]).run_all(SPECS, runs, ignore)
     return runs
 
@@ -161,11 +161,11 @@ def until(condition) -> None:  # type: ignore[no-untyped-def]
         time.sleep(0.05)
 
 
-def ignore(outcome: Outcome, spec: AnySpec, line: str) -> None:
+def ignore(outcome: Event, spec: AnySpec, line: str) -> None:
     """A listener that does not care."""
 
 
-def content(runs: Runs, spec: AnySpec) -> tuple[object, ...]:
+def content(runs: RunFolders, spec: AnySpec) -> tuple[object, ...]:
     """All of a run that must not depend on where it was computed."""
     folder = runs.folder(spec)
     record = read_record(folder)
@@ -177,7 +177,7 @@ def content(runs: Runs, spec: AnySpec) -> tuple[object, ...]:
     return record["weights_sha256"], (folder / "model.safetensors").read_bytes(), measurements, arrays
 
 
-def same(one: Runs, other: Runs, specs: list[AnySpec]) -> bool:
+def same(one: RunFolders, other: RunFolders, specs: list[AnySpec]) -> bool:
     """Whether all these runs have the same content in both."""
     return [content(one, s) for s in specs] == [content(other, s) for s in specs]
 
@@ -188,10 +188,10 @@ def children(program: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 def test_the_same_specs_give_the_same_bytes_on_a_cluster_in_a_pool_and_inline_and_a_failure_stays_one(
-    shared: Dask, reference: Runs, tmp_path: Path
+    shared: Dask, reference: RunFolders, tmp_path: Path
 ) -> None:
-    told: list[tuple[Outcome, str]] = []
-    cluster, runs = Cluster(shared.address, "cpu", LIMITS), Runs(tmp_path / "cluster")
+    told: list[tuple[Event, str]] = []
+    cluster, runs = Cluster(shared.address, "cpu", LIMITS), RunFolders(tmp_path / "cluster")
     assert cluster.jobs == 2
     assert cluster.run_all([DIVERGES, *UNDISTURBED], runs, lambda o, s, _: told.append((o, s.run_id())))
     for spec in UNDISTURBED:
@@ -205,7 +205,7 @@ def test_the_same_specs_give_the_same_bytes_on_a_cluster_in_a_pool_and_inline_an
     assert "train" in left["traceback_tail"]
     assert isinstance(left["stderr_tail"], str)
 
-    inline, before = Runs(tmp_path / "inline"), torch.are_deterministic_algorithms_enabled()
+    inline, before = RunFolders(tmp_path / "inline"), torch.are_deterministic_algorithms_enabled()
     try:
         assert Inline().run_all(SPECS, inline, ignore)
     finally:
@@ -215,9 +215,9 @@ def test_the_same_specs_give_the_same_bytes_on_a_cluster_in_a_pool_and_inline_an
 
 @pytest.mark.slow
 def test_an_interrupted_run_sends_its_checkpoint_back_and_goes_on_from_it(shared: Dask, tmp_path: Path) -> None:
-    whole = Runs(tmp_path / "pool")
+    whole = RunFolders(tmp_path / "pool")
     assert Pool([None]).run_all([LONG], whole, ignore)
-    runs, cluster = Runs(tmp_path / "cluster"), Cluster(shared.address, "cpu", LIMITS)
+    runs, cluster = RunFolders(tmp_path / "cluster"), Cluster(shared.address, "cpu", LIMITS)
 
     def interrupt() -> None:
         until(lambda: list(shared.root.rglob("*.checkpoint")))
@@ -239,21 +239,21 @@ def test_an_interrupted_run_sends_its_checkpoint_back_and_goes_on_from_it(shared
 
 
 def test_a_deadline_that_has_passed_starts_nothing(shared: Dask, tmp_path: Path) -> None:
-    runs = Runs(tmp_path)
+    runs = RunFolders(tmp_path)
     assert not Cluster(shared.address, "cpu", LIMITS).run_all(SPECS, runs, pytest.fail, time.monotonic())
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 def test_when_the_scheduler_is_killed_what_is_finished_is_kept_and_a_new_one_goes_on(
-    tmp_path: Path, reference: Runs, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, reference: RunFolders, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(module, "CONNECT", 5.0)
-    runs, killed = Runs(tmp_path / "runs"), []
+    runs, killed = RunFolders(tmp_path / "runs"), []
 
     with dask(tmp_path, workers=1) as found:
 
-        def kill(outcome: Outcome, spec: AnySpec, line: str) -> None:
+        def kill(outcome: Event, spec: AnySpec, line: str) -> None:
             if outcome == "started" and spec == SPECS[1]:
                 found.programs[0].kill()
                 killed.append(time.monotonic())
@@ -270,7 +270,7 @@ def test_when_the_scheduler_is_killed_what_is_finished_is_kept_and_a_new_one_goe
 
         found.scheduler()
         found.worker()
-        told: list[Outcome] = []
+        told: list[Event] = []
         assert Cluster(found.address, "cpu", LIMITS).run_all(SPECS[:2], runs, lambda o, _, __: told.append(o))
     assert told == ["started", "done"]
     assert same(runs, reference, SPECS[:2])
@@ -283,13 +283,13 @@ def test_a_run_that_kills_its_worker_again_and_again_is_a_failure(
     monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES", "0")
     with dask(tmp_path, workers=1) as found:
 
-        def kill(outcome: Outcome, spec: AnySpec, line: str) -> None:
+        def kill(outcome: Event, spec: AnySpec, line: str) -> None:
             told.append(outcome)
             if outcome == "started":
                 found.programs[1].kill()
 
-        told: list[Outcome] = []
-        runs = Runs(tmp_path / "runs")
+        told: list[Event] = []
+        runs = RunFolders(tmp_path / "runs")
         assert Cluster(found.address, "cpu", LIMITS).run_all(SPECS[:1], runs, kill)
     assert told[-1] == "failed"
     left = json.loads((runs.folder(SPECS[0]) / "failure.json").read_text())
@@ -311,7 +311,7 @@ def test_workers_with_other_code_are_refused_before_any_work_is_sent(
     true = module.versions
     monkeypatch.setattr(module, "versions", lambda device: {**true(device), "torch": "1.0"})
     with pytest.raises(UsageError) as caught:
-        Cluster(shared.address, "cpu", LIMITS).run_all(SPECS, Runs(tmp_path), pytest.fail)
+        Cluster(shared.address, "cpu", LIMITS).run_all(SPECS, RunFolders(tmp_path), pytest.fail)
     head, *lines = str(caught.value).splitlines()
     assert "give every worker the same checkout" in head
     assert len(lines) == 2
@@ -324,7 +324,7 @@ def test_workers_with_other_code_are_refused_before_any_work_is_sent(
 def test_workers_with_other_data_are_refused_before_any_work_is_sent(shared: Dask, tmp_path: Path) -> None:
     other = replace(SPECS[0], data_sha256="0" * 64)
     with pytest.raises(UsageError, match="the data of two-moons on this machine have sha256"):
-        Cluster(shared.address, "cpu", LIMITS).run_all([other], Runs(tmp_path), pytest.fail)
+        Cluster(shared.address, "cpu", LIMITS).run_all([other], RunFolders(tmp_path), pytest.fail)
 
 
 @pytest.mark.slow
@@ -336,7 +336,7 @@ def test_a_worker_that_comes_later_with_other_code_ends_the_sweep(
     monkeypatch.setattr(module, "versions", lambda device: {**true(device), "source files": "mine"})
     cluster, begin = Cluster(shared.address, "cpu", LIMITS), time.monotonic()
     with pytest.raises(UsageError, match=r"worker tcp://.* differs from this program: source files \w+ there, mine h"):
-        cluster.run_all(SPECS, Runs(tmp_path), pytest.fail)
+        cluster.run_all(SPECS, RunFolders(tmp_path), pytest.fail)
     assert time.monotonic() - begin < LIMITS.grace
     assert not list(tmp_path.rglob("*.json"))
 
@@ -347,24 +347,24 @@ def test_a_run_that_wants_a_gpu_goes_to_the_worker_that_offers_one(shared: Dask,
     cluster, told = Cluster(shared.address, "cuda", LIMITS), []
     assert cluster.jobs == 1
     wants = replace(SPECS[0], device="cuda")
-    assert cluster.run_all([wants], Runs(tmp_path), lambda o, _, line: told.append((o, line)))
+    assert cluster.run_all([wants], RunFolders(tmp_path), lambda o, _, line: told.append((o, line)))
     assert told[0] == ("started", f"on {gpu}")
 
 
 def test_the_runs_of_a_killed_worker_are_told_lost_and_given_to_another(
-    shared: Dask, tmp_path: Path, reference: Runs
+    shared: Dask, tmp_path: Path, reference: RunFolders
 ) -> None:
-    told: list[tuple[Outcome, str]] = []
+    told: list[tuple[Event, str]] = []
     killed: list[psutil.Process] = []
     doomed = shared.programs[-1]
 
-    def kill(outcome: Outcome, spec: AnySpec, line: str) -> None:
+    def kill(outcome: Event, spec: AnySpec, line: str) -> None:
         told.append((outcome, line))
         if [o for o, _ in told] == ["started", "started"]:
             killed.extend(children(doomed))
             doomed.kill()
 
-    runs = Runs(tmp_path / "runs")
+    runs = RunFolders(tmp_path / "runs")
     assert Cluster(shared.address, "cpu", LIMITS).run_all(DISTURBED, runs, kill)
     assert len(killed) == 1
     until(lambda: not killed[0].is_running() or killed[0].status() == psutil.STATUS_ZOMBIE)

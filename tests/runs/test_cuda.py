@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from replicate.runs.graph import Repeated
 from torch import Tensor
 
 from replicate.papers import burda
 from replicate.registry import models
 from replicate.runs.execute import execute, prepare_process
 from replicate.runs.experiment import Context
-from replicate.runs.graph import Repeated
 from replicate.runs.seeds import Streams
 from replicate.runs.spec import make_spec
 from replicate.sweeps.comparison import ONE_LEVEL

@@ -15,7 +15,7 @@ from threading import Thread
 
 import pytest
 
-from replicate.runs.executor import Outcome, Runs
+from replicate.runs.executor import Event, RunFolders
 from replicate.runs.limits import Limits
 from replicate.runs.pool import Pool, slots
 from replicate.runs.spec import RunSpec, make_spec
@@ -30,44 +30,44 @@ def pool(jobs: int, limits: Limits | None = None) -> Pool:
     return Pool(slots("cpu", jobs), limits or Limits())
 
 
-def collect(events: list[tuple[Outcome, str, str]]):  # type: ignore[no-untyped-def]
+def collect(events: list[tuple[Event, str, str]]):  # type: ignore[no-untyped-def]
     return lambda outcome, spec, error: events.append((outcome, spec.model, error))
 
 
 def test_a_failed_run_is_told_kept_and_tried_again_and_the_others_go_on(tmp_path: Path) -> None:
-    events: list[tuple[Outcome, str, str]] = []
-    assert pool(2).run_all([DIVERGES, GOOD], Runs(tmp_path), collect(events))
+    events: list[tuple[Event, str, str]] = []
+    assert pool(2).run_all([DIVERGES, GOOD], RunFolders(tmp_path), collect(events))
     failed = [e for e in events if e[0] == "failed"]
     assert len(failed) == 1
     assert "training loss is" in failed[0][2]
     assert read_record(tmp_path / GOOD.run_id()) is not None
     left = json.loads((tmp_path / DIVERGES.run_id() / "failure.json").read_text())
     assert left["spec"] == DIVERGES.as_dict()
-    again: list[tuple[Outcome, str, str]] = []
-    pool(2).run_all([DIVERGES, GOOD], Runs(tmp_path), collect(again))
+    again: list[tuple[Event, str, str]] = []
+    pool(2).run_all([DIVERGES, GOOD], RunFolders(tmp_path), collect(again))
     assert [e[:2] for e in again] == [("started", "realnvp"), ("failed", "realnvp")]
 
 
 def test_a_killed_child_leaves_a_failure_and_the_next_call_completes_it(tmp_path: Path) -> None:
-    def kill(outcome: Outcome, spec: RunSpec, error: str) -> None:
+    def kill(outcome: Event, spec: RunSpec, error: str) -> None:
         if outcome == "started":
             for child in multiprocessing.active_children():
                 child.kill()
         else:
             outcomes.append((outcome, error))
 
-    outcomes: list[tuple[Outcome, str]] = []
-    pool(1).run_all([GOOD], Runs(tmp_path), kill)
+    outcomes: list[tuple[Event, str]] = []
+    pool(1).run_all([GOOD], RunFolders(tmp_path), kill)
     assert [o[0] for o in outcomes] == ["failed"]
     assert "ended with code -9 and left no record: it was killed" in outcomes[0][1]
-    pool(1).run_all([GOOD], Runs(tmp_path), collect([]))
+    pool(1).run_all([GOOD], RunFolders(tmp_path), collect([]))
     assert read_record(tmp_path / GOOD.run_id()) is not None
 
 
 @pytest.mark.parametrize("damage", ["truncated", "another spec", "not json", "missing"])
 def test_a_damaged_record_does_not_count(tmp_path: Path, damage: str) -> None:
     folder = tmp_path / GOOD.run_id()
-    pool(1).run_all([GOOD], Runs(tmp_path), collect([]))
+    pool(1).run_all([GOOD], RunFolders(tmp_path), collect([]))
     path = folder / "record.json"
     text = path.read_text()
     if damage == "truncated":
@@ -81,8 +81,8 @@ def test_a_damaged_record_does_not_count(tmp_path: Path, damage: str) -> None:
     else:
         path.unlink()
     assert read_record(folder) is None
-    events: list[tuple[Outcome, str, str]] = []
-    pool(1).run_all([GOOD], Runs(tmp_path), collect(events))
+    events: list[tuple[Event, str, str]] = []
+    pool(1).run_all([GOOD], RunFolders(tmp_path), collect(events))
     assert [e[0] for e in events] == ["started", "done"]
 
 
@@ -90,7 +90,7 @@ def test_a_sweep_of_another_version_of_the_code_is_not_continued(tmp_path: Path)
     sweep = Sweep(tmp_path)
     assert sweep.open() == "starting afresh"
     (sweep.current / "some-run").mkdir()
-    assert sweep.open() == "going on with the unfinished sweep"
+    assert sweep.open() == "resuming the unfinished sweep"
     write_json(sweep.current / "version.json", {"commit": "another", "dirty": ""})
     assert "another version of the code" in sweep.open()
     assert not (sweep.current / "some-run").exists()
@@ -98,7 +98,7 @@ def test_a_sweep_of_another_version_of_the_code_is_not_continued(tmp_path: Path)
 
 def test_the_same_run_gives_the_same_weights_twice_and_when_it_is_killed_after_a_checkpoint(tmp_path: Path) -> None:
     spec = make_spec("realnvp", "two-moons", profile="smoke")
-    killed = Runs(tmp_path / "killed")
+    killed = RunFolders(tmp_path / "killed")
 
     def kill(pid: int) -> None:
         for _ in range(5000):
@@ -107,17 +107,17 @@ def test_the_same_run_gives_the_same_weights_twice_and_when_it_is_killed_after_a
                 break
             time.sleep(0.005)
 
-    def listen(outcome: Outcome, spec: RunSpec, error: str) -> None:
+    def listen(outcome: Event, spec: RunSpec, error: str) -> None:
         outcomes.append(outcome)
         if outcome == "started":
             (child,) = multiprocessing.active_children()
             Thread(target=kill, args=(child.pid,)).start()
 
-    outcomes: list[Outcome] = []
+    outcomes: list[Event] = []
     pool(1, Limits(checkpoint_every=0.05)).run_all([spec], killed, listen)
     assert outcomes == ["started", "failed"]
     records = []
-    for runs in (Runs(tmp_path / "a"), Runs(tmp_path / "b"), killed):
+    for runs in (RunFolders(tmp_path / "a"), RunFolders(tmp_path / "b"), killed):
         pool(1).run_all([spec], runs, collect([]))
         record = read_record(runs.folder(spec))
         assert record is not None
@@ -127,9 +127,9 @@ def test_the_same_run_gives_the_same_weights_twice_and_when_it_is_killed_after_a
 
 
 def test_a_deadline_stops_what_runs_and_starts_nothing_more(tmp_path: Path) -> None:
-    events: list[tuple[Outcome, str, str]] = []
+    events: list[tuple[Event, str, str]] = []
     endless = make_spec("realnvp", "two-moons", profile="smoke", settings={"steps": 1_000_000})
-    assert not pool(1).run_all([endless, GOOD], Runs(tmp_path), collect(events), time.monotonic() + 1.0)
+    assert not pool(1).run_all([endless, GOOD], RunFolders(tmp_path), collect(events), time.monotonic() + 1.0)
     assert events == [("started", "realnvp", "")]
     assert multiprocessing.active_children() == []
     assert not list(tmp_path.glob("*/*.json"))

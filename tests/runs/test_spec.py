@@ -24,7 +24,7 @@ from replicate.runs.spec import (
     spec_from_dict,
     spec_hash,
 )
-from replicate.sweeps.comparison import COMPARISON, plan
+from replicate.sweeps.comparison import COMPARISON, compared_runs
 from replicate.tasks.loading import load_task, tasks, unsupported
 from replicate.validation import PROFILES
 
@@ -231,13 +231,13 @@ def test_what_is_no_spec_is_refused_in_one_message(data: Any) -> None:
 
 @pytest.mark.parametrize("profile", sorted(COMPARISON))
 def test_every_profile_plans_distinct_runs(profile: str) -> None:
-    specs = plan(profile)
+    specs = compared_runs(profile)
     assert len({s.run_id() for s in specs}) == len(specs)
     assert {s.family for s in specs} == {"autoregressive", "flow", "vae", "ebm", "score", "reference"}
 
 
 def test_all_models_of_a_task_see_the_same_preprocessing() -> None:
-    found = {s.preprocessing for s in plan("standard") if s.task == "digits"}
+    found = {s.preprocessing for s in compared_runs("standard") if s.task == "digits"}
     assert found == {"none", "gaussianise"}
 
 

@@ -13,7 +13,8 @@ import pytest
 from helpers.image_data import small_images
 from rich.console import Console
 
-from replicate.report.build import Claims, verify
+from replicate.ledger.tables import Claims
+from replicate.report.build import verify
 from replicate.report.records import read_measurements
 from replicate.runs.inline import Inline
 from replicate.runs.paper import papers
@@ -21,8 +22,9 @@ from replicate.runs.progress import Progress
 from replicate.runs.spec import AnySpec, ExperimentSpec, make_spec
 from replicate.sweeps import reproduce as module
 from replicate.sweeps.archive import Moved, pack_runs, unpack_runs
-from replicate.sweeps.plan import cuda_plan, whole_plan
-from replicate.sweeps.reproduce import DONE, Sweep, reproduce
+from replicate.sweeps.plan import SweepPlan, cuda_plan, whole_plan
+from replicate.sweeps.reproduce import DONE, SweepOptions, reproduce
+from replicate.sweeps.sweep import Sweep
 
 __all__ = ["small_images"]
 #: stand for what a CPU does, and for what needs another device
@@ -32,8 +34,8 @@ ROWS = [make_spec("truth", "rings", 0, "smoke")]
 
 def swept(folder: Path, specs: Sequence[AnySpec], rest: Sequence[AnySpec], add: bool) -> tuple[int, str]:
     said = Console(file=io.StringIO(), width=200)
-    show, claims = Progress(said), Claims()
-    code = reproduce(specs, "smoke", folder / "runs", folder / "results", Inline(), None, show, claims, rest, add)
+    options = SweepOptions(Inline(), Claims(), folder / "runs", folder / "results", Progress(said))
+    code = reproduce(SweepPlan("smoke", tuple(specs), tuple(rest), adds=add), options)
     return code, said.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -51,7 +53,7 @@ def test_rows_join_a_finished_sweep_and_the_report_has_both(tmp_path: Path) -> N
     assert reported(tmp_path) == ids(*REST)
     before = {s.run_id(): (sweep.finished / s.run_id() / "record.json").read_bytes() for s in REST}
     code, said = swept(tmp_path, ROWS, REST, add=True)
-    assert (code, "going on with the unfinished sweep" in said, "stays open" in said) == (DONE, True, False)
+    assert (code, "resuming the unfinished sweep" in said, "stays open" in said) == (DONE, True, False)
     assert reported(tmp_path) == ids(*REST, *ROWS)
     assert {i: (sweep.finished / i / "record.json").read_bytes() for i in before} == before
     assert not sweep.current.exists()
@@ -61,7 +63,7 @@ def test_rows_that_come_first_wait_for_the_rest(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path / "runs/smoke")
     code, said = swept(tmp_path, ROWS, REST, add=True)
     assert code == DONE
-    assert "the sweep stays open: 2 of the profile's other 2 runs are not there" in said
+    assert "the sweep stays open: 2 of the profile's other 2 runs are missing" in said
     assert reported(tmp_path) == ids(*ROWS)
     assert swept(tmp_path, REST, ROWS, add=False)[0] == DONE
     assert reported(tmp_path) == ids(*REST, *ROWS)
@@ -81,11 +83,11 @@ def test_rows_of_a_slice_are_added_to_a_finished_sweep(tmp_path: Path) -> None:
 def test_rows_never_join_a_finished_sweep_of_other_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = Sweep(tmp_path / "runs/smoke")
     swept(tmp_path, REST, ROWS, add=False)
-    monkeypatch.setattr(module, "source_version", lambda: ("b" * 40, ""))
+    monkeypatch.setattr("replicate.sweeps.sweep.source_version", lambda: ("b" * 40, ""))
     swept(tmp_path, ROWS, REST, add=True)
     assert {p.name for p in sweep.current.iterdir() if p.is_dir()} == ids(*ROWS)
     assert reported(tmp_path) == ids(*REST, *ROWS)  # the results of the rest stay
-    assert {p.name for p in sweep.finished.iterdir() if p.is_dir()} == ids(*REST)  # it stays for `--keep`
+    assert {p.name for p in sweep.finished.iterdir() if p.is_dir()} == ids(*REST)  # it stays for `--reuse COMMIT`
     assert json.loads((sweep.finished / "version.json").read_text())["commit"] != "b" * 40
 
 
@@ -138,7 +140,16 @@ def test_what_is_missing_from_the_results_is_run_and_joins_them(
     monkeypatch.setattr("replicate.sweeps.plan.whole_plan", lambda profile, device, seeds: ([*REST, *ROWS], []))
     monkeypatch.setenv("REPLICATE_RUNS", str(tmp_path / "runs"))
     swept(tmp_path, REST, [], add=False)
-    words = ("reproduce", "--profile", "smoke", "--missing", "--in-process", "--results", str(tmp_path / "results"))
+    words = (
+        "reproduce",
+        "--profile",
+        "smoke",
+        "--reuse",
+        "results",
+        "--in-process",
+        "--results",
+        str(tmp_path / "results"),
+    )
     code, said, _ = replicate(*words, "--device", "cpu")
     assert code == DONE
     assert f"2 of 3 runs are in {tmp_path / 'results/smoke'} already" in said
@@ -176,8 +187,9 @@ def test_the_longest_start_first_and_under_a_time_budget_the_shortest(
             asked.extend(seconds[s.run_id()] for s in specs)
             return False
 
-    show = Progress(Console(file=io.StringIO()))
-    reproduce([*REST, *ROWS], "smoke", tmp_path / "runs", tmp_path / "results", Asked(), budget, show, Claims())
+    progress = Progress(Console(file=io.StringIO()))
+    options = SweepOptions(Asked(), Claims(), tmp_path / "runs", tmp_path / "results", progress, budget)
+    reproduce(SweepPlan("smoke", (*REST, *ROWS)), options)
     assert asked == order
 
 
@@ -185,7 +197,7 @@ def test_without_a_cuda_device_there_is_nothing_to_run_them_on(
     replicate: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    for words, reason in ((["--device", "cpu"], "leave out one of them"), ([], "no CUDA device was found")):
+    for words, reason in ((["--device", "cpu"], "remove one of them"), ([], "no CUDA device was found")):
         code, _, err = replicate("reproduce", "--profile", "full", "--cuda-rows", *words)
         assert (code, err.count("\n")) == (2, 1)
         assert reason in err

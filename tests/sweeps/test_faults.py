@@ -220,7 +220,7 @@ def test_a_signal_saves_stops_and_the_next_call_ends_with_the_same_bytes(
     first.send_signal(number)
     said, _ = first.communicate(timeout=60)
     assert first.returncode == 3, said
-    assert "what was in progress has saved itself, and the same command goes on from here" in said
+    assert "runs in progress have saved themselves, and the same command resumes them" in said
     assert checkpoints(tmp_path)
     again = here(tmp_path, QUICK, GOOD)
     assert again.returncode == 0, again.stdout
@@ -270,7 +270,7 @@ def test_an_interrupted_single_run_goes_on_with_the_command_it_names(tmp_path: P
     cut.send_signal(signal.SIGINT)
     _, said = cut.communicate(timeout=60)
     assert cut.returncode == 3, said
-    assert f"go on with: replicate {' '.join(words)}" in said
+    assert f"resume with: replicate {' '.join(words)}" in said
     records = []
     for name in ("cut", "whole"):
         done = subprocess.run(full, cwd=ROOT, env=env(name), capture_output=True, text=True)

@@ -85,7 +85,7 @@ def test_two_workers_and_one_give_the_same_bytes_for_every_run(undisturbed: Path
 
 
 def test_the_second_call_goes_on_from_the_first(killed: tuple[Path, str]) -> None:
-    assert "going on with the unfinished sweep" in killed[1]
+    assert "resuming the unfinished sweep" in killed[1]
     before = re.search(r"(\d+) done before, 0 failed", killed[1])
     assert before
     assert int(before[1]) >= len(small_sweep.each()) // 2 - 1
@@ -130,7 +130,7 @@ def test_the_time_budget_stops_with_exit_code_3_and_says_how_to_go_on(replicate,
     words = ("reproduce", "--profile", "smoke", "--device", "cpu", "--in-process", "--time-budget", "1")
     code, out, err = replicate(*words, "--results", str(tmp_path / "results"))
     assert code == 3, out + err
-    assert f"go on with: replicate {' '.join(words)}" in out
+    assert f"resume with: replicate {' '.join(words)}" in out
 
 
 def test_two_sweeps_on_one_folder_are_refused(replicate, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -27,15 +27,17 @@ from replicate.report.records import (
 )
 from replicate.runs import provenance as provenance_module
 from replicate.runs.execute import failure
-from replicate.runs.executor import Executor, Listener, Runs
+from replicate.runs.executor import Executor, Listener, RunFolders
 from replicate.runs.pool import Pool
 from replicate.runs.record import seal
 from replicate.runs.spec import AnySpec, make_spec, spec_hash
 from replicate.runs.store import write_json
-from replicate.sweeps import reproduce as reproduce_module
 from replicate.sweeps import rerun as rerun_module
-from replicate.sweeps.reproduce import Sweep
-from replicate.sweeps.rerun import Report, draw, keep, obstacle, rerun
+from replicate.sweeps import reuse as reuse_module
+from replicate.sweeps import sweep as sweep_module
+from replicate.sweeps.rerun import Report, draw, obstacle, rerun
+from replicate.sweeps.reuse import adopt
+from replicate.sweeps.sweep import Sweep
 
 SPECS = [
     make_spec("marginals", "two-moons", profile="smoke"),
@@ -53,7 +55,7 @@ def pool(device: str) -> Pool:
 def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """results/smoke of three runs."""
     folder = tmp_path_factory.mktemp("committed")
-    assert pool("cpu").run_all(SPECS, Runs(folder / "runs"), lambda *_: None)
+    assert pool("cpu").run_all(SPECS, RunFolders(folder / "runs"), lambda *_: None)
     build(folder / "runs", folder / "smoke", "smoke")
     return folder / "smoke"
 
@@ -106,7 +108,9 @@ class Replay:
     finished: Path
     jobs: int = 1
 
-    def run_all(self, specs: Sequence[AnySpec], runs: Runs, listen: Listener, deadline: float | None = None) -> bool:
+    def run_all(
+        self, specs: Sequence[AnySpec], runs: RunFolders, listen: Listener, deadline: float | None = None
+    ) -> bool:
         """See `Executor`."""
         for spec in specs:
             shutil.copytree(self.finished / spec.run_id(), runs.folder(spec))
@@ -117,7 +121,7 @@ class Replay:
 def replay(tmp_path_factory: pytest.TempPathFactory) -> Replay:
     """The same runs, made a second time."""
     folder = tmp_path_factory.mktemp("afresh")
-    assert pool("cpu").run_all(SPECS, Runs(folder), lambda *_: None)
+    assert pool("cpu").run_all(SPECS, RunFolders(folder), lambda *_: None)
     return Replay(folder)
 
 
@@ -134,7 +138,7 @@ def test_unchanged_results_come_back_bit_for_bit_and_stay_as_they_were(results: 
     report, said = again(results, pool("cpu"))
     assert report.code == 0, said
     for spec in SPECS:
-        line = rf"run {spec.run_id()[:8]} {spec.model} on {spec.task} seed {spec.seed}: "
+        line = rf"run {spec.run_id()[:8]} {spec.model} on {spec.task}, seed {spec.seed}: "
         line += r"(\d+) of \1 numbers bit for bit \(same machine\)$"
         found = re.search(line, said, re.MULTILINE)
         assert found
@@ -302,7 +306,7 @@ def test_where_nothing_can_be_made_again_the_check_does_not_hold(results: Path, 
     change(results, for_later)
     report, said = again(results, replay)
     assert report.code == 1
-    assert f"none of the runs in {results} can be made again here" in said
+    assert f"none of the runs in {results} can be rerun here" in said
 
 
 # -- what goes wrong on the way
@@ -316,7 +320,9 @@ class Stub:
     def __init__(self, what: str) -> None:
         self.what = what
 
-    def run_all(self, specs: Sequence[AnySpec], runs: Runs, listen: Listener, deadline: float | None = None) -> bool:
+    def run_all(
+        self, specs: Sequence[AnySpec], runs: RunFolders, listen: Listener, deadline: float | None = None
+    ) -> bool:
         """See `Executor`."""
         if self.what == "stop":
             raise Stopped
@@ -332,7 +338,7 @@ class Stub:
     [
         ("fail", 1, "FAILED: TrainingError: the loss is nan"),
         ("nothing", 1, "FAILED: it left no record"),
-        ("stop", 3, "stopped before every run was made"),
+        ("stop", 3, "stopped before every run was rerun"),
     ],
 )
 def test_runs_that_fail_vanish_or_are_stopped_are_no_success(committed: Path, what: str, code: int, words: str) -> None:
@@ -428,16 +434,16 @@ def sweep(committed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S
     shutil.copytree(committed.parent / "runs", found.current)
     (found.current / "in-progress").mkdir()
     write_json(found.current / "version.json", {"commit": OLD, "dirty": ""})
-    for module in (rerun_module, reproduce_module):
+    for module in (rerun_module, reuse_module, sweep_module):
         monkeypatch.setattr(module, "source_version", lambda: (NEW, ""))
     return found
 
 
-def kept(
+def adopted(
     sweep: Sweep, executor: Executor, commit: str = OLD[:8], planned: Sequence[AnySpec] = SPECS
 ) -> tuple[int, str]:
     said: list[str] = []
-    code = keep(sweep, commit, {s.run_id() for s in planned}, 3, lambda device: executor, said.append)
+    code = adopt(sweep, commit, {s.run_id() for s in planned}, 3, executor, said.append)
     return code, "\n".join(said)
 
 
@@ -445,63 +451,61 @@ def folders(sweep: Sweep) -> set[str]:
     return {p.name for p in sweep.current.iterdir() if p.is_dir()}
 
 
-def test_finished_runs_stand_where_they_come_back_to_the_bit(sweep: Sweep, replay: Replay) -> None:
+def test_finished_runs_are_reused_where_they_match_bit_for_bit(sweep: Sweep, replay: Replay) -> None:
     before = {s.run_id(): (sweep.current / s.run_id() / "record.json").read_bytes() for s in SPECS}
-    code, said = kept(sweep, replay)
+    code, said = adopted(sweep, replay)
     assert code == 0, said
-    assert "making 3 runs of commit aaaaaaaa again by commit bbbbbbbb" in said
-    assert "3 finished runs of commit aaaaaaaa stand" in said
+    assert "rerunning 3 runs of commit aaaaaaaa by commit bbbbbbbb" in said
+    assert "3 finished runs of commit aaaaaaaa are reused" in said
     assert sweep.version() == {"commit": NEW, "dirty": ""}
-    assert folders(sweep) == set(before)  # what was in progress is begun again
+    assert folders(sweep) == set(before)  # runs in progress start again
     assert {i: (sweep.current / i / "record.json").read_bytes() for i in before} == before
-    assert sweep.open() == "going on with the unfinished sweep"
-    assert kept(sweep, replay) == (0, "")  # the same command again has nothing to do
+    assert sweep.open() == "resuming the unfinished sweep"
+    assert adopted(sweep, replay) == (0, "")  # the same command again has nothing to do
 
 
-def test_so_do_those_of_a_finished_sweep_which_is_in_progress_again(sweep: Sweep, replay: Replay) -> None:
+def test_runs_of_a_finished_sweep_are_reused_and_the_sweep_is_in_progress_again(sweep: Sweep, replay: Replay) -> None:
     shutil.rmtree(sweep.current / "in-progress")
     sweep.close()
-    code, said = kept(sweep, replay)
+    code, said = adopted(sweep, replay)
     assert code == 0, said
     assert sweep.version() == {"commit": NEW, "dirty": ""}
     assert folders(sweep) == {s.run_id() for s in SPECS}
     assert not sweep.finished.exists()
 
 
-def test_uncommitted_changes_keep_nothing_and_lose_nothing(
+def test_uncommitted_changes_reuse_nothing_and_lose_nothing(
     sweep: Sweep, replay: Replay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the sweep is of the very commit that was changed: going on would start it afresh."""
+    """Also where the sweep is of the commit that was changed: resuming would start it afresh."""
     before = folders(sweep)
-    for module in (rerun_module, reproduce_module):
+    for module in (rerun_module, reuse_module, sweep_module):
         monkeypatch.setattr(module, "source_version", lambda: (OLD, "something"))
     with pytest.raises(UsageError, match="commit your changes"):
-        kept(sweep, replay)
+        adopted(sweep, replay)
     assert folders(sweep) == before
 
 
-def test_runs_that_nothing_vouches_for_are_not_kept(
+def test_runs_that_cannot_be_checked_are_not_reused(
     sweep: Sweep, replay: Replay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rerun_module, "obstacle", lambda spec: "it needs a CUDA device")
     before = folders(sweep)
-    code, said = kept(sweep, replay)
+    code, said = adopted(sweep, replay)
     assert code == 1
-    assert "none of its runs can be made again here" in said
+    assert "none of its runs can be rerun here" in said
     assert sweep.version() == {"commit": OLD, "dirty": ""}
     assert folders(sweep) == before
 
 
-def test_runs_that_are_planned_no_more_are_removed(sweep: Sweep, replay: Replay) -> None:
-    code, said = kept(sweep, replay, planned=SPECS[:2])
+def test_runs_that_are_no_longer_planned_are_removed(sweep: Sweep, replay: Replay) -> None:
+    code, said = adopted(sweep, replay, planned=SPECS[:2])
     assert code == 0
     assert "2 finished runs" in said
     assert folders(sweep) == {s.run_id() for s in SPECS[:2]}
 
 
-def test_one_bit_that_does_not_come_back_keeps_nothing_and_changes_nothing(
-    sweep: Sweep, replay: Replay, tmp_path: Path
-) -> None:
+def test_one_bit_that_differs_reuses_nothing_and_changes_nothing(sweep: Sweep, replay: Replay, tmp_path: Path) -> None:
     other = Replay(Path(shutil.copytree(replay.finished, tmp_path / "other")))
     path = other.finished / FLOW.run_id() / "record.json"
     record = json.loads(path.read_text())
@@ -509,19 +513,19 @@ def test_one_bit_that_does_not_come_back_keeps_nothing_and_changes_nothing(
     nll["value"] = math.nextafter(nll["value"], math.inf)
     write_json(path, seal(record))
     before = folders(sweep)
-    code, said = kept(sweep, other)
+    code, said = adopted(sweep, other)
     assert code == 1
-    assert "none is kept" in said
+    assert "none is reused" in said
     assert sweep.version() == {"commit": OLD, "dirty": ""}
     assert folders(sweep) == before
 
 
-def test_only_a_sweep_of_the_named_commit_is_kept(sweep: Sweep, replay: Replay) -> None:
+def test_only_a_sweep_of_the_named_commit_is_adopted(sweep: Sweep, replay: Replay) -> None:
     with pytest.raises(UsageError, match="is of commit aaaaaaaaaaaa, not 'cccc'"):
-        kept(sweep, replay, "cccc")
+        adopted(sweep, replay, "cccc")
     write_json(sweep.current / "version.json", {"commit": OLD, "dirty": "something"})
     with pytest.raises(UsageError, match="commit your changes"):
-        kept(sweep, replay)
+        adopted(sweep, replay)
     shutil.rmtree(sweep.current)
     with pytest.raises(UsageError, match="is of commit none"):
-        kept(sweep, replay)
+        adopted(sweep, replay)
