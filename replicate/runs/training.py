@@ -117,13 +117,13 @@ def train(
     streams: Streams,
     redraw: Callable[[Tensor, torch.Generator], Tensor] | None = None,
 ) -> History:
-    """Train in place and leave the selected weights in the model.
+    """Train in place and leave the selected weights in the model; an interrupted run resumes within the loop.
 
     Selection: with `validate_every` the weights (their moving average where `ema` is on) with the lowest
     validation loss; otherwise the last ones. The test split is never seen here.
 
     Args:
-        redraw: draws what the model sees from rows of the training data, afresh for every batch (`Task.redraw`).
+        redraw: draws the model's input from rows of the training data, afresh for every batch (`Task.redraw`).
 
     Raises:
         TrainingError: the loss became nan or infinite.
@@ -167,45 +167,59 @@ def train(
             torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
         optimizer.step()
         model.after_step(noise)
-        average = state["average"]
-        if average is not None:
+        if state["average"] is not None:
             decay = min(settings.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(average, [p.data for p in parameters], 1 - decay)
+            torch._foreach_lerp_(state["average"], [p.data for p in parameters], 1 - decay)
         state["running"] += loss.detach()
         state["counted"] += 1
         last = step + 1 == settings.steps
         if (step + 1) % log_every == 0 or last:
-            value = float(state["running"]) / state["counted"]
-            if not math.isfinite(value):
-                abandon_loop()
-                raise TrainingError(f"the training loss is {value} at step {step + 1}; lower lr or set grad_clip")
-            state["train"].append((step + 1, value))
-            state["running"].zero_()
-            state["counted"] = 0
+            _log(state, step + 1)
         if settings.validate_every and ((step + 1) % settings.validate_every == 0 or last):
-            model.eval()
-            swap(parameters, average)
-            value = validation_loss(model, valid_data, streams)
-            state["valid"].append((step + 1, value))
-            if value < state["best_value"]:
-                state["best_value"], state["best_step"] = value, step + 1
-                state["best"] = {k: v.clone() for k, v in model.state_dict().items()}
-            swap(parameters, average)
-            model.train()
+            _select(state, step + 1, model, parameters, lambda: validation_loss(model, valid_data, streams))
         if last:
             if state["best"] is not None:
                 model.load_state_dict(state["best"])
             else:
-                swap(parameters, average)
+                swap(parameters, state["average"])
                 state["best_step"] = settings.steps
-            # what a checkpoint of the evaluation need not carry
-            state |= {"optimizer": None, "average": None, "best": None}
+            state |= {"optimizer": None, "average": None, "best": None}  # later checkpoints need not carry them
     model.eval()
     return History(state["train"], state["valid"], state["best_step"], watch.seconds)
 
 
+def _log(state: State, step: int) -> None:
+    """Note the mean loss since the last note.
+
+    Raises:
+        TrainingError: it is nan or infinite.
+    """
+    value = float(state["running"]) / state["counted"]
+    if not math.isfinite(value):
+        abandon_loop()
+        raise TrainingError(f"the training loss is {value} at step {step}; lower lr or set grad_clip")
+    state["train"].append((step, value))
+    state["running"].zero_()
+    state["counted"] = 0
+
+
+def _select(
+    state: State, step: int, model: Model, parameters: Sequence[nn.Parameter], validate: Callable[[], float]
+) -> None:
+    """Validate the weights, or their moving average, and keep them if they are the best."""
+    model.eval()
+    swap(parameters, state["average"])
+    value = validate()
+    state["valid"].append((step, value))
+    if value < state["best_value"]:
+        state["best_value"], state["best_step"] = value, step
+        state["best"] = {k: v.clone() for k, v in model.state_dict().items()}
+    swap(parameters, state["average"])
+    model.train()
+
+
 def swap(parameters: Sequence[Tensor], average: Sequence[Tensor] | None) -> None:
-    """Exchange the weights with their moving average, where there is one."""
+    """Exchange the weights with their moving average, if there is one."""
     if average is not None:
         for p, a in zip(parameters, average, strict=True):
             p.data, a.data = a.data, p.data

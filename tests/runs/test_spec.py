@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from replicate.errors import UsageError
 from replicate.ledger.claims import all_claims, resolved
-from replicate.model import Training
+from replicate.model import Training, later
 from replicate.registry import model_entry, models
 from replicate.runs.paper import papers
 from replicate.runs.spec import (
@@ -117,6 +117,45 @@ def test_a_plug_ins_own_defaults_are_checked_like_a_users_settings(monkeypatch: 
     with pytest.raises(UsageError) as caught:
         make_spec("realnvp", "pinwheel", settings={"lr": 0})
     assert [line.partition(" is ")[0] for line in str(caught.value).splitlines()] == ["hidden", "ema", "lr"]
+
+
+# -- a knob costs nothing
+
+
+@dataclass(frozen=True)
+class LaterTraining(Training):
+    """Training as a later version may have it."""
+
+    new_knob: float = later(0.5)
+
+
+def test_later_field_changes_no_id_at_its_default_and_every_id_elsewhere() -> None:
+    spec = make_spec("vae", "two-moons")
+    grown = replace(spec, training=LaterTraining(**vars(spec.training)))
+    assert "new_knob" not in grown.as_dict()["training"]
+    assert grown.run_id() == spec.run_id()
+    turned = replace(grown, training=replace(grown.training, new_knob=0.7))
+    assert turned.as_dict()["training"]["new_knob"] == 0.7
+    assert turned.run_id() != spec.run_id()
+
+
+def test_later_parameter_of_a_model_changes_no_id_at_its_first_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, entry = make_spec("realnvp", "two-moons"), model_entry("realnvp")
+    grown = replace(entry, params={**entry.params, "new_knob": 1.0}, later={"new_knob": 1.0})
+    monkeypatch.setattr("replicate.runs.spec.model_entry", lambda name: grown)
+    assert make_spec("realnvp", "two-moons") == before
+    turned = make_spec("realnvp", "two-moons", settings={"new_knob": 2})
+    assert (turned.params["new_knob"], turned.run_id() == before.run_id()) == (2.0, False)
+
+
+@pytest.mark.parametrize("profile", ["standard", "full"])
+def test_every_committed_record_has_the_id_that_its_spec_gives_now(profile: str) -> None:
+    lines = (ROOT / "results" / profile / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    assert len(records) > 400
+    for record in records:
+        spec = spec_from_dict(record["spec"])
+        assert (spec.as_dict(), spec.run_id()) == (record["spec"], record["run_id"])
 
 
 # -- specs from disk and network
