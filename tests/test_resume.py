@@ -67,7 +67,7 @@ class Kept:
 
 
 @given(st.integers(0, 2 * STEPS - 1), st.integers(0, 2 * STEPS - 1))
-def test_a_program_cut_at_any_step_twice_ends_with_the_same_bits(first: int, second: int) -> None:
+def test_program_interrupted_twice_at_any_step_gives_the_same_bits(first: int, second: int) -> None:
     want, _ = walk()
     kept = Kept()
     for cut in (first, second):
@@ -238,7 +238,7 @@ EVERY = [
 
 
 @pytest.mark.parametrize(("model", "task"), [*EVERY, *ON_DATA])
-def test_every_model_cut_in_training_and_in_evaluation_ends_with_the_same_bits(
+def test_every_model_interrupted_in_training_and_evaluation_gives_the_same_bits(
     model: str, task: str, tmp_path: Path
 ) -> None:
     spec, device = small(model, task), torch.device("cpu")
@@ -255,7 +255,7 @@ def test_every_model_cut_in_training_and_in_evaluation_ends_with_the_same_bits(
     assert not (folder / "checkpoints").exists()
 
 
-def test_a_run_on_other_data_than_its_spec_names_is_refused() -> None:
+def test_run_on_other_data_than_its_spec_names_is_refused() -> None:
     spec = replace(small("realnvp", "two-gaussians"), data_sha256="0" * 64)
     with pytest.raises(ValueError, match="the data of two-gaussians on this machine have sha256"):
         execution.execute(spec, None, torch.device("cpu"))

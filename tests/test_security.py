@@ -127,7 +127,7 @@ def findings(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("package", ["replicate", "baselines"])
-def test_no_module_runs_what_it_reads(package: str) -> None:
+def test_no_module_executes_its_input(package: str) -> None:
     modules = sorted((ROOT / package).rglob("*.py"))
     assert modules
     found = {str(path.relative_to(ROOT)): findings(path.read_text()) for path in modules}
@@ -169,7 +169,7 @@ def test_no_module_runs_what_it_reads(package: str) -> None:
         "get(url, verify=False)",
     ],
 )
-def test_the_walker_finds_each_planted_call(planted: str) -> None:
+def test_the_check_finds_each_planted_call(planted: str) -> None:
     assert findings(planted)
 
 
@@ -399,7 +399,7 @@ TEXTS: list[tuple[int, tuple[Any, ...]]] = [
 
 @pytest.mark.parametrize(("which", "path"), TEXTS)
 @pytest.mark.parametrize("value", ["=cmd|' /C calc'!A1", "+1+1", "-1+1", "@SUM(1)", "\tx"])
-def test_a_record_whose_text_a_spreadsheet_would_run_is_refused(which: int, path: tuple[Any, ...], value: str) -> None:
+def test_record_with_text_that_a_spreadsheet_would_run_is_refused(which: int, path: tuple[Any, ...], value: str) -> None:
     with pytest.raises(RecordError, match=str(path[-1])):
         check_record(at(RECORDS[which], path, value))
 

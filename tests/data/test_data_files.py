@@ -90,7 +90,7 @@ def test_a_relative_data_folder_is_checked_too(folder: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("ending", PACKINGS)
-def test_a_truncated_file_is_one_line_with_what_was_found_and_the_next_step(folder: Path, ending: str) -> None:
+def test_truncated_file_is_one_line_with_the_finding_and_the_next_step(folder: Path, ending: str) -> None:
     packed = PACKINGS[ending](IDX)
     for cut in range(len(packed)):
         (folder / f"{NAME}{ending}").write_bytes(packed[:cut])
@@ -106,7 +106,7 @@ def test_a_truncated_file_is_one_line_with_what_was_found_and_the_next_step(fold
 
 
 @pytest.mark.parametrize("ending", PACKINGS)
-def test_no_flipped_bit_ever_changes_what_is_read(folder: Path, ending: str) -> None:
+def test_no_flipped_bit_changes_the_data(folder: Path, ending: str) -> None:
     """Refused, or of no effect (as in the time of a gzip header); never other content."""
     packed = PACKINGS[ending](IDX)
     refused = 0
@@ -149,7 +149,7 @@ _sha256 = hashlib.sha256
 
 
 @pytest.mark.parametrize("ending", [".gz", ".xz"])
-def test_a_bomb_is_unpacked_no_further_than_the_file_is_long(folder: Path, ending: str) -> None:
+def test_decompression_bomb_is_unpacked_only_to_the_published_size(folder: Path, ending: str) -> None:
     (folder / f"{NAME}{ending}").write_bytes(PACKINGS[ending](bytes(64 << 20)))
     tracemalloc.start()
     with pytest.raises(UsageError, match="more than 28 bytes come out of it"):

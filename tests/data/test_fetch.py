@@ -175,7 +175,7 @@ def test_a_file_arrives_as_it_is_packed_and_is_found(
     assert files.find(NAME) == path
 
 
-def test_an_interrupted_download_is_resumed_within_one_call_and_gives_the_right_bytes(
+def test_interrupted_download_is_resumed_within_one_call(
     site: Site, tmp_path: Path
 ) -> None:
     url = site.put("/file", CONTENT, "cut", "cut", "")
@@ -183,7 +183,7 @@ def test_an_interrupted_download_is_resumed_within_one_call_and_gives_the_right_
     assert [asked for _, asked in site.asked] == ["", "bytes=150000-", "bytes=225000-"]
 
 
-def test_a_download_stopped_by_the_user_is_resumed_by_the_next_call(site: Site, tmp_path: Path) -> None:
+def test_download_stopped_by_the_user_is_resumed_by_the_next_call(site: Site, tmp_path: Path) -> None:
     url = site.put("/file", CONTENT)
 
     def stop(done: int, total: int) -> None:
@@ -241,7 +241,7 @@ def test_a_server_with_odd_ranges_or_lengths_still_gives_the_right_bytes(
         assert [asked for _, asked in site.asked] == ["bytes=1000-", ""]
 
 
-def test_a_wrong_checksum_is_refused_with_expected_and_found_and_the_next_mirror_is_tried(
+def test_wrong_checksum_is_refused_with_both_values_and_the_next_mirror_is_tried(
     site: Site, tmp_path: Path
 ) -> None:
     other = CONTENT[:-1] + b"x"
@@ -256,7 +256,7 @@ def test_a_wrong_checksum_is_refused_with_expected_and_found_and_the_next_mirror
 
 
 @pytest.mark.parametrize("fault", ["html", "html undeclared"])
-def test_a_server_that_sends_html_is_refused_and_what_was_there_is_kept(site: Site, tmp_path: Path, fault: str) -> None:
+def test_server_that_sends_html_is_refused_and_the_old_file_is_kept(site: Site, tmp_path: Path, fault: str) -> None:
     url = site.put("/file", CONTENT, fault)
     with pytest.raises(FetchError, match="it sends a web page"):
         get(entry(url), tmp_path)
@@ -372,7 +372,7 @@ class Redirecting(urllib.request.BaseHandler):
         return response
 
 
-def test_redirects_are_followed_to_https_alone(site: Site, tmp_path: Path) -> None:
+def test_redirects_are_followed_only_to_https(site: Site, tmp_path: Path) -> None:
     def opened(to: str) -> Any:
         return lambda request: https_only(request, Redirecting(to))
 
@@ -478,7 +478,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_hostile_archive_is_refused_and_nothing_is_written_outside(site: Site, tmp_path: Path, case: str) -> None:
+def test_hostile_archive_is_refused_and_nothing_is_written_outside(site: Site, tmp_path: Path, case: str) -> None:
     ending, packed, reason = HOSTILE[case]
     folder = tmp_path / "deep" / "down" / "data"
     url = site.put("/archive" + ending, packed)

@@ -73,7 +73,7 @@ def test_grey_and_colour_images_reach_the_network_in_three_planes(
     assert torch.equal(found.network.seen[-1], colour.to(torch.uint8).view(2, 3, 2, 2))
 
 
-def test_other_weights_are_refused_before_anything_reads_them(weights: Path) -> None:
+def test_other_inception_weights_are_refused_before_they_are_read(weights: Path) -> None:
     weights.write_bytes(b"others!")
     with pytest.raises(UsageError, match=r"7ab00dcd4748.*gets it again"):
         inception.inception()

@@ -67,7 +67,7 @@ WHOLE = pack({"head": {"format": checkpoint.FORMAT, "run_id": "r", "source": "s"
 
 
 @given(st.integers(0, len(WHOLE) - 1), st.integers(0, 7))
-def test_any_flipped_bit_is_found(byte: int, bit: int) -> None:
+def test_every_flipped_bit_in_a_checkpoint_is_found(byte: int, bit: int) -> None:
     damaged = bytearray(WHOLE)
     damaged[byte] ^= 1 << bit
     with pytest.raises(ValueError, match="sha256 differs"):
@@ -89,7 +89,7 @@ def test_the_last_two_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "bit flipped", "empty", "gone"])
-def test_the_older_one_serves_when_the_newer_is_damaged(
+def test_older_checkpoint_is_used_when_the_newer_is_damaged(
     tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = Checkpoints(tmp_path, "r", "s")
@@ -108,7 +108,7 @@ def test_the_older_one_serves_when_the_newer_is_damaged(
     assert kept.read() == {"i": 2}
 
 
-def test_with_both_damaged_the_run_starts_from_its_beginning(tmp_path: Path) -> None:
+def test_run_starts_from_its_beginning_when_both_checkpoints_are_damaged(tmp_path: Path) -> None:
     kept = Checkpoints(tmp_path, "r", "s")
     kept.write({"i": 0})
     kept.write({"i": 1})
@@ -126,7 +126,7 @@ def test_another_spec_or_version_of_the_code_is_refused(
     assert "another spec or another version of the code" in capsys.readouterr().err
 
 
-def test_a_write_that_fails_leaves_the_one_before_and_no_litter(
+def test_failed_write_leaves_the_older_checkpoint_and_no_other_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = Checkpoints(tmp_path, "r", "s")

@@ -245,7 +245,7 @@ def test_a_deadline_that_has_passed_starts_nothing(shared: Dask, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_when_the_scheduler_is_killed_what_is_finished_is_kept_and_a_new_one_goes_on(
+def test_killed_scheduler_keeps_finished_runs_and_a_new_one_resumes(
     tmp_path: Path, reference: RunFolders, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(module, "CONNECT", 5.0)
@@ -277,7 +277,7 @@ def test_when_the_scheduler_is_killed_what_is_finished_is_kept_and_a_new_one_goe
 
 
 @pytest.mark.slow
-def test_a_run_that_kills_its_worker_again_and_again_is_a_failure(
+def test_run_that_kills_every_worker_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES", "0")
@@ -305,7 +305,7 @@ def test_a_cluster_where_no_worker_can_take_a_run_is_refused_with_the_way_to_sta
     assert re.search(r"none of the 1 workers .* --resources GPU=1", refused["cuda"])
 
 
-def test_workers_with_other_code_are_refused_before_any_work_is_sent(
+def test_workers_with_other_code_are_refused_before_work_is_sent(
     shared: Dask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     true = module.versions
@@ -321,14 +321,14 @@ def test_workers_with_other_code_are_refused_before_any_work_is_sent(
     assert not list(tmp_path.iterdir())
 
 
-def test_workers_with_other_data_are_refused_before_any_work_is_sent(shared: Dask, tmp_path: Path) -> None:
+def test_workers_with_other_data_are_refused_before_work_is_sent(shared: Dask, tmp_path: Path) -> None:
     other = replace(SPECS[0], data_sha256="0" * 64)
     with pytest.raises(UsageError, match="the data of two-moons on this machine have sha256"):
         Cluster(shared.address, "cpu", LIMITS).run_all([other], RunFolders(tmp_path), pytest.fail)
 
 
 @pytest.mark.slow
-def test_a_worker_that_comes_later_with_other_code_ends_the_sweep(
+def test_later_worker_with_other_code_ends_the_sweep(
     shared: Dask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     true = module.versions
@@ -351,7 +351,7 @@ def test_a_run_that_wants_a_gpu_goes_to_the_worker_that_offers_one(shared: Dask,
     assert told[0] == ("started", f"on {gpu}")
 
 
-def test_the_runs_of_a_killed_worker_are_told_lost_and_given_to_another(
+def test_runs_of_a_killed_worker_are_reported_lost_and_rescheduled(
     shared: Dask, tmp_path: Path, reference: RunFolders
 ) -> None:
     told: list[tuple[Event, str]] = []
@@ -395,7 +395,7 @@ def test_without_dask_the_message_says_what_to_install(monkeypatch: pytest.Monke
         Cluster("tcp://127.0.0.1:8786", "cpu", LIMITS)
 
 
-def test_nothing_but_the_files_of_a_run_is_taken_from_a_worker(tmp_path: Path) -> None:
+def test_only_files_of_a_run_are_accepted_from_a_worker(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     taken = {"stderr.txt": b"x", "00000003.checkpoint": b"y"}

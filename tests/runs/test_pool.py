@@ -48,7 +48,7 @@ def test_a_failed_run_is_told_kept_and_tried_again_and_the_others_go_on(tmp_path
     assert [e[:2] for e in again] == [("started", "realnvp"), ("failed", "realnvp")]
 
 
-def test_a_killed_child_leaves_a_failure_and_the_next_call_completes_it(tmp_path: Path) -> None:
+def test_killed_child_is_a_failure_and_the_next_call_completes_it(tmp_path: Path) -> None:
     def kill(outcome: Event, spec: RunSpec, error: str) -> None:
         if outcome == "started":
             for child in multiprocessing.active_children():
@@ -65,7 +65,7 @@ def test_a_killed_child_leaves_a_failure_and_the_next_call_completes_it(tmp_path
 
 
 @pytest.mark.parametrize("damage", ["truncated", "another spec", "not json", "missing"])
-def test_a_damaged_record_does_not_count(tmp_path: Path, damage: str) -> None:
+def test_damaged_record_does_not_count(tmp_path: Path, damage: str) -> None:
     folder = tmp_path / GOOD.run_id()
     pool(1).run_all([GOOD], RunFolders(tmp_path), collect([]))
     path = folder / "record.json"

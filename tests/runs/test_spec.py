@@ -250,7 +250,7 @@ def test_no_committed_run_id_has_changed() -> None:
         (("kind",), "run", "unknown key 'kind'"),
     ],
 )
-def test_a_spec_that_was_tampered_with_is_refused_by_key(path: tuple[str, ...], value: Any, words: str) -> None:
+def test_tampered_spec_is_refused_by_key(path: tuple[str, ...], value: Any, words: str) -> None:
     data = BASE.as_dict()
     box: Any = data
     for key in path[:-1]:

@@ -63,7 +63,7 @@ def test_the_weights_kept_are_those_with_the_lowest_validation_loss() -> None:
     assert float((model.theta.detach() - elsewhere[0]).norm()) < 0.5  # the end of training is 1.8 away
 
 
-def test_a_loss_that_is_no_number_ends_training_with_its_step() -> None:
+def test_loss_that_is_not_a_number_ends_training_and_names_the_step() -> None:
     with pytest.raises(TrainingError, match="nan at step 4"):
         fit(Mean(break_at=4), Training(steps=50))
 

@@ -117,7 +117,7 @@ def sick_sweep(plug_ins: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
         ("crashes", "ended with code -6 and left no record"),
     ],
 )
-def test_a_sick_model_is_told_in_one_line_and_stands_in_the_tables(
+def test_failing_model_is_reported_in_one_line_and_listed_in_tables(
     sick_sweep: tuple[Path, str, int], kind: str, line: str
 ) -> None:
     folder, said, code = sick_sweep
@@ -137,7 +137,7 @@ def test_healthy_runs_beside_sick_ones_are_all_measured(sick_sweep: tuple[Path, 
     assert "2 done, 0 done before, 7 failed" in sick_sweep[1]
 
 
-def test_what_a_run_said_on_standard_error_is_in_its_failure(sick_sweep: tuple[Path, str, int]) -> None:
+def test_failure_has_the_standard_error_of_the_run(sick_sweep: tuple[Path, str, int]) -> None:
     folder = sick_sweep[0] / "runs" / "smoke" / "current"
     left = [json.loads(p.read_text()) for p in folder.glob("*/failure.json")]
     (failure,) = [f for f in left if f["spec"]["model"] == "sick-raises"]
@@ -145,7 +145,7 @@ def test_what_a_run_said_on_standard_error_is_in_its_failure(sick_sweep: tuple[P
     assert "ZeroDivisionError" in failure["traceback_tail"]
 
 
-def test_a_run_that_exceeded_its_time_has_saved_itself(sick_sweep: tuple[Path, str, int]) -> None:
+def test_run_that_exceeded_its_time_has_saved_itself(sick_sweep: tuple[Path, str, int]) -> None:
     folder = sick_sweep[0] / "runs" / "smoke" / "current"
     specs = {p.parent: json.loads(p.read_text())["spec"]["model"] for p in folder.glob("*/failure.json")}
     (endless,) = [f for f, model in specs.items() if model == "sick-endless"]
@@ -165,7 +165,7 @@ def plugged(plug_ins: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("plugged")
-def test_plug_ins_that_cannot_be_imported_are_named_and_take_nothing_down(replicate) -> None:  # type: ignore[no-untyped-def]
+def test_plug_ins_that_cannot_be_imported_are_named_and_stop_nothing(replicate) -> None:  # type: ignore[no-untyped-def]
     code, out, _ = replicate("list", "--json")
     assert code == 0
     found = json.loads(out)
@@ -212,7 +212,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     ("number", "words"), [(signal.SIGINT, ()), pytest.param(signal.SIGTERM, ("--in-process",), marks=pytest.mark.slow)]
 )
-def test_a_signal_saves_stops_and_the_next_call_ends_with_the_same_bytes(
+def test_signal_saves_and_stops_and_the_next_call_gives_the_same_bytes(
     tmp_path: Path, undisturbed: str, number: signal.Signals, words: tuple[str, ...]
 ) -> None:
     first = start(tmp_path, QUICK, GOOD, *words)
@@ -231,7 +231,7 @@ def test_a_signal_saves_stops_and_the_next_call_ends_with_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_the_time_budget_saves_too(tmp_path: Path, undisturbed: str) -> None:
+def test_time_budget_saves_running_runs(tmp_path: Path, undisturbed: str) -> None:
     first = here(tmp_path, QUICK, GOOD, "--every", "60", "--time-budget", "0.7")
     assert first.returncode == 3, first.stdout
     assert checkpoints(tmp_path)
@@ -241,7 +241,7 @@ def test_the_time_budget_saves_too(tmp_path: Path, undisturbed: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_second_interrupt_stops_at_once_and_leaves_no_process(tmp_path: Path, plug_ins: Path) -> None:
+def test_second_interrupt_stops_at_once_and_leaves_no_process(tmp_path: Path, plug_ins: Path) -> None:
     first = start(tmp_path, "sick-stuck:two-gaussians:60", plug_ins=plug_ins)
     log = tmp_path / "runs" / "smoke" / "current"
     until(lambda: any("stuck" in path.read_text() for path in log.glob("*/stderr.txt")), first)
@@ -257,7 +257,7 @@ def test_a_second_interrupt_stops_at_once_and_leaves_no_process(tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_an_interrupted_single_run_goes_on_with_the_command_it_names(tmp_path: Path) -> None:
+def test_interrupted_single_run_resumes_with_the_printed_command(tmp_path: Path) -> None:
     words = ["run", "realnvp", "two-gaussians", "--profile", "smoke", "--set", "steps=120"]
     full = [sys.executable, "-m", "replicate", *words, "--checkpoint-every", "0.2", "--json"]
 
@@ -302,7 +302,7 @@ def mounted(folder: Path, options: str) -> Iterator[Callable[[str], None]]:
 
 
 @pytest.mark.parametrize("words", [pytest.param(("--jobs", "2"), marks=pytest.mark.slow), ()])
-def test_a_disk_that_fills_up_under_the_runs_is_told_and_the_next_call_goes_on(
+def test_full_disk_under_the_runs_is_reported_and_the_next_call_resumes(
     tmp_path: Path, undisturbed: str, words: tuple[str, ...]
 ) -> None:
     with mounted(tmp_path / "runs", "size=24k") as again:
@@ -317,7 +317,7 @@ def test_a_disk_that_fills_up_under_the_runs_is_told_and_the_next_call_goes_on(
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_under_the_report_loses_neither_runs_nor_the_earlier_results(
+def test_full_disk_under_the_report_loses_neither_runs_nor_earlier_results(
     tmp_path: Path, undisturbed: str
 ) -> None:
     with mounted(tmp_path / "results", "size=50m") as again:
@@ -337,7 +337,7 @@ def test_a_disk_that_fills_up_under_the_report_loses_neither_runs_nor_the_earlie
         assert untimed(tmp_path) == undisturbed
 
 
-def test_a_read_only_results_folder_is_told_before_anything_is_computed(tmp_path: Path) -> None:
+def test_read_only_results_folder_is_reported_before_anything_is_computed(tmp_path: Path) -> None:
     with mounted(tmp_path / "results", "ro,size=1m"):
         refused = here(tmp_path, GOOD)
     assert refused.returncode == 2
@@ -350,7 +350,7 @@ def test_a_read_only_results_folder_is_told_before_anything_is_computed(tmp_path
 
 
 @pytest.mark.slow
-def test_a_clock_that_jumps_changes_no_number_and_no_limit(tmp_path: Path, undisturbed: str) -> None:
+def test_jumping_clock_changes_no_number_and_no_limit(tmp_path: Path, undisturbed: str) -> None:
     """Every look at the clock says another day, forwards and backwards; the monotonic clock goes on."""
     (tmp_path / "sitecustomize.py").write_text(
         "import itertools, time\nreal, jumps = time.time, itertools.cycle([0, 864e3, -864e3, 3e8])\n"
@@ -362,7 +362,7 @@ def test_a_clock_that_jumps_changes_no_number_and_no_limit(tmp_path: Path, undis
 
 
 @pytest.mark.slow
-def test_a_damaged_record_is_computed_again(tmp_path: Path, undisturbed: str) -> None:
+def test_damaged_record_is_computed_again(tmp_path: Path, undisturbed: str) -> None:
     """A bit of one number flips on disk between two calls: the record is not believed."""
     first = start(tmp_path, GOOD, QUICK, "--every", "60")
     until(lambda: list((tmp_path / "runs").glob("smoke/current/*/record.json")), first)
@@ -395,7 +395,7 @@ with held(folder):
 """
 
 
-def test_processes_that_draw_end_with_their_parent_and_let_its_folder_go(tmp_path: Path) -> None:
+def test_drawing_processes_end_with_their_parent_and_release_its_folder(tmp_path: Path) -> None:
     parent = subprocess.Popen([sys.executable, "-c", DRAW_FOR_EVER, str(tmp_path)], text=True)
     try:
         until(lambda: (tmp_path / "first").exists() and (tmp_path / "second").exists(), parent)

@@ -104,7 +104,7 @@ def test_a_finished_sweep_is_computed_afresh_and_compared(undisturbed: Path) -> 
     assert (undisturbed / "runs" / "smoke" / "finished").exists()
 
 
-def test_verify_accepts_what_reproduce_wrote_and_refuses_an_edit(undisturbed: Path, replicate) -> None:  # type: ignore[no-untyped-def]
+def test_verify_accepts_results_of_reproduce_and_refuses_an_edit(undisturbed: Path, replicate) -> None:  # type: ignore[no-untyped-def]
     verify = ("verify", "--profile", "smoke", "--results", str(undisturbed / "results"))
     assert replicate(*verify)[0] == 0
     summary = undisturbed / "results" / "smoke" / "summary.csv"
@@ -126,14 +126,14 @@ def test_the_notebooks_that_read_results_run_on_the_smoke_results(undisturbed: P
         assert (tmp_path / name).with_suffix(".html").stat().st_size > 100_000
 
 
-def test_the_time_budget_stops_with_exit_code_3_and_says_how_to_go_on(replicate, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_time_budget_stops_with_exit_code_3_and_prints_the_next_command(replicate, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     words = ("reproduce", "--profile", "smoke", "--device", "cpu", "--in-process", "--time-budget", "1")
     code, out, err = replicate(*words, "--results", str(tmp_path / "results"))
     assert code == 3, out + err
     assert f"resume with: replicate {' '.join(words)}" in out
 
 
-def test_two_sweeps_on_one_folder_are_refused(replicate, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_second_sweep_on_a_folder_is_refused(replicate, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     command = small_sweep.command(tmp_path, "realnvp:two-gaussians:1000000", "--in-process")
     first = subprocess.Popen(command, cwd=ROOT, env=small_sweep.environment(), stdout=subprocess.DEVNULL)
     try:

@@ -149,7 +149,7 @@ def test_unchanged_results_come_back_bit_for_bit_and_stay_as_they_were(results: 
 
 
 @pytest.mark.parametrize(("column", "words"), [("value", "nll: rounding: "), ("stderr", "nll: stderr: ")])
-def test_one_bit_of_one_number_is_found_that_no_check_of_the_files_can_see(
+def test_rerun_finds_one_changed_bit_that_no_check_of_files_sees(
     results: Path, replay: Replay, column: str, words: str
 ) -> None:
     change(results, frame=one_ulp(column))
