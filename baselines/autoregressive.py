@@ -38,10 +38,10 @@ class Head(Protocol):
         """Parameters (size,) of a broad distribution on data of unit scale, the network's output before training."""
 
     def log_prob(self, parameters: Tensor, x: Tensor) -> Tensor:
-        """parameters (n, size), x (n,) -> log density or log mass in nats (n,)."""
+        """Map parameters (n, size) and x (n,) to the log density or log mass in nats (n,)."""
 
     def sample(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
-        """parameters (n, size) -> one draw for each row (n,)."""
+        """Draw one value (n,) per row of parameters (n, size)."""
 
 
 class Categorical:
@@ -158,7 +158,7 @@ class CausalConv(nn.Module):
 
 
 def shifted(x: Tensor, axis: int) -> Tensor:
-    """x moved by one position along an axis: zeros enter, the last position leaves."""
+    """Return x moved by one position along an axis: zeros enter, the last position leaves."""
     return F.pad(x, (0, 0, 1, -1) if axis == 2 else (1, -1))
 
 
@@ -387,12 +387,12 @@ class GatedPixelCNN(Autoregressive):
 
 
 def build_causal_conv(info: DataInfo, **params: Any) -> Model:
-    """A `CausalConvNet`."""
+    """Build a `CausalConvNet`."""
     return CausalConvNet(info, **params)
 
 
 def build_gated_pixelcnn(info: DataInfo, **params: Any) -> Model:
-    """A `GatedPixelCNN`."""
+    """Build a `GatedPixelCNN`."""
     return GatedPixelCNN(info, **params)
 
 

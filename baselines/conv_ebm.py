@@ -45,7 +45,7 @@ def image_of(info: DataInfo) -> tuple[int, int]:
 
 
 def conv_net(image: tuple[int, int], width: int, layers: int) -> nn.Sequential:
-    """x (n, H W) -> (n, 1): a 3x3 convolution, 4x4 ones of stride 2, and a linear layer that starts at 0.
+    """Map x (n, H W) to (n, 1): a 3x3 convolution, 4x4 ones of stride 2, and a linear layer that starts at 0.
 
     Args:
         image: (H, W).
@@ -84,7 +84,7 @@ def langevin(
     generator: torch.Generator,
     temperature: float = 1.0,
 ) -> Tensor:
-    """x (n, D) after unadjusted steps x <- x - (eps / 2T) grad U(x) + sqrt(eps) z, detached.
+    """Return x (n, D) after unadjusted steps x <- x - (eps / 2T) grad U(x) + sqrt(eps) z, detached.
 
     On U = |x|^2 / 2 s^2 its stationary variance is T s^2 / (1 - eps / (4 T s^2)).
 
@@ -168,7 +168,7 @@ class ConvEBM(Model):
         return 2 / self.step_size * self.folded(x)
 
     def run(self, x: Tensor, steps: int, generator: torch.Generator) -> Tensor:
-        """x (n, D) after so many Langevin steps at the model's temperature."""
+        """Return x (n, D) after so many Langevin steps at the model's temperature."""
         return langevin(self.energy, x, steps, self.step_size, generator, self.temperature)
 
     def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
@@ -184,7 +184,7 @@ class ConvEBM(Model):
         return data.mean() - negatives.mean() + self.penalty * (data.square().mean() + negatives.square().mean())
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """Ends of chains from noise, as old as a chain of the buffer is on average; (n, D)."""
+        """Run chains from noise for the mean age of the buffer's chains and return their ends, (n, D)."""
         return self.run(self.start(n, generator), self.nfe, generator)
 
 

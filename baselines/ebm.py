@@ -35,7 +35,7 @@ from replicate.model import DataInfo, Family, Model, ModelEntry, Training
 
 
 def _short_log_z(model: Model, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """log Z by one short forward annealing run of (chains, steps), biased low; a float64 scalar."""
+    """Return log Z by one short forward annealing run of (chains, steps), biased low; a float64 scalar."""
     chains, steps = size
     with torch.no_grad():
         x = model.base_sample(chains, generator)
@@ -47,7 +47,7 @@ def _short_log_z(model: Model, size: tuple[int, int], generator: torch.Generator
 
 
 def _level_features(levels: int, count: int) -> Tensor:
-    """What each level shows to the hidden units, shape (levels, count): 0/1 for bits, the first cosines else."""
+    """Return the features of each level for the hidden units, shape (levels, count): 0/1 for bits, else cosines."""
     if levels == 2:
         return torch.tensor([[0.0], [1.0]])
     place = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
@@ -134,7 +134,7 @@ class RBM(Model):
         self.replay.copy_(self.base_sample(len(self.replay), generator))
 
     def _features(self, x: Tensor) -> Tensor:
-        """phi of every unit, shape (n, D * features), in the weights' dtype."""
+        """Return phi of every unit, shape (n, D * features), in the weights' dtype."""
         return self.phi[x.long()].flatten(1)
 
     def biases(self) -> tuple[Tensor, Tensor]:
@@ -159,13 +159,13 @@ class RBM(Model):
         return self.free_energy(x)
 
     def _draw_visible(self, hidden: Tensor, bias: Tensor, beta: float, generator: torch.Generator) -> Tensor:
-        """x ~ softmax(bias + beta * phi W h), shape (n, D)."""
+        """Draw x ~ softmax(bias + beta * phi W h), shape (n, D)."""
         drive = (beta * hidden @ self.weights.T).view(len(hidden), *bias.shape[:1], -1)
         return _draw_levels(bias + drive @ self.phi.T, generator)
 
     @torch.no_grad()
     def gibbs_sweeps(self, x: Tensor, sweeps: int, generator: torch.Generator) -> Tensor:
-        """x (n, D) after that many draws of h given x and x given h."""
+        """Return x (n, D) after that many draws of h given x and x given h."""
         b, c = self.biases()
         for _ in range(sweeps):
             h = _bernoulli(torch.sigmoid(c + self._features(x) @ self.weights), generator)
@@ -274,7 +274,7 @@ class GaussianMixture(nn.Module):
         self.inverse.copy_(torch.linalg.solve_triangular(factor, identity, upper=False))
 
     def _joint(self, x: Tensor) -> Tensor:
-        """log weight_k N(x; k), shape (n, K)."""
+        """Return log weight_k N(x; k), shape (n, K)."""
         z = torch.einsum("kij,nkj->nki", self.inverse, x[:, None] - self.mean)
         logdet = self.inverse.diagonal(dim1=1, dim2=2).log().sum(1)
         return self.log_weight + logdet - 0.5 * z.square().sum(2) - 0.5 * x.shape[1] * math.log(2 * math.pi)
@@ -284,7 +284,7 @@ class GaussianMixture(nn.Module):
         return torch.logsumexp(self._joint(x), 1)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """n exact draws, shape (n, D)."""
+        """Draw n exact samples, shape (n, D)."""
         k = torch.multinomial(self.log_weight.exp(), n, replacement=True, generator=generator)
         z = torch.randn(n, self.mean.shape[1], generator=generator, device=k.device, dtype=self.mean.dtype)
         return self.mean[k] + torch.einsum("nij,nj->ni", self.factor[k], z)

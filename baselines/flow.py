@@ -73,7 +73,7 @@ class Conditioner(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """x (n, inputs) -> (n, outputs); dropout only where a generator is given."""
+        """Map x (n, inputs) to (n, outputs); dropout only where a generator is given."""
         h = self.first(x)
         for block in self.blocks:
             h = h + block(dropout(F.silu(h), self.rate, generator))
@@ -87,11 +87,11 @@ class Layer(nn.Module):
         """Data-dependent initialisation from the layer's inputs x (n, D) on the training split."""
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """x (n, D) -> (y (n, D), log |det dy/dx| (n,)); a generator switches dropout on."""
+        """Map x (n, D) to (y (n, D), log |det dy/dx| (n,)); a generator switches dropout on."""
         raise NotImplementedError
 
     def inverse(self, y: Tensor) -> Tensor:
-        """y (n, D) -> x (n, D)."""
+        """Map y (n, D) to x (n, D)."""
         raise NotImplementedError
 
 
@@ -215,11 +215,11 @@ class Coupling(Layer):
         return self._join(kept, self.untransform(y[:, self.moved], self._parameters_of(kept)))
 
     def transform(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """Moved dimensions x (n, m) and parameters (n, m, p) -> (y (n, m), log |dy/dx| (n, m))."""
+        """Map moved dimensions x (n, m) with parameters (n, m, p) to (y (n, m), log |dy/dx| (n, m))."""
         raise NotImplementedError
 
     def untransform(self, y: Tensor, parameters: Tensor) -> Tensor:
-        """Moved dimensions y (n, m) and parameters (n, m, p) -> x (n, m)."""
+        """Map moved dimensions y (n, m) with parameters (n, m, p) back to x (n, m)."""
         raise NotImplementedError
 
 
@@ -267,7 +267,7 @@ class SplineCoupling(Coupling):
         return 2 * self.bound * (self.SMALLEST_BIN + (1 - k * self.SMALLEST_BIN) * share)
 
     def _bin(self, value: Tensor, axis: int, parameters: Tensor) -> tuple[Tensor, ...]:
-        """The bin that `value` (n, m) falls in along axis 0 (x) or 1 (y).
+        """Return the bin of each `value` (n, m) along axis 0 (x) or 1 (y).
 
         Returns:
             left edge x_k, width w, lower edge y_k, height h, slopes at both ends; each (n, m).
@@ -366,7 +366,7 @@ class Flow(Model):
 
 
 def splits(dim: int, count: int) -> list[list[int]]:
-    """The kept dimensions of `count` couplings.
+    """Return the kept dimensions of `count` couplings.
 
     Pairs of complementary halves, so that every dimension moves in each pair; each pair splits by another bit
     of the dimension's number (odd/even, then pairs, fours, ..), so that any two dimensions get to see each other.

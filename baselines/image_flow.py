@@ -186,7 +186,7 @@ class ResNet(nn.Module):
         nn.init.zeros_(cast(Tensor, self.last.bias))
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """x (n, inputs, H, W) -> (n, outputs, H, W); dropout only where a generator is given."""
+        """Map x (n, inputs, H, W) to (n, outputs, H, W); dropout only where a generator is given."""
         h = self.first(x)
         if self.position is not None:
             h = h + self.position
@@ -265,7 +265,7 @@ class ImageFlow(Model):
         self.scales = nn.ModuleList(nn.ModuleList(layers) for layers in scales)
 
     def layers_of_scales(self) -> list[list[Layer]]:
-        """The layers of each scale."""
+        """Return the layers of each scale."""
         return [cast(list[Layer], list(cast(nn.ModuleList, scale))) for scale in self.scales]
 
     @torch.no_grad()
@@ -280,7 +280,7 @@ class ImageFlow(Model):
             h, _ = h.chunk(2, 1)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """x (n, D) -> (z (n, D), log |det dz/dx| (n,)); what leaves first comes first in z."""
+        """Map x (n, D) to (z (n, D), log |det dz/dx| (n,)); what leaves first comes first in z."""
         h, total = x.view(-1, 1, *self.image), x.new_zeros(len(x))
         left: list[Tensor] = []
         for scale, layers in enumerate(self.layers_of_scales()):
@@ -293,7 +293,7 @@ class ImageFlow(Model):
         return torch.cat([*left, h.flatten(1)], 1), total
 
     def inverse(self, z: Tensor) -> Tensor:
-        """z (n, D) -> x (n, D)."""
+        """Map z (n, D) to x (n, D)."""
         last = len(self.scales) - 1
         halves = [self.dim // 2 ** (scale + 1) for scale in range(last)]
         *left, rest = z.split([*halves, self.dim // 2**last], 1)
@@ -328,7 +328,7 @@ class ImageFlow(Model):
 
 
 def mixing(permutation: str, channels: int, depth: int) -> list[list[Layer]]:
-    """What stands before the coupling of each step of a scale.
+    """Return the layers before the coupling of each step of a scale.
 
     "mask": the two colours of the checkerboard take turns, then the two rows of its squares. "conv1x1": learned.
 
@@ -358,7 +358,7 @@ def build(
     bound: float = 4.0,
     bins: int = 8,
 ) -> ImageFlow:
-    """An image flow.
+    """Build an image flow.
 
     Args:
         coupling: "affine" with log scales between -bound and bound, or "spline" with so many bins on [-bound, bound].

@@ -147,7 +147,7 @@ class MaskedAutoencoder(Model):
         return self.head.log_prob(parameters.flatten(0, 1), x.flatten()).view_as(x).sum(1)
 
     def log_prob_by_set(self, x: Tensor) -> Tensor:
-        """log p_m(x) of each set of masks, exact, in nats: x (n, D) -> (n, M)."""
+        """Return the exact log p_m(x) of each set of masks in nats: x (n, D) -> (n, M)."""
         return torch.stack([self._log_prob_under(x, m) for m in range(self.sets)], 1)
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class MaskedAutoencoder(Model):
         return -self._log_prob_under(batch, self.turn.view(1), generator if self.training else None).mean()
 
     def after_step(self, generator: torch.Generator) -> None:
-        """The next set's turn."""
+        """Switch to the next set of masks."""
         self.turn.copy_((self.turn + 1) % self.sets)
 
     def validation_loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
@@ -181,7 +181,7 @@ class MaskedAutoencoder(Model):
 
 
 def build_made(info: DataInfo, **params: Any) -> Model:
-    """A `MaskedAutoencoder`."""
+    """Build a `MaskedAutoencoder`."""
     return MaskedAutoencoder(info, **params)
 
 

@@ -50,7 +50,7 @@ class MaskedNet(nn.Module):
         nn.init.zeros_(self.last.weight)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """x (n, D) -> (shift (n, D), raw log scale (n, D)); dropout only where a generator is given."""
+        """Map x (n, D) to (shift (n, D), raw log scale (n, D)); dropout only where a generator is given."""
         h = self.reach * torch.tanh(x / self.reach) if self.reach else x
         for layer in self.hidden:
             h = dropout(F.relu(layer(h, 0)), self.rate, generator)
@@ -128,7 +128,7 @@ def build_maf(
     bound: float = 5.0,
     reach: float = 0.0,
 ) -> MaskedAutoregressiveFlow:
-    """A `MaskedAutoregressiveFlow`."""
+    """Build a `MaskedAutoregressiveFlow`."""
     return MaskedAutoregressiveFlow(info.dim, blocks, hidden, layers, dropout, bound, reach)
 
 

@@ -52,7 +52,7 @@ class Bernoulli:
 
 
 def head_for(info: DataInfo, components: int) -> Head:
-    """The distribution of one dimension: a bit's, or a mixture of `components` Gaussians."""
+    """Return the distribution of one dimension: a bit's, or a mixture of `components` Gaussians."""
     return Bernoulli() if info.domain == "bits" else GaussianMixture(components)
 
 
@@ -62,7 +62,7 @@ def marginal_logits(train: Tensor) -> Tensor:
 
 
 def log_mean_density(log_p: Tensor) -> Tensor:
-    """log of the mean of K densities, from the log p of whole examples (.., K) to (..)."""
+    """Return log of the mean of K densities, from the log p of whole examples (.., K) to (..)."""
     return log_p.logsumexp(-1) - math.log(log_p.shape[-1])
 
 
@@ -152,7 +152,7 @@ class FixedOrderNADE(Model):
 
 
 def spread_splits(n: int, dim: int, generator: torch.Generator) -> Tensor:
-    """n numbers of observed dimensions (n, 1), each uniform on 0..dim-1 and together spread evenly."""
+    """Return n numbers of observed dimensions (n, 1), each uniform on 0..dim-1 and together spread evenly."""
     u = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64)
     spread = (u + torch.arange(n, device=generator.device) / n) % 1
     return (spread * dim).long().clamp_max(dim - 1).unsqueeze(1)
@@ -228,13 +228,13 @@ class OrderAgnosticNADE(Model):
         return h
 
     def _conditionals(self, x: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """log p(x_i | x where mask is 1) of every dimension i, (n, D); it means something where mask is 0."""
+        """Return log p(x_i | x where mask is 1) of every dimension i, (n, D); it means something where mask is 0."""
         h = self._hidden(self.input(torch.cat([x * mask, mask], 1)), generator)
         parameters = F.linear(h, self.output.flatten(0, 1)).view(len(x), self.dim, -1) + self.output_bias
         return self.head.log_prob(parameters.flatten(0, 1), x.flatten()).view_as(x)
 
     def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
-        """An unbiased estimate of the mean over all orders of the NLL, in nats (1310.1757, eq. 10 and 11).
+        """Estimate the mean NLL over all orders without bias, in nats (1310.1757, eq. 10 and 11).
 
         For each example: a random number d of 1..D, d - 1 random dimensions observed, and D / (D - d + 1) times the
         summed NLL of the others.
@@ -250,7 +250,7 @@ class OrderAgnosticNADE(Model):
         return -log_mean_density(self.log_prob_by_order(batch, self.orderings[:VALIDATION_ORDERINGS])).mean()
 
     def _log_prob_in(self, x: Tensor, order: Tensor) -> Tensor:
-        """log p_o(x) under one order (D,), shape (n,)."""
+        """Return log p_o(x) under one order (D,), shape (n,)."""
         weight, flag = (part[order] for part in self.input.weight.T.split(self.dim))
         before = torch.ones(self.dim, self.dim, dtype=x.dtype, device=x.device).tril(-1)
         offset = before @ flag + self.input.bias
@@ -263,11 +263,11 @@ class OrderAgnosticNADE(Model):
         return total
 
     def log_prob_in(self, x: Tensor, order: Tensor) -> Tensor:
-        """log p_o(x) under one order (D,), exact, in nats: x (n, D) -> (n,)."""
+        """Return log p_o(x) under one order (D,), exact, in nats: x (n, D) -> (n,)."""
         return torch.cat([self._log_prob_in(part, order) for part in x.split(ROWS)])
 
     def log_prob_by_order(self, x: Tensor, orderings: Tensor) -> Tensor:
-        """The same under each of the orders (K, D): x (n, D) -> (n, K)."""
+        """Return log p of x (n, D) under each of the orders (K, D), shape (n, K)."""
         return torch.stack([self.log_prob_in(x, order) for order in orderings], 1)
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -293,12 +293,12 @@ class OrderAgnosticNADE(Model):
 
 
 def build_nade(info: DataInfo, **params: Any) -> Model:
-    """A `FixedOrderNADE`."""
+    """Build a `FixedOrderNADE`."""
     return FixedOrderNADE(info, **params)
 
 
 def build_eonade(info: DataInfo, **params: Any) -> Model:
-    """An `OrderAgnosticNADE`."""
+    """Build an `OrderAgnosticNADE`."""
     return OrderAgnosticNADE(info, **params)
 
 

@@ -261,7 +261,7 @@ class KernelDensity(Reference):
         return (a.square().sum(1, keepdim=True) - 2 * a @ b.T + b.square().sum(1)).clamp_min(0)
 
     def _log_mean(self, square: Tensor, h: Tensor | float) -> Tensor:
-        """log of the mean kernel, shape (n,), for squared distances (n, m)."""
+        """Return log of the mean kernel, shape (n,), for squared distances (n, m)."""
         h = torch.as_tensor(h, dtype=torch.float64, device=square.device)
         norm = math.log(square.shape[1]) + self.info.dim * (h.log() + 0.5 * LOG_2PI)
         return (-0.5 * square / h.square()).logsumexp(1) - norm

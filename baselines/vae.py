@@ -38,12 +38,12 @@ SCORE_SEED = 0
 
 
 def normal_log_prob(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """log N(x; mean, diag exp(2 log_std)), summed over the last dimension."""
+    """Return log N(x; mean, diag exp(2 log_std)), summed over the last dimension."""
     return (-0.5 * ((x - mean) * (-log_std).exp()).square() - log_std - 0.5 * LOG_2PI).sum(-1)
 
 
 def randn(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise with the dtype and device of `like`."""
+    """Draw standard normal noise with the dtype and device of `like`."""
     return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
@@ -63,7 +63,7 @@ class Net(nn.Module):
         self.linear = nn.Linear(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """x (n, inputs) -> (n, outputs); with a generator, hidden units are dropped at `rate`."""
+        """Map x (n, inputs) to (n, outputs); with a generator, hidden units are dropped at `rate`."""
         h = self.enter(x)
         for first, second in zip(self.first, self.second, strict=True):
             h = h + second(dropout(F.silu(first(F.silu(h))), self.rate, generator))
@@ -96,7 +96,7 @@ class MixturePrior(nn.Module):
         self.logits.copy_((member.sum(0) + 1).log())
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log p(z) of z (..., latent), shape (...)."""
+        """Return log p(z) of z (..., latent), shape (...)."""
         if self.components == 1:
             return (-0.5 * z.square() - 0.5 * LOG_2PI).sum(-1)
         # squares expanded into matrix products: no (..., components, latent) tensor is made
@@ -106,7 +106,7 @@ class MixturePrior(nn.Module):
         return (self.logits.log_softmax(0) - 0.5 * quadratic).logsumexp(-1)
 
     def sample(self, n: int, like: Tensor, generator: torch.Generator) -> Tensor:
-        """n draws, shape (n, latent), with the dtype and device of `like`."""
+        """Draw n samples, shape (n, latent), with the dtype and device of `like`."""
         noise = randn((n, self.latent), like, generator)
         if self.components == 1:
             return noise
@@ -125,11 +125,11 @@ class Decoder(nn.Module):
         """Fit what is known before training, from train (n, D)."""
 
     def features(self, x: Tensor) -> Tensor:
-        """What the encoder sees of x (n, D): shape (n, inputs)."""
+        """Return the encoder's input for x (n, D), shape (n, inputs)."""
         return x
 
     def log_prob(self, out: Tensor, x: Tensor) -> Tensor:
-        """log p(x | z), shape (n, k), from out (n, k, outputs) and x (n, D)."""
+        """Return log p(x | z), shape (n, k), from out (n, k, outputs) and x (n, D)."""
         raise NotImplementedError
 
     def sample(self, out: Tensor, generator: torch.Generator) -> Tensor:
@@ -147,7 +147,7 @@ class GaussianDecoder(Decoder):
         self.inputs, self.outputs = dim, 2 * dim
 
     def mean_and_log_std(self, out: Tensor) -> tuple[Tensor, Tensor]:
-        """mu and log sigma, each (..., D), from out (..., 2 D)."""
+        """Return mu and log sigma, each (..., D), from out (..., 2 D)."""
         mean, raw = out.chunk(2, -1)
         return mean, self.FLOOR + F.softplus(raw - self.FLOOR)
 
@@ -209,7 +209,7 @@ class CategoricalDecoder(Decoder):
         return torch.cat([u, (x > 0).to(x.dtype) - 0.5], -1)
 
     def logits(self, out: Tensor) -> Tensor:
-        """out (..., outputs) -> unnormalised log probabilities (..., D, levels)."""
+        """Map out (..., outputs) to unnormalised log probabilities (..., D, levels)."""
         return self.bias + out.unflatten(-1, (self.dim, self.rank)) @ self.phi
 
     def log_prob(self, out: Tensor, x: Tensor) -> Tensor:
@@ -224,7 +224,7 @@ class CategoricalDecoder(Decoder):
 
 
 def make_decoder(info: DataInfo, rank: int) -> Decoder:
-    """The decoder of the data's domain."""
+    """Build the decoder of the data's domain."""
     if info.domain == "continuous":
         return GaussianDecoder(info.dim)
     if info.domain == "bits":
@@ -234,7 +234,7 @@ def make_decoder(info: DataInfo, rank: int) -> Decoder:
 
 
 def quasi_normal(points: int, dim: int) -> Tensor:
-    """A fixed set of standard normal points (points, dim): Sobol points, scrambled under `SCORE_SEED`."""
+    """Return a fixed set of standard normal points (points, dim): Sobol points, scrambled under `SCORE_SEED`."""
     u = torch.quasirandom.SobolEngine(dim, scramble=True, seed=SCORE_SEED).draw(points, dtype=torch.float64)
     return torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)).float()
 
@@ -300,7 +300,7 @@ class VariationalAutoencoder(Model):
             self.prior.start_at(self.posterior(train[rows])[0])
 
     def _start_at_principal_axes(self, train: Tensor) -> None:
-        """Encoder and decoder start as the rotation to the principal axes of train (n, D) and back.
+        """Start encoder and decoder as the rotation to the principal axes of train (n, D) and back.
 
         With narrow noise on both sides the model then starts as its prior, rotated: a mixture of Gaussians.
         """
@@ -323,7 +323,7 @@ class VariationalAutoencoder(Model):
         return mean, self.FLOOR + F.softplus(raw - self.FLOOR)
 
     def bound_terms(self, x: Tensor, noise: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """log p(x | z) and log p(z) - log q(z | x), each (n, k), at z = mean + std * noise.
+        """Return log p(x | z) and log p(z) - log q(z | x), each (n, k), at z = mean + std * noise.
 
         Args:
             x: shape (n, D).

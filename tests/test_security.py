@@ -399,7 +399,9 @@ TEXTS: list[tuple[int, tuple[Any, ...]]] = [
 
 @pytest.mark.parametrize(("which", "path"), TEXTS)
 @pytest.mark.parametrize("value", ["=cmd|' /C calc'!A1", "+1+1", "-1+1", "@SUM(1)", "\tx"])
-def test_record_with_text_that_a_spreadsheet_would_run_is_refused(which: int, path: tuple[Any, ...], value: str) -> None:
+def test_record_with_text_that_a_spreadsheet_would_run_is_refused(
+    which: int, path: tuple[Any, ...], value: str
+) -> None:
     with pytest.raises(RecordError, match=str(path[-1])):
         check_record(at(RECORDS[which], path, value))
 
