@@ -1,41 +1,19 @@
-"""Song and Ermon 2019, "Generative Modeling by Estimating Gradients of the Data Distribution" (arXiv:1907.05600).
-
-Replicated, with the section that each experiment stands for. Here, what score networks learn:
-
-- ncsn-manifold: the score matching loss on data that lie on a plane (3.1, Fig 1);
-- ncsn-score-error: where sliced score matching estimates the score well (3.2.1, Fig 2, App B.1);
-- ncsn-noise-levels: score norms and weighted losses from level to level (4.2).
-
-In `replicate.papers.ncsn_langevin`, the toy chains with exact scores:
-
-- ncsn-langevin and ncsn-passage: the weights that plain Langevin dynamics ends with (3.2.2, Fig 3b), and how long a
-  chain takes to change modes;
-- ncsn-annealed: annealed Langevin on the same mixture (4.3, Fig 3c), with the settings of the main text and those of
-  the appendix and the released code, under both meanings of sigma.
-
-In `replicate.papers.ncsn_inpainting`, on Gaussians: ncsn-inpainting (Algorithm 2) and ncsn-step (Algorithm 1).
-
-Deviations: a plane of Gaussian coordinates in 10 dimensions stands for CIFAR-10 in 3.1, with the toy's network; 8x8
-digits stand for the images of 4.2.
-"""
+"""What score networks learn: on a plane, near two modes and away from them, and from noise level to noise level."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from replicate.experiments.noise_schedules import RUNGS, ladder
+from replicate.experiments import Run, experiment, fit
+from replicate.experiments.noise_schedules import geometric_levels
 from replicate.model import Estimate
-from replicate.papers.ncsn_inpainting import INPAINTING, STEP
-from replicate.papers.ncsn_langevin import ANNEALED, BOX, LANGEVIN, PASSAGE
-from replicate.resume import State, resumable
-from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
-from replicate.runs.paper import Paper
+from replicate.papers.ncsn.langevin import BOX
 from replicate.score_based.matching import Score, denoising_score_matching, sliced_score_matching_vr
 from replicate.score_based.ncsn import NCSN
 from replicate.score_based.networks import FreeScore, NoiseNet
@@ -48,16 +26,10 @@ GRID = 100
 ROUNDING = 1e-9
 
 
-# -- sec 3.2.1: where the estimated score is right
-
-
-def log_density_quantile(q: float) -> float:
-    """The q-quantile of log p(x) under the toy mixture, for q up to 0.4.
-
-    A component w N(m, I) in the plane has P(log p < c) = exp(c) 2 pi / w while c is under its peak and the other
-    component is far away; weighted by w and summed over both components, q = 4 pi exp(c).
-    """
-    return math.log(q / (4 * math.pi))
+def toy_network(run: Run, dim: int, hidden: int) -> FreeScore:
+    """Return three linear layers with softplus between them."""
+    with run.initialisation():
+        return FreeScore(dim, hidden, 2, "softplus").to(run.device)
 
 
 def train_sliced(
@@ -66,9 +38,9 @@ def train_sliced(
     steps: int,
     lr: float,
     projections: torch.Generator,
-    *sources: torch.Generator,
+    sources: Mapping[str, torch.Generator],
 ) -> Tensor:
-    """Adam on sliced score matching with variance reduction and Gaussian projections, as in the released toy code.
+    """Train with Adam on sliced score matching with variance reduction and Gaussian projections, as the toy code does.
 
     Args:
         net: score network, trained in place.
@@ -76,123 +48,122 @@ def train_sliced(
         steps: iterations.
         lr: learning rate.
         projections: draws v.
-        sources: what `batch` draws from.
+        sources: what `batch` draws from, by name.
 
     Returns:
         The loss of each iteration, shape (steps,), float64.
     """
-    optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
-    state: State = {
-        "net": net,
-        "optimizer": optimizer,
-        "projections": projections,
-        **{f"source-{i}": source for i, source in enumerate(sources)},
-        "losses": torch.empty(steps, device=projections.device),
-    }
-    for step in resumable("sliced score matching", steps, state):
+
+    def loss() -> Tensor:
         x = batch()
         v = torch.randn(x.shape, generator=projections, device=x.device, dtype=x.dtype)
-        loss = sliced_score_matching_vr(net, x, v).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        state["losses"][step] = loss.detach()
-    losses: Tensor = state["losses"]
-    return losses.double().cpu()
+        return sliced_score_matching_vr(net, x, v).mean()
+
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
+    return fit(net, loss, optimizer, steps, {"projections": projections, **sources}).losses
+
+
+# -- sec 3.2.1: where the estimated score is right
+
+
+def log_density_quantile(q: float) -> float:
+    """Return the q-quantile of log p(x) under the toy mixture, for q up to 0.4.
+
+    A component w N(m, I) in the plane has P(log p < c) = exp(c) 2 pi / w while c is under its peak and the other
+    component is far away; weighted by w and summed over both components, q = 4 pi exp(c).
+    """
+    return math.log(q / (4 * math.pi))
 
 
 def relative_error(estimated: Tensor, true: Tensor) -> float:
-    """Root mean square of |s - t| over that of |t|, for scores (n, D) in one region."""
+    """Return the root mean square of |s - t| over that of |t|, for scores (n, D) in one region."""
     return float(((estimated - true).square().sum() / true.square().sum()).sqrt())
 
 
-def error_by_log_density(estimated: Tensor, true: Tensor, log_p: Tensor, bins: int = 25) -> Line:
-    """The relative error in bins of log p that hold equally many points of the grid."""
-    parts = log_p.argsort().chunk(bins)
-    x = [float(log_p[i].mean()) for i in parts]
-    return Line("relative error", x, [relative_error(estimated[i], true[i]) for i in parts])
-
-
 @torch.no_grad()
-def along_the_axis(density: GaussianMixture, net: Score, device: torch.device) -> tuple[Line, Line]:
-    """True and estimated score on the line through both modes, along that line."""
+def along_the_axis(
+    density: GaussianMixture, net: Score, device: torch.device
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Return the curves of the true and the estimated score on the line through both modes, along that line."""
     at = torch.linspace(-BOX, BOX, 161, device=device)
     x = torch.stack([at, at], 1)
     distance = (math.sqrt(2) * at).tolist()
-    true, estimated = (s.sum(1).div(math.sqrt(2)).tolist() for s in (density.score(x), net(x)))
-    return Line("true", distance, true), Line("estimated", distance, estimated)
+    scores = {"true": density.score(x), "estimated": net(x)}
+    return {name: (distance, s.sum(1).div(math.sqrt(2)).tolist()) for name, s in scores.items()}
 
 
-def score_error(context: Context) -> Outcome:
-    """N1: the paper's network and training; the error of its score by region of log p on the plotted square."""
-    p, streams, device = context.params, context.streams, context.device
-    density = two_gaussians()
-    with streams.initialisation():
-        net = FreeScore(2, p["hidden"], 2, "softplus")  # three linear layers
-    net.to(device)
-    data, projections = streams.fresh("data"), streams.fresh("projections")
-    train_sliced(net, lambda: density.sample(p["batch_size"], data), p["steps"], p["lr"], projections, data)
+@experiment("ncsn-score-error", family="score", seeds=3, smoke={"steps": 50})
+def score_error(
+    run: Run,
+    *,
+    hidden: int = 128,
+    steps: int = 10_000,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    near_quantile: float = 0.1,
+    far_quantile: float = 0.001,
+) -> None:
+    """Error of a score from sliced score matching near two modes and away from them."""
+    density, net, data = two_gaussians(), toy_network(run, 2, hidden), run.stream("data")
+    train_sliced(net, lambda: density.sample(batch_size, data), steps, lr, run.stream("projections"), {"data": data})
 
-    axis = torch.linspace(-BOX, BOX, GRID, device=device)
+    axis = torch.linspace(-BOX, BOX, GRID, device=run.device)
     x = torch.cartesian_prod(axis, axis)
     true, log_p = density.score(x), density.log_prob(x)
     with torch.no_grad():
         estimated = net(x)
-    near = log_p >= log_density_quantile(p["near_quantile"])
-    far = log_p < log_density_quantile(p["far_quantile"])
-    estimates = {
-        f"relative_score_error:{name}": Estimate.exact(relative_error(estimated[where], true[where]), "ratio")
-        for name, where in (("near", near), ("far", far))
-    }
-    error = Plot(
+    near, far = log_p >= log_density_quantile(near_quantile), log_p < log_density_quantile(far_quantile)
+    for name, where in (("near", near), ("far", far)):
+        error = relative_error(estimated[where], true[where])
+        run.measure(f"relative_score_error:{name}", Estimate.exact(error, "ratio"))
+    bins = log_p.argsort().chunk(25)  # of equally many points
+    by_log_p = [float(log_p[i].mean()) for i in bins], [relative_error(estimated[i], true[i]) for i in bins]
+    run.curves(
         "score-error",
         "Score error by log density on [-8, 8]^2",
-        "log p, nats",
-        "relative error of the score",
-        (error_by_log_density(estimated, true, log_p),),
-        log_y=True,
+        ("log p, nats", "relative error of the score"),
+        {"relative error": by_log_p},
+        log="y",
         levels={"no better than a score of zero": 1.0},
     )
-    axis_plot = Plot(
-        "score-on-the-axis",
-        "Score along the line through both modes",
-        "distance from the origin",
-        "score along the line",
-        along_the_axis(density, net, device),
-    )
-    return Outcome(estimates, (error, axis_plot))
-
-
-SCORE_ERROR = Experiment(
-    name="ncsn-score-error",
-    about="error of a score from sliced score matching near two modes and away from them",
-    family="score",
-    run=score_error,
-    params={
-        "hidden": 128,
-        "steps": 10_000,
-        "batch_size": 128,
-        "lr": 1e-3,
-        "near_quantile": 0.1,
-        "far_quantile": 0.001,
-    },
-    seeds=3,
-    overrides={"smoke": {"steps": 50}},
-)
+    axes = "distance from the origin", "score along the line"
+    curves = along_the_axis(density, net, run.device)
+    run.curves("score-on-the-axis", "Score along the line through both modes", axes, curves)
 
 
 # -- sec 3.1: data on a plane
 
 
+@dataclass(frozen=True)
+class ManifoldSettings:
+    """Settings of ncsn-manifold: data N(0, data_sd^2) in a plane, noise and training.
+
+    Attributes:
+        dim, plane_dim: dimensions of the space and of the plane.
+        data_sd, noise_sd: standard deviations.
+        block: iterations that a point of the loss curve averages.
+    """
+
+    dim: int = 10
+    plane_dim: int = 5
+    data_sd: float = 0.3
+    noise_sd: float = 0.01
+    hidden: int = 128
+    steps: int = 5000
+    batch_size: int = 128
+    lr: float = 3e-3
+    block: int = 50
+
+
 def plane(dim: int, plane_dim: int, generator: torch.Generator) -> Tensor:
-    """An orthonormal basis (dim, plane_dim) of a random plane through the origin."""
+    """Draw an orthonormal basis (dim, plane_dim) of a random plane through the origin."""
     return torch.linalg.qr(torch.randn(dim, plane_dim, generator=generator, device=generator.device))[0]
 
 
 def loss_floor(dim: int, plane_dim: int, data_sd: float, noise_sd: float) -> float:
-    """The least score matching loss on N(0, data_sd^2) in a plane plus N(0, noise_sd^2 I): -1/2 E|grad log p|^2.
+    """Return the least score matching loss on N(0, data_sd^2) in a plane plus N(0, noise_sd^2 I).
 
-    Minus infinity without noise.
+    It is -1/2 E|grad log p|^2, minus infinity without noise.
     """
     if noise_sd == 0:
         return -math.inf
@@ -200,180 +171,124 @@ def loss_floor(dim: int, plane_dim: int, data_sd: float, noise_sd: float) -> flo
     return -0.5 * (across + along)
 
 
-def manifold_losses(noise_sd: float, context: Context) -> Tensor:
-    """Losses (steps,) of the toy network on data in a plane plus noise; all else is the same for every noise."""
-    p, streams = context.params, context.streams
-    basis = plane(p["dim"], p["plane_dim"], streams.fresh("plane"))
-    data, noise = streams.fresh("data"), streams.fresh("noise")
+def manifold_losses(run: Run, s: ManifoldSettings, noise_sd: float) -> Tensor:
+    """Return the losses (steps,) of the toy network on data in a plane plus noise; only the noise's size differs."""
+    basis = plane(s.dim, s.plane_dim, run.stream("plane"))
+    data, noise = run.stream("data"), run.stream("noise")
 
     def batch() -> Tensor:
-        u = torch.randn(p["batch_size"], p["plane_dim"], generator=data, device=context.device)
-        z = torch.randn(p["batch_size"], p["dim"], generator=noise, device=context.device)
-        return p["data_sd"] * u @ basis.T + noise_sd * z
+        u = torch.randn(s.batch_size, s.plane_dim, generator=data, device=run.device)
+        z = torch.randn(s.batch_size, s.dim, generator=noise, device=run.device)
+        return s.data_sd * u @ basis.T + noise_sd * z
 
-    with streams.initialisation():
-        net = FreeScore(p["dim"], p["hidden"], 2, "softplus")
-    net.to(context.device)
-    return train_sliced(net, batch, p["steps"], p["lr"], streams.fresh("projections"), data, noise)
+    net, sources = toy_network(run, s.dim, s.hidden), {"data": data, "noise": noise}
+    return train_sliced(net, batch, s.steps, s.lr, run.stream("projections"), sources)
 
 
 def fluctuation(curve: np.ndarray) -> float:
-    """Standard deviation of a curve's last quarter about its own straight line: a steady decline is none."""
-    tail = curve[-(len(curve) // 4) :]
-    at = np.arange(len(tail))
-    return float(np.std(tail - np.polyval(np.polyfit(at, tail, 1), at), ddof=2))
+    """Return the standard deviation of a curve about its own straight line: a steady decline is none."""
+    at = np.arange(len(curve))
+    return float(np.std(curve - np.polyval(np.polyfit(at, curve, 1), at), ddof=2))
 
 
-def manifold(context: Context) -> Outcome:
-    """N5: the loss curve without noise and with N(0, 1e-4) noise."""
-    p = context.params
-    floor = loss_floor(p["dim"], p["plane_dim"], p["data_sd"], p["noise_sd"])
-    estimates = {}
-    lines = []
-    for name, noise_sd in (("clean", 0.0), ("noised", p["noise_sd"])):
-        curve = manifold_losses(noise_sd, context).view(-1, p["block"]).mean(1).numpy()
-        tail = curve[-(len(curve) // 4) :]
-        estimates[f"loss_fluctuation:{name}"] = Estimate.exact(fluctuation(curve), "nats")
-        estimates[f"loss_over_floor:{name}"] = Estimate.exact(float(tail.mean()) / floor, "ratio")
-        estimates[f"relative_fluctuation:{name}"] = Estimate.exact(
-            fluctuation(curve) / abs(float(tail.mean())), "ratio"
-        )
-        at = [(i + 1) * p["block"] for i in range(len(curve))]
-        lines.append(Line(name, at, np.where(curve < 0, -curve, np.nan).tolist()))
-    plot = Plot(
-        "loss-curve",
-        "Score matching loss on data in a plane, with its sign turned",
-        "iterations",
-        "minus the loss, nats",
-        tuple(lines),
-        log_y=True,
-        levels={"least loss with the noise": -floor},
-    )
-    return Outcome(estimates, (plot,))
-
-
-MANIFOLD = Experiment(
-    name="ncsn-manifold",
+@experiment(
+    "ncsn-manifold",
     about="the score matching loss on data in a plane, without and with N(0, 1e-4) noise",
     family="score",
-    run=manifold,
-    params={
-        "dim": 10,
-        "plane_dim": 5,
-        "data_sd": 0.3,
-        "noise_sd": 0.01,
-        "hidden": 128,
-        "steps": 5000,
-        "batch_size": 128,
-        "lr": 3e-3,
-        "block": 50,
-    },
     seeds=3,
-    overrides={"smoke": {"steps": 200, "block": 5}},
+    smoke={"steps": 200, "block": 5},
 )
+def manifold(run: Run, s: ManifoldSettings) -> None:
+    """Measure the loss curve and its fluctuation, without and with noise."""
+    floor = loss_floor(s.dim, s.plane_dim, s.data_sd, s.noise_sd)
+    curves = {}
+    for name, noise_sd in (("clean", 0.0), ("noised", s.noise_sd)):
+        curve = manifold_losses(run, s, noise_sd).view(-1, s.block).mean(1).numpy()
+        tail = curve[-(len(curve) // 4) :]
+        size, end = fluctuation(tail), float(tail.mean())
+        run.measure(f"loss_fluctuation:{name}", Estimate.exact(size, "nats"))
+        run.measure(f"loss_over_floor:{name}", Estimate.exact(end / floor, "ratio"))
+        run.measure(f"relative_fluctuation:{name}", Estimate.exact(size / abs(end), "ratio"))
+        curves[name] = [(i + 1) * s.block for i in range(len(curve))], np.where(curve < 0, -curve, np.nan).tolist()
+    run.curves(
+        "loss-curve",
+        "Score matching loss on data in a plane, with its sign turned",
+        ("iterations", "minus the loss, nats"),
+        curves,
+        log="y",
+        levels={"least loss with the noise": -floor},
+    )
 
 
 # -- sec 4.2: the weights of the noise levels
 
 
+@dataclass(frozen=True)
+class LevelSettings:
+    """Settings of ncsn-noise-levels: first and last noise level, network and training."""
+
+    first: float = 1.0
+    last: float = 0.01
+    hidden: int = 256
+    width: float = 0.05
+    steps: int = 1500
+    batch_size: int = 128
+    lr: float = 1e-3
+
+
 def optimal_score(train: Tensor, sigma: float) -> GaussianMixture:
-    """The training images convolved with N(0, sigma^2 I): its score minimises denoising score matching on them."""
+    """Return the training images convolved with N(0, sigma^2 I): its score minimises denoising score matching."""
     return GaussianMixture(train.cpu(), sigma**2 * torch.eye(train.shape[1]), torch.ones(len(train)))
 
 
-def train_ncsn(train: Tensor, context: Context) -> NCSN:
-    """The suite's NCSN on images (n, D) at the experiment's levels, by Adam; the sampler's settings are not used."""
-    p, streams = context.params, context.streams
-    with streams.initialisation():
-        net = NoiseNet(train.shape[1], p["hidden"], width=p["width"])
-    model = NCSN(net, train.shape[1], p["first"], p["last"], RUNGS, 1, 1.0).to(context.device)
-    model.initialise(train, streams.fresh("initialise"))
-    batches, noise = streams.fresh("batches"), streams.fresh("noise")
-    optimizer = torch.optim.Adam(model.parameters(), lr=p["lr"])
-    state: State = {"model": model, "optimizer": optimizer, "batches": batches, "noise": noise}
-    for _ in resumable("denoising score matching", p["steps"], state):
-        chosen = torch.randint(len(train), (p["batch_size"],), generator=batches, device=context.device)
-        loss = model.loss(train[chosen], noise)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+def train_ncsn(run: Run, s: LevelSettings, train: Tensor, levels: int) -> NCSN:
+    """Train the suite's NCSN on images (n, D) at the experiment's levels; the sampler's settings are not used."""
+    with run.initialisation():
+        net = NoiseNet(train.shape[1], s.hidden, width=s.width)
+    model = NCSN(net, train.shape[1], s.first, s.last, levels, 1, 1.0).to(run.device)
+    model.initialise(train, run.stream("initialise"))
+    batches, noise = run.stream("batches"), run.stream("noise")
+
+    def loss() -> Tensor:
+        chosen = torch.randint(len(train), (s.batch_size,), generator=batches, device=run.device)
+        return model.loss(train[chosen], noise)
+
+    fit(model, loss, torch.optim.Adam(model.parameters(), lr=s.lr), s.steps, {"batches": batches, "noise": noise})
     return model
 
 
 @torch.no_grad()
 def norm_and_loss(score: Score, x: Tensor, sigma: float, generator: torch.Generator) -> tuple[float, float]:
-    """(mean |s|, mean 1/2 |sigma s + z|^2) at x + sigma z for images x (n, D)."""
+    """Return (mean |s|, mean 1/2 |sigma s + z|^2) at x + sigma z for images x (n, D)."""
     z = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     loss = denoising_score_matching(score, x, sigma, z).mean()
     return float(score(x + sigma * z).norm(dim=1).mean()), float(loss)
 
 
-def decades(losses: list[float]) -> float:
-    """log10 of the largest over the smallest loss, where less than ROUNDING counts as that."""
-    return math.log10(max(losses) / max(min(losses), ROUNDING))
+@experiment("ncsn-noise-levels", family="score", seeds=3, tasks=("digits",), smoke={"steps": 20})
+def noise_levels(run: Run, s: LevelSettings) -> None:
+    """Score norm and weighted loss from level to level, on digits."""
+    train, _, test = (x.to(run.device) / (LEVELS - 1) for x, _ in textbook_split())
+    sigmas = geometric_levels(s.first, s.last).tolist()
+    model = train_ncsn(run, s, train, len(sigmas))
 
-
-def noise_levels(context: Context) -> Outcome:
-    """N6: score norm and weighted loss by level, for the optimum on the training images and a trained network."""
-    streams = context.streams
-    train, _, test = (x.to(context.device) / (LEVELS - 1) for x, _ in textbook_split())
-    model = train_ncsn(train, context)
-    sigmas = ladder(context.params["first"], context.params["last"]).tolist()
+    def optimum(sigma: float) -> Score:
+        return optimal_score(train, sigma).score
 
     def trained(sigma: float) -> Score:
         return lambda x: model.score_at_level(x, x.new_full((len(x),), sigma))
 
-    settings: dict[str, tuple[Callable[[float], Score], Tensor]] = {
-        "optimum": (lambda sigma: optimal_score(train, sigma).score, train),
-        "network-train": (trained, train),
-        "network-test": (trained, test),
-    }
-    estimates, norms, losses = {}, [], []
-    for name, (score_of, x) in settings.items():
-        generator = streams.fresh(f"evaluation-{name}")
-        norm, loss = map(list, zip(*(norm_and_loss(score_of(s), x, s, generator) for s in sigmas), strict=True))
-        slope = float(np.polyfit(np.log(sigmas), np.log(norm), 1)[0])
-        estimates[f"norm_exponent:{name}"] = Estimate.exact(slope, "exponent")
-        estimates[f"weighted_loss_range:{name}"] = Estimate.exact(decades(loss), "decades")
-        norms.append(Line(name, sigmas, norm))
-        losses.append(Line(name, sigmas, loss))
-    rule = Line("sqrt(D) / sigma", sigmas, [math.sqrt(train.shape[1]) / s for s in sigmas])
-    plots = (
-        Plot("score-norm", "Norm of the score by level", "sigma", "norm", (*norms, rule), log_x=True, log_y=True),
-        Plot(
-            "weighted-loss",
-            "sigma^2-weighted denoising loss by level",
-            "sigma",
-            "loss, nats",
-            tuple(losses),
-            log_x=True,
-            log_y=True,
-        ),
-    )
-    return Outcome(estimates, plots)
-
-
-NOISE_LEVELS = Experiment(
-    name="ncsn-noise-levels",
-    about="score norm and weighted loss from level to level, on digits",
-    family="score",
-    run=noise_levels,
-    params={
-        "first": 1.0,
-        "last": 0.01,
-        "hidden": 256,
-        "width": 0.05,
-        "steps": 1500,
-        "batch_size": 128,
-        "lr": 1e-3,
-    },
-    seeds=3,
-    tasks=("digits",),
-    overrides={"smoke": {"steps": 20}},
-)
-
-PAPER = Paper(
-    "ncsn",
-    Path(__file__).with_suffix(".toml"),
-    experiments=(SCORE_ERROR, LANGEVIN, PASSAGE, ANNEALED, MANIFOLD, NOISE_LEVELS, INPAINTING, STEP),
-)
+    norms, losses = {}, {}
+    cases = {"optimum": (optimum, train), "network-train": (trained, train), "network-test": (trained, test)}
+    for name, (score_of, x) in cases.items():
+        generator = run.stream(f"evaluation-{name}")
+        norm, loss = zip(*(norm_and_loss(score_of(sigma), x, sigma, generator) for sigma in sigmas), strict=True)
+        exponent = float(np.polyfit(np.log(sigmas), np.log(norm), 1)[0])
+        decades = math.log10(max(loss) / max(min(loss), ROUNDING))
+        run.measure(f"norm_exponent:{name}", Estimate.exact(exponent, "exponent"))
+        run.measure(f"weighted_loss_range:{name}", Estimate.exact(decades, "decades"))
+        norms[name], losses[name] = (sigmas, norm), (sigmas, loss)
+    norms["sqrt(D) / sigma"] = sigmas, tuple(math.sqrt(train.shape[1]) / sigma for sigma in sigmas)
+    run.curves("score-norm", "Norm of the score by level", ("sigma", "norm"), norms, log="xy")
+    title = "sigma^2-weighted denoising loss by level"
+    run.curves("weighted-loss", title, ("sigma", "loss, nats"), losses, log="xy")
