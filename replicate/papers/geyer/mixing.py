@@ -1,42 +1,21 @@
-"""Geyer 1991, "Markov Chain Monte Carlo Maximum Likelihood": chains that do not cross between modes, and what helps.
-
-Two densities whose score is exact, so that only the sampler is at fault: two Gaussians of weights 1/5 and 4/5, 14
-standard deviations apart (Song and Ermon 2019), and eight equal Gaussians on a circle, neighbours 6 standard deviations
-apart. All chains start in one mode, the first one, from its own law. Samplers:
-
-    ula, mala: Langevin dynamics, unadjusted and adjusted (Roberts and Tweedie 1996).
-    tempering: parallel tempering, MALA at temperatures in geometric progression (Swendsen and Wang 1986; Geyer 1991).
-    annealed: Langevin dynamics through noise levels (Song and Ermon 2019), another chain for every number of steps.
-
-The currency is the score evaluation, those of all temperatures and noise levels counted. What is measured: the error of
-the modes' weights over the chains when a given number is spent, and for the three that have a stationary law the
-integrated autocorrelation time of the modes' indicators after the first quarter of the path, with the modes' true
-weights as means, so that a chain that stays in its mode cannot look good (`replicate.metrics.autocorrelation`).
-
-Deviations: Geyer's example is a spatial process and has no gradient; his chains are Metropolis-coupled without it. The
-annealed chain has no stationary law and so no autocorrelation time.
-"""
+"""How many score evaluations Langevin dynamics, parallel tempering and annealing need to mix two modes or eight."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from replicate.experiments.noise_schedules import ladder
+from replicate.experiments import Run, experiment
+from replicate.experiments.noise_schedules import geometric_levels
 from replicate.experiments.planar import noised
 from replicate.metrics.autocorrelation import autocorrelation, autocorrelation_time
 from replicate.metrics.samples import mode_weight_error
-from replicate.model import Estimate
-from replicate.resume import State, resumable
-from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
-from replicate.runs.paper import Paper
+from replicate.model import Estimate, Kind
 from replicate.sampling.annealed import annealed_langevin
 from replicate.sampling.langevin import mala, ula
 from replicate.sampling.tempering import parallel_tempering
@@ -48,12 +27,40 @@ DENSITIES: Mapping[str, Callable[[], GaussianMixture]] = {
 }
 #: states of a path that are kept
 KEPT = 1000
-#: share of a path that is left out of its autocorrelation time; what is left of the start afterwards makes it longer
+#: share of a path that is left out of its autocorrelation time; a trace of the start after that makes it longer
 BURN = 0.25
 #: a sampler has mixed when the error of the modes' weights first falls below this
 MIXED = 0.1
 #: shares of the whole budget that the annealed chain is given in turn
 BUDGETS = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the comparison on one density; step sizes and noise levels are relative to its narrowest width.
+
+    Attributes:
+        density: a key of DENSITIES.
+        hottest, temperatures: highest temperature and number of temperatures.
+        chains: of each sampler.
+        nfe: budget of each chain, in score evaluations.
+        ula_step, mala_step, annealed_step: step sizes; of the annealed chain that of its last level.
+        steps: Langevin steps between two exchanges.
+        sigma_first, sigma_last, levels: noise levels.
+    """
+
+    density: str
+    hottest: float
+    temperatures: int
+    chains: int = 400
+    nfe: int = 5000
+    ula_step: float = 0.2
+    mala_step: float = 2.0
+    steps: int = 5
+    sigma_first: float = 10.0
+    sigma_last: float = 0.1
+    levels: int = 20
+    annealed_step: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -72,182 +79,121 @@ class Walk:
 
 
 def start(density: GaussianMixture, n: int, generator: torch.Generator) -> Tensor:
-    """n draws of the first component, shape (n, D), float64."""
+    """Draw n states of the first component, shape (n, D), float64."""
     z = torch.randn(n, density.dim, generator=generator, dtype=torch.float64, device=generator.device)
     return density.means[0].to(z) + z @ density.factor.T.to(z)
 
 
-def modes_of(density: GaussianMixture, path: Tensor) -> Tensor:
-    """Mode of each state of a path (r, n, D), shape (r, n)."""
+def modes_of(density: GaussianMixture, path: Tensor | None) -> Tensor:
+    """Return the mode of each state of a recorded path (r, n, D), shape (r, n)."""
+    assert path is not None
     return density.mode_of(path.flatten(0, 1)).view(path.shape[:2])
 
 
-def langevin_walks(density: GaussianMixture, x: Tensor, context: Context) -> dict[str, Walk]:
-    """ULA and MALA for the whole budget."""
-    p, variance = context.params, density.narrowest**2
-    every = max(1, p["nfe"] // KEPT)
-    unadjusted = ula(
-        density.score, x, p["nfe"], p["ula_step"] * variance, context.streams.fresh("ula"), record_every=every
-    )
-    adjusted = mala(
-        density.log_prob,
-        density.score,
-        x,
-        p["nfe"],
-        p["mala_step"] * variance,
-        context.streams.fresh("mala"),
-        record_every=every,
-    )
-    assert unadjusted.path is not None
-    assert adjusted.path is not None
+def langevin_walks(run: Run, s: Settings, density: GaussianMixture, x: Tensor) -> dict[str, Walk]:
+    """Run ULA and MALA for the whole budget."""
+    every, variance = max(1, s.nfe // KEPT), density.narrowest**2
+    plain = ula(density.score, x, s.nfe, s.ula_step * variance, run.stream("ula"), record_every=every)
+    eps, generator = s.mala_step * variance, run.stream("mala")
+    adjusted = mala(density.log_prob, density.score, x, s.nfe, eps, generator, record_every=every)
     assert adjusted.acceptance is not None
-    rate = Estimate(adjusted.acceptance, math.nan, "estimate", "probability", p["nfe"])
+    rate = Estimate(adjusted.acceptance, math.nan, "estimate", "probability", s.nfe)
     return {
-        "ula": Walk(modes_of(density, unadjusted.path), every, {}),
+        "ula": Walk(modes_of(density, plain.path), every, {}),
         "mala": Walk(modes_of(density, adjusted.path), every, {"acceptance:mala": rate}),
     }
 
 
-def tempered_walk(density: GaussianMixture, x: Tensor, context: Context) -> Walk:
-    """Parallel tempering for the whole budget; every round is recorded."""
-    p = context.params
-    temperatures = ladder(p["hottest"], 1.0, p["temperatures"]).flip(0)
-    stride = len(temperatures) * (p["steps"] + 1)
-    rounds = max(2, p["nfe"] // stride)
+def tempered_walk(run: Run, s: Settings, density: GaussianMixture, x: Tensor) -> Walk:
+    """Run parallel tempering for the whole budget; record every round."""
+    temperatures = geometric_levels(s.hottest, 1.0, s.temperatures).flip(0)
+    stride = len(temperatures) * (s.steps + 1)
+    rounds = max(2, s.nfe // stride)
+    eps, generator, score = s.mala_step * density.narrowest**2, run.stream("tempering"), density.score
     found = parallel_tempering(
-        density.log_prob,
-        density.score,
-        x,
-        temperatures,
-        rounds,
-        p["steps"],
-        p["mala_step"] * density.narrowest**2,
-        context.streams.fresh("tempering"),
-        record_every=1,
+        density.log_prob, score, x, temperatures, rounds, s.steps, eps, generator, record_every=1
     )
-    assert found.coldest.path is not None
     lowest = Estimate(float(found.swaps.min()), math.nan, "estimate", "probability", rounds * len(x))
     return Walk(modes_of(density, found.coldest.path), stride, {"lowest_exchange_rate:tempering": lowest})
 
 
-def annealed_errors(density: GaussianMixture, x: Tensor, context: Context) -> tuple[list[float], list[Estimate]]:
-    """Evaluations and error of the modes' weights of annealed chains of growing length."""
-    p = context.params
-    sigmas = ladder(p["sigma_first"] * density.narrowest, p["sigma_last"] * density.narrowest, p["levels"])
-    mixtures = {float(s): noised(density, float(s)) for s in sigmas}
-    steps = sorted({max(1, round(share * p["nfe"] / len(sigmas))) for share in BUDGETS})
-    state: State = {"modes": []}
-    for i in resumable("annealed chains", len(steps), state):
-        chain = annealed_langevin(
-            lambda y, sigma: mixtures[float(sigma[0])].score(y),
-            sigmas,
-            x,
-            steps[i],
-            p["annealed_step"] * float(sigmas[-1]) ** 2,
-            context.streams.fresh(f"annealed-{i}"),
-            denoise=False,
-        )
-        state["modes"].append(density.mode_of(chain.samples))
-    spent = [float(s * len(sigmas)) for s in steps]
-    return spent, [mode_weight_error(m, density.mode_weights()) for m in state["modes"]]
+#: score evaluations of a chain, and the error of the modes' weights when they are spent
+Errors = tuple[list[float], list[Estimate]]
 
 
-def weight_errors(density: GaussianMixture, walk: Walk) -> tuple[list[float], list[Estimate]]:
-    """Evaluations and error of the modes' weights over the chains, at about 40 times evenly spaced in the logarithm."""
+def annealed_errors(run: Run, s: Settings, density: GaussianMixture, x: Tensor) -> Errors:
+    """Return the errors of annealed chains of growing length."""
+    sigmas = geometric_levels(s.sigma_first * density.narrowest, s.sigma_last * density.narrowest, s.levels)
+    mixtures = {sigma: noised(density, sigma) for sigma in sigmas.tolist()}
+    eps = s.annealed_step * float(sigmas[-1]) ** 2
+
+    def score_at(y: Tensor, sigma: Tensor) -> Tensor:
+        return mixtures[float(sigma[0])].score(y)
+
+    steps = sorted({max(1, round(share * s.nfe / len(sigmas))) for share in BUDGETS})
+    errors = []
+    for i, t in enumerate(steps):
+        chain = annealed_langevin(score_at, sigmas, x, t, eps, run.stream(f"annealed-{i}"), denoise=False)
+        errors.append(mode_weight_error(density.mode_of(chain.samples), density.mode_weights()))
+    return [float(t * len(sigmas)) for t in steps], errors
+
+
+def weight_errors(density: GaussianMixture, walk: Walk) -> Errors:
+    """Return the errors over the chains at about 40 times, evenly spaced in the logarithm."""
     last = len(walk.modes) - 1
     times = sorted({max(1, round(last ** (i / 40))) for i in range(41)})
     return [t * walk.stride for t in times], [mode_weight_error(walk.modes[t], density.mode_weights()) for t in times]
 
 
 def evaluations_to_mix(at: Sequence[float], errors: Sequence[Estimate]) -> Estimate:
-    """The first of the evaluations `at` whose error is below MIXED; the last, as a lower bound, where none is."""
+    """Return the first of the evaluations `at` whose error is below MIXED, or the last as a lower bound."""
     first = next((a for a, e in zip(at, errors, strict=True) if e.value < MIXED), None)
-    if first is None:
-        return Estimate(float(at[-1]), math.nan, "lower_bound", "score evaluations", errors[-1].n)
-    return Estimate(float(first), math.nan, "estimate", "score evaluations", errors[-1].n)
+    kind: Kind = "lower_bound" if first is None else "estimate"
+    return Estimate(float(at[-1] if first is None else first), math.nan, kind, "score evaluations", errors[-1].n)
 
 
-def mixing(context: Context) -> Outcome:
-    """Error of the modes' weights against evaluations, and autocorrelation times, of every sampler."""
-    p, density = context.params, DENSITIES[context.params["density"]]()
-    x = start(density, p["chains"], context.streams.fresh("start")).to(context.device)
-    walks = {**langevin_walks(density, x, context), "tempering": tempered_walk(density, x, context)}
+def mixing(run: Run, s: Settings) -> None:
+    """Measure every sampler's error of the modes' weights by evaluations, and its autocorrelation time."""
+    density = DENSITIES[s.density]()
+    x = start(density, s.chains, run.stream("start")).to(run.device)
+    walks = {**langevin_walks(run, s, density, x), "tempering": tempered_walk(run, s, density, x)}
     weights = density.mode_weights()
-    curves = {name: weight_errors(density, walk) for name, walk in walks.items()}
-    curves["annealed"] = annealed_errors(density, x, context)
-    estimates: dict[str, Estimate] = {}
-    memory = []
+    errors = {name: weight_errors(density, walk) for name, walk in walks.items()}
+    errors["annealed"] = annealed_errors(run, s, density, x)
+    memory = {}
     for name, walk in walks.items():
         indicators = one_hot(walk.modes[round(BURN * len(walk.modes)) :], len(weights)).double()
         tau = autocorrelation_time(indicators, weights, "recorded states").times(walk.stride, "score evaluations")
-        estimates |= {f"autocorrelation_time:{name}": tau, **walk.extras}
-        rho = autocorrelation(indicators, weights)
-        memory.append(Line(name, [k * walk.stride for k in range(1, len(rho))], rho[1:].tolist()))
-    for name, (at, errors) in curves.items():
-        estimates[f"mode_weight_error:{name}"] = errors[-1]
-        estimates[f"nfe_to_mix:{name}"] = evaluations_to_mix(at, errors)
-        estimates[f"nfe:{name}"] = Estimate.exact(at[-1], "score evaluations")
-    lines = [Line(name, at, [e.value for e in errors]) for name, (at, errors) in curves.items()]
-    return Outcome(
-        estimates, (weight_plot(p["density"], lines, weights, p["chains"]), memory_plot(p["density"], memory))
-    )
-
-
-def weight_plot(density: str, lines: Sequence[Line], weights: Tensor, chains: int) -> Plot:
-    """Error of the modes' weights against evaluations, with what no mixing and what exact draws show."""
-    stuck = 1 - float(weights[0])
+        run.measure_all({f"autocorrelation_time:{name}": tau, **walk.extras})
+        rho = autocorrelation(indicators, weights)[1:].tolist()
+        memory[name] = [k * walk.stride for k in range(1, len(rho) + 1)], rho
+    for name, (at, found) in errors.items():
+        spent = Estimate.exact(at[-1], "score evaluations")
+        mixed = evaluations_to_mix(at, found)
+        run.measure_all({"mode_weight_error": found[-1], "nfe_to_mix": mixed, "nfe": spent}, name)
     # half the sum over the modes of the mean size of N(0, w (1 - w) / n)
-    noise = 0.5 * float((2 * weights * (1 - weights) / (math.pi * chains)).sqrt().sum())
-    return Plot(
+    noise = 0.5 * float((2 * weights * (1 - weights) / (math.pi * s.chains)).sqrt().sum())
+    run.curves(
         "weight-error",
-        f"{density}: error of the modes' weights, all chains started in one mode",
-        "score evaluations a chain, all temperatures counted",
-        "total variation of the modes' weights",
-        tuple(lines),
-        log_x=True,
-        log_y=True,
-        levels={"never left": stuck, "as many exact draws": noise},
+        f"{s.density}: error of the modes' weights, all chains started in one mode",
+        ("score evaluations a chain, all temperatures counted", "total variation of the modes' weights"),
+        {name: (at, [e.value for e in found]) for name, (at, found) in errors.items()},
+        log="xy",
+        levels={"never left": 1 - float(weights[0]), "as many exact draws": noise},
     )
+    title = f"{s.density}: autocorrelation of the modes' indicators, true weights as means"
+    run.curves("autocorrelation", title, ("lag, score evaluations", "autocorrelation"), memory, log="x")
 
 
-def memory_plot(density: str, lines: Sequence[Line]) -> Plot:
-    """Autocorrelation of the modes' indicators, whose sum is the integrated time."""
-    return Plot(
-        "autocorrelation",
-        f"{density}: autocorrelation of the modes' indicators, true weights as means",
-        "lag, score evaluations",
-        "autocorrelation",
-        tuple(lines),
-        log_x=True,
-    )
-
-
-def mixing_experiment(density: str, **settings: Any) -> Experiment:
-    """The comparison on one density."""
-    return Experiment(
-        name=f"mixing-{density}",
-        about=f"{density}: Langevin, parallel tempering and annealing from one mode, with the exact score",
+TWO, EIGHT = (
+    experiment(
+        f"mixing-{settings.density}",
+        about=f"{settings.density}: Langevin, parallel tempering and annealing from one mode, with the exact score",
         family="score",
-        run=mixing,
-        params={
-            "density": density,
-            "chains": 400,
-            "nfe": 5000,
-            "ula_step": 0.2,
-            "mala_step": 2.0,
-            "steps": 5,
-            "sigma_last": 0.1,
-            "levels": 20,
-            "annealed_step": 1.0,
-            **settings,
-        },
+        settings=settings,
         seeds=3,
-        overrides={"smoke": {"chains": 50, "nfe": 600}},
+        smoke={"chains": 50, "nfe": 600},
         precision="float64",
-    )
-
-
-TWO = mixing_experiment("two-gaussians", hottest=32.0, temperatures=6, sigma_first=10.0)
-EIGHT = mixing_experiment("eight-gaussians", hottest=16.0, temperatures=4, sigma_first=10.0)
-
-PAPER = Paper("geyer", Path(__file__).with_suffix(".toml"), experiments=(TWO, EIGHT))
+    )(mixing)
+    for settings in (Settings("two-gaussians", 32.0, 6), Settings("eight-gaussians", 16.0, 4))
+)
