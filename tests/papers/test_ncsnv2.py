@@ -16,10 +16,10 @@ from replicate.papers.ncsnv2 import PAPER, techniques
 from replicate.papers.ncsnv2.techniques import (
     IMAGE_FILE,
     SETTINGS,
-    ImageMixture,
     first_level,
     last_step,
     levels_at,
+    mixture_score,
     overlap_of,
     pairwise_distances,
     ratio_at,
@@ -84,7 +84,7 @@ def test_mixture_score_is_the_gradient_of_its_log_density() -> None:
     sigma = torch.tensor([0.2, 0.5, 3.0], dtype=torch.float64)
     kernel = torch.distributions.Independent(torch.distributions.Normal(images, sigma[:, None, None]), 1)
     (score,) = torch.autograd.grad(kernel.log_prob(x[:, None]).logsumexp(1).sum(), x)
-    torch.testing.assert_close(ImageMixture(images).score(x.detach(), sigma), score)
+    torch.testing.assert_close(mixture_score(images, x.detach(), sigma), score)
 
 
 def test_pairwise_distances_are_scipys() -> None:

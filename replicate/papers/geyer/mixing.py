@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +21,7 @@ from replicate.sampling.langevin import mala, ula
 from replicate.sampling.tempering import parallel_tempering
 from replicate.tasks.densities import GaussianMixture, eight_gaussians, two_gaussians
 
-DENSITIES: Mapping[str, Callable[[], GaussianMixture]] = {
-    "two-gaussians": two_gaussians,
-    "eight-gaussians": eight_gaussians,
-}
+DENSITIES = {"two-gaussians": two_gaussians, "eight-gaussians": eight_gaussians}
 #: states of a path that are kept
 KEPT = 1000
 #: share of a path that is left out of its autocorrelation time; a trace of the start after that makes it longer

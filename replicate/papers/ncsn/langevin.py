@@ -204,4 +204,5 @@ def annealed(run: Run, *, chains: int = 1280, steps: int = 0) -> None:
             else:
                 run.omit(f"mode_spread:{variant}", "no chain ended near a mode")
     if clouds:
-        run.scatter("annealed-samples", "Fig 3(c): annealed Langevin dynamics, by levels and meaning of sigma", clouds)
+        title = "Fig 3(c): annealed Langevin dynamics, by levels and meaning of sigma"
+        run.scatter("annealed-samples", title, clouds)

@@ -80,18 +80,6 @@ def relative_error(estimated: Tensor, true: Tensor) -> float:
     return float(((estimated - true).square().sum() / true.square().sum()).sqrt())
 
 
-@torch.no_grad()
-def along_the_axis(
-    density: GaussianMixture, net: Score, device: torch.device
-) -> dict[str, tuple[list[float], list[float]]]:
-    """Return the curves of the true and the estimated score on the line through both modes, along that line."""
-    at = torch.linspace(-BOX, BOX, 161, device=device)
-    x = torch.stack([at, at], 1)
-    distance = (math.sqrt(2) * at).tolist()
-    scores = {"true": density.score(x), "estimated": net(x)}
-    return {name: (distance, s.sum(1).div(math.sqrt(2)).tolist()) for name, s in scores.items()}
-
-
 @experiment("ncsn-score-error", family="score", seeds=3, smoke={"steps": 50})
 def score_error(
     run: Run,
@@ -110,8 +98,10 @@ def score_error(
     axis = torch.linspace(-BOX, BOX, GRID, device=run.device)
     x = torch.cartesian_prod(axis, axis)
     true, log_p = density.score(x), density.log_prob(x)
+    at = torch.linspace(-BOX, BOX, 161, device=run.device)
+    diagonal = torch.stack([at, at], 1)  # through both modes
     with torch.no_grad():
-        estimated = net(x)
+        estimated, on_diagonal = net(x), {"true": density.score(diagonal), "estimated": net(diagonal)}
     near, far = log_p >= log_density_quantile(near_quantile), log_p < log_density_quantile(far_quantile)
     for name, where in (("near", near), ("far", far)):
         error = relative_error(estimated[where], true[where])
@@ -127,7 +117,8 @@ def score_error(
         levels={"no better than a score of zero": 1.0},
     )
     axes = "distance from the origin", "score along the line"
-    curves = along_the_axis(density, net, run.device)
+    distance = (math.sqrt(2) * at).tolist()
+    curves = {name: (distance, s.sum(1).div(math.sqrt(2)).tolist()) for name, s in on_diagonal.items()}
     run.curves("score-on-the-axis", "Score along the line through both modes", axes, curves)
 
 
@@ -136,12 +127,9 @@ def score_error(
 
 @dataclass(frozen=True)
 class ManifoldSettings:
-    """Settings of ncsn-manifold: data N(0, data_sd^2) in a plane, noise and training.
+    """Settings of ncsn-manifold: data N(0, data_sd^2) in a plane, noise N(0, noise_sd^2) in the space, and training.
 
-    Attributes:
-        dim, plane_dim: dimensions of the space and of the plane.
-        data_sd, noise_sd: standard deviations.
-        block: iterations that a point of the loss curve averages.
+    A point of the loss curve averages `block` iterations.
     """
 
     dim: int = 10
@@ -272,14 +260,15 @@ def noise_levels(run: Run, s: LevelSettings) -> None:
     sigmas = geometric_levels(s.first, s.last).tolist()
     model = train_ncsn(run, s, train, len(sigmas))
 
-    def optimum(sigma: float) -> Score:
-        return optimal_score(train, sigma).score
-
     def trained(sigma: float) -> Score:
         return lambda x: model.score_at_level(x, x.new_full((len(x),), sigma))
 
+    cases: dict[str, tuple[Callable[[float], Score], Tensor]] = {
+        "optimum": (lambda sigma: optimal_score(train, sigma).score, train),
+        "network-train": (trained, train),
+        "network-test": (trained, test),
+    }
     norms, losses = {}, {}
-    cases = {"optimum": (optimum, train), "network-train": (trained, train), "network-test": (trained, test)}
     for name, (score_of, x) in cases.items():
         generator = run.stream(f"evaluation-{name}")
         norm, loss = zip(*(norm_and_loss(score_of(sigma), x, sigma, generator) for sigma in sigmas), strict=True)

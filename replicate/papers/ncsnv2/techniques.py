@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -80,15 +81,9 @@ def levels_at(target: float, setting: Setting) -> float:
     return 1 + math.log(setting.begin / setting.end) / math.log(ratio_at(target, setting.dim))
 
 
-@experiment(
-    "ncsnv2-levels",
-    about="technique 2 solved: levels at the printed overlap, overlap at the printed levels",
-    family="score",
-    seeds=1,
-    precision="float64",
-)
+@experiment("ncsnv2-levels", family="score", seeds=1, precision="float64")
 def solve_levels(run: Run, *, overlap: float = 0.5) -> None:
-    """Solve for L at the printed C and for C at the printed L, for the paper's three image sets."""
+    """Technique 2 solved: levels at the printed overlap, overlap at the printed levels."""
     axis = np.linspace(0.05, 0.95, 91).tolist()
     implied, curves = [], {}
     for name, setting in SETTINGS.items():
@@ -129,15 +124,12 @@ def step_size_for(setting: Setting) -> float:
     return math.exp(found.x) * setting.end**2
 
 
-@experiment(
-    "ncsnv2-step-size",
-    about="technique 4 solved: the Langevin step size at the printed noise levels",
-    family="score",
-    seeds=1,
-    precision="float64",
-)
+@experiment("ncsnv2-step-size", family="score", seeds=1, precision="float64")
 def solve_step_size(run: Run) -> None:
-    """Solve for the step size at the printed levels, and measure the variance that it and the printed one leave."""
+    """Technique 4 solved: the Langevin step size at the printed noise levels.
+
+    Measured is also the variance that the solved and the printed step size leave.
+    """
     curves = {}
     for name, setting in SETTINGS.items():
         best = step_size_for(setting)
@@ -167,22 +159,15 @@ def read_images() -> Tensor:
     return images.float() / 255
 
 
-@dataclass(frozen=True)
-class ImageMixture:
-    """p_sigma(x) = 1/N sum_i N(x; x_i, sigma^2 I) and its exact score.
+def mixture_score(images: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+    """Return grad log p_sigma, shape (n, D), at x (n, D) for sigma (n,), p_sigma(x) = 1/N sum_i N(x; x_i, sigma^2 I).
 
-    Attributes:
-        images: x_i, shape (N, D).
+    It is (posterior mean of x_i - x) / sigma^2; the images x_i have shape (N, D).
     """
-
-    images: Tensor
-
-    def score(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Return grad log p_sigma(x) at x (n, D), sigma (n,): (posterior mean of x_i - x) / sigma^2, shape (n, D)."""
-        # |x - x_i|^2 / 2 without its first term, which is the same for all i
-        logits = x @ self.images.T - 0.5 * self.images.square().sum(1)
-        variance = sigma.square()[:, None]
-        return ((logits / variance).softmax(1) @ self.images - x) / variance
+    # |x - x_i|^2 / 2 without its first term, which is the same for all i
+    logits = x @ images.T - 0.5 * images.square().sum(1)
+    variance = sigma.square()[:, None]
+    return ((logits / variance).softmax(1) @ images - x) / variance
 
 
 def pairwise_distances(x: Tensor, block: int = 1000) -> Tensor:
@@ -208,8 +193,8 @@ def sample_mixture(
     """
     start = torch.rand(n, images.shape[1], generator=generator, device=images.device)
     centre = images.mean(0)  # rounding: logits of centred images are smaller
-    mixture = ImageMixture(images - centre)
-    chain = annealed_langevin(mixture.score, sigmas, start - centre, steps, 2 * step_size, generator, denoise=True)
+    score = partial(mixture_score, images - centre)
+    chain = annealed_langevin(score, sigmas, start - centre, steps, 2 * step_size, generator, denoise=True)
     return chain.samples + centre
 
 
@@ -229,16 +214,9 @@ class FirstLevelSettings:
     ncsn_step_size: float = 2e-5
 
 
-@experiment(
-    "ncsnv2-first-level",
-    about="technique 1: diversity of exact-score samples by the first noise level, on CIFAR-10 test images",
-    family="score",
-    seeds=3,
-    profiles=("full",),
-    files=(IMAGE_FILE,),
-)
+@experiment("ncsnv2-first-level", family="score", seeds=3, profiles=("full",), files=(IMAGE_FILE,))
 def first_level(run: Run, s: FirstLevelSettings) -> None:
-    """Measure the mean pairwise distance of the images and of samples whose noise levels begin large and small."""
+    """Technique 1: diversity of exact-score samples by the first noise level, on CIFAR-10 test images."""
     images = read_images().to(run.device)
     large, small = (math.log(first / s.sigma_end) for first in (s.sigma_large, s.sigma_small))
     short = 1 + round((s.levels - 1) * small / large)
