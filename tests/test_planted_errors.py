@@ -13,8 +13,9 @@ from torch import Tensor
 
 from replicate.ledger.claims import claims_of
 from replicate.likelihood import importance
-from replicate.papers import ncsn_langevin, salakhutdinov, textbook
+from replicate.papers import salakhutdinov, textbook
 from replicate.papers.burda_bounds import LinearGaussian
+from replicate.papers.ncsn import langevin
 from replicate.report.ledger import asked_of
 from replicate.report.records import MEASUREMENT_COLUMNS
 from replicate.report.verdicts import Judged, Measured, judge
@@ -46,10 +47,10 @@ def caught(claim: Callable[[], Judged], plant: Callable[[], None]) -> None:
 
 
 def test_sigma_that_is_added_where_it_should_replace_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    meanings = {**ncsn_langevin.MEANINGS, "replaced": ncsn_langevin.MEANINGS["added"]}
+    meanings = {**langevin.MEANINGS, "replaced": langevin.MEANINGS["added"]}
     caught(
         lambda: verdict("ncsn", "N4-spread-replaced", chains=200, steps=50),
-        lambda: monkeypatch.setattr(ncsn_langevin, "MEANINGS", meanings),
+        lambda: monkeypatch.setattr(langevin, "MEANINGS", meanings),
     )
 
 

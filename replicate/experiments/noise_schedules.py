@@ -7,10 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-#: levels L of every ladder
-RUNGS = 10
 
-
-def ladder(first: float, last: float, levels: int = RUNGS) -> Tensor:
-    """Noise levels in geometric progression, shape (levels,), float64."""
+def geometric_levels(first: float, last: float, levels: int = 10) -> Tensor:
+    """Return noise levels in geometric progression, shape (levels,), float64."""
     return torch.linspace(math.log(first), math.log(last), levels, dtype=torch.float64).exp()

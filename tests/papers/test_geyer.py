@@ -7,28 +7,27 @@ import math
 import pytest
 import torch
 
-from replicate.experiments import planar
+from replicate.experiments import Experiment, Run, planar
 from replicate.ledger.claims import claims_of
 from replicate.model import Estimate
-from replicate.papers import geyer
-from replicate.papers.geyer import EIGHT, PAPER, TWO
-from replicate.runs.experiment import Context, Experiment
+from replicate.papers.geyer import EIGHT, PAPER, TWO, mixing
+from replicate.runs.experiment import Outcome
 from replicate.runs.seeds import Streams
 from replicate.tasks.densities import eight_gaussians, mixture, two_gaussians
 
 
-def context(experiment: Experiment, **changes: object) -> Context:
+def measured(experiment: Experiment, **changes: object) -> Outcome:
     settings = {**experiment.settings("smoke"), **changes}
-    return Context(settings, Streams(experiment.name, "geyer", 0), torch.device("cpu"))
+    return experiment.measure(Run(settings, Streams(experiment.name, "geyer", 0), torch.device("cpu")))
 
 
 def test_all_chains_start_in_the_first_mode_with_its_own_law() -> None:
     density = mixture(2)
-    x = geyer.start(density, 20_000, torch.Generator().manual_seed(0))
+    x = mixing.start(density, 20_000, torch.Generator().manual_seed(0))
     torch.testing.assert_close(x.mean(0), density.means[0], rtol=0, atol=0.04)
     torch.testing.assert_close(torch.cov(x.T), density.covariance, rtol=0, atol=0.05)
     assert bool(
-        (two_gaussians().mode_of(geyer.start(two_gaussians(), 500, torch.Generator().manual_seed(0))) == 0).all()
+        (two_gaussians().mode_of(mixing.start(two_gaussians(), 500, torch.Generator().manual_seed(0))) == 0).all()
     )
 
 
@@ -45,15 +44,15 @@ def test_a_noised_density_is_the_convolution() -> None:
 
 def test_the_evaluations_to_mix_are_the_first_below_and_a_bound_where_there_is_none() -> None:
     errors = [Estimate(v, 0.0, "estimate", "probability", 9) for v in (0.8, 0.09, 0.2)]
-    assert geyer.evaluations_to_mix([10, 20, 30], errors) == Estimate(
+    assert mixing.evaluations_to_mix([10, 20, 30], errors) == Estimate(
         20.0, pytest.approx(math.nan, nan_ok=True), "estimate", "score evaluations", 9
     )
-    never = geyer.evaluations_to_mix([10, 30], [errors[0], errors[2]])
+    never = mixing.evaluations_to_mix([10, 30], [errors[0], errors[2]])
     assert (never.value, never.kind) == (30.0, "lower_bound")
 
 
 def test_langevin_keeps_two_modes_apart_and_tempering_does_not() -> None:
-    found = geyer.mixing(context(TWO, chains=100, nfe=1500))
+    found = measured(TWO, chains=100, nfe=1500)
     e = found.estimates
     assert e["mode_weight_error:ula"].value == e["mode_weight_error:mala"].value == pytest.approx(0.8)
     assert e["nfe_to_mix:mala"].kind == e["autocorrelation_time:mala"].kind == "lower_bound"
@@ -64,7 +63,7 @@ def test_langevin_keeps_two_modes_apart_and_tempering_does_not() -> None:
 
 
 def test_every_sampler_has_the_same_budget_and_every_claim_its_number() -> None:
-    e = geyer.mixing(context(EIGHT, nfe=300)).estimates
+    e = measured(EIGHT, nfe=300).estimates
     for name in ("ula", "mala", "tempering", "annealed"):
         assert 0.9 * 300 <= e[f"nfe:{name}"].value <= 300
     claims = [c for c in claims_of(PAPER).claims if c.experiment]

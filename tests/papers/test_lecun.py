@@ -17,7 +17,7 @@ from replicate.ledger.claims import claims_of
 from replicate.papers import lecun, lecun_families
 from replicate.papers.lecun import BouncingEnergy, Pairs, displaced
 from replicate.papers.lecun_families import HALF, HalfDigits, half_digits
-from replicate.papers.ncsn_inpainting import Gaussian
+from replicate.papers.ncsn.inpainting import Gaussian
 from replicate.registry import model_entry
 from replicate.runs.experiment import Context, Outcome
 from replicate.runs.seeds import Streams

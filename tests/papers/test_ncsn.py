@@ -10,12 +10,13 @@ import torch
 from scipy import integrate, stats
 from torch import Tensor
 
-from replicate.experiments import noise_schedules
+from replicate.experiments import Experiment, Run
+from replicate.experiments.noise_schedules import geometric_levels
 from replicate.ledger.claims import claims_of
-from replicate.papers import ncsn, ncsn_inpainting, ncsn_langevin
-from replicate.papers.ncsn import PAPER
-from replicate.papers.ncsn_langevin import MEANINGS, READINGS
-from replicate.runs.experiment import Context, Experiment
+from replicate.papers.ncsn import PAPER, inpainting, langevin, networks
+from replicate.papers.ncsn.inpainting import Gaussian
+from replicate.papers.ncsn.langevin import MEANINGS, READINGS
+from replicate.runs.experiment import Outcome
 from replicate.runs.seeds import Streams
 from replicate.score_based.matching import implicit_score_matching
 from replicate.tasks.densities import two_gaussians
@@ -36,14 +37,14 @@ def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def context(experiment: Experiment, seed: int = 0, **params: int) -> Context:
-    settings = {**experiment.settings("standard"), **params}
-    return Context(settings, Streams(experiment.name, "ncsn", seed), torch.device("cpu"))
+def measured(experiment: Experiment, seed: int = 0, **changes: int) -> Outcome:
+    settings = {**experiment.settings("standard"), **changes}
+    return experiment.measure(Run(settings, Streams(experiment.name, "ncsn", seed), torch.device("cpu")))
 
 
 @pytest.mark.parametrize("experiment", PAPER.experiments, ids=lambda e: e.name)
-def test_each_experiment_runs_and_has_every_metric_that_its_claims_ask_for(experiment: Experiment) -> None:
-    outcome = experiment.measure(context(experiment, **TINY[experiment.name]))
+def test_each_experiment_runs_and_measures_what_its_claims_require(experiment: Experiment) -> None:
+    outcome = measured(experiment, **TINY[experiment.name])
     claims = [c for c in claims_of(PAPER).claims if c.experiment == experiment.name]
     assert claims
     plots = {plot.name for plot in outcome.plots}
@@ -56,9 +57,7 @@ def test_each_experiment_runs_and_has_every_metric_that_its_claims_ask_for(exper
 
 
 def test_an_experiment_depends_on_its_streams_alone() -> None:
-    first, again = (
-        ncsn_langevin.ANNEALED.measure(context(ncsn_langevin.ANNEALED, **TINY["ncsn-annealed"])) for _ in "ab"
-    )
+    first, again = (measured(langevin.annealed, **TINY["ncsn-annealed"]) for _ in "ab")
     assert first.estimates == again.estimates
 
 
@@ -69,13 +68,13 @@ def test_the_regions_of_log_density_hold_the_share_of_the_data_that_they_are_nam
     density = two_gaussians()
     log_p = density.log_prob(density.sample(200_000, rng()).double())
     for q in (0.1, 0.001):
-        share = float((log_p < ncsn.log_density_quantile(q)).double().mean())
+        share = float((log_p < networks.log_density_quantile(q)).double().mean())
         assert abs(share - q) < 4 * math.sqrt(q / 200_000)
 
 
 def test_the_score_error_of_a_score_scaled_by_three_quarters_is_a_quarter() -> None:
     true = torch.randn(50, 2, generator=rng())
-    assert ncsn.relative_error(0.75 * true, true) == pytest.approx(0.25)
+    assert networks.relative_error(0.75 * true, true) == pytest.approx(0.25)
 
 
 def test_sliced_training_finds_the_score_of_a_gaussian() -> None:
@@ -85,7 +84,7 @@ def test_sliced_training_finds_the_score_of_a_gaussian() -> None:
         net.bias.zero_()
     generator = rng(1)
     sd = torch.tensor([1.0, 2.0])
-    losses = ncsn.train_sliced(net, lambda: sd * torch.randn(512, 2, generator=generator), 600, 1e-2, rng(2))
+    losses = networks.train_sliced(net, lambda: sd * torch.randn(512, 2, generator=generator), 600, 1e-2, rng(2), {})
     torch.testing.assert_close(net.weight.detach(), -torch.diag(sd**-2), atol=0.12, rtol=0)
     assert float(losses[-100:].mean()) == pytest.approx(-0.5 * (1 + 0.25), abs=0.1)
 
@@ -96,7 +95,7 @@ def test_sliced_training_finds_the_score_of_a_gaussian() -> None:
 def test_the_score_in_few_operations_is_the_mixture_s() -> None:
     density = two_gaussians()
     x = 8 * torch.randn(100, 2, generator=rng(), dtype=torch.float64)
-    torch.testing.assert_close(ncsn_langevin.pair_score(density, x.device)(x), density.score(x))
+    torch.testing.assert_close(langevin.pair_score(density, x.device)(x), density.score(x))
 
 
 def axis_score(u: np.ndarray, variance: float) -> np.ndarray:
@@ -138,21 +137,20 @@ def exact_minority_weight(levels: list[tuple[float, float]], steps: int) -> floa
 )
 def test_annealed_chains_have_the_weight_of_the_exact_recursion(name: str, meaning: str) -> None:
     (reading,) = (r for r in READINGS if r.name == name)
-    sigmas = noise_schedules.ladder(reading.first, reading.last).tolist()
+    sigmas = geometric_levels(reading.first, reading.last).tolist()
     levels = [(MEANINGS[meaning](s), reading.eps * (s / reading.last) ** 2) for s in sigmas]
     exact = exact_minority_weight(levels, reading.steps)
-    here = context(ncsn_langevin.ANNEALED)
-    x = ncsn_langevin.annealed_chain(reading, meaning, ncsn_langevin.uniform_start(2500, here), rng())
-    assert abs(ncsn_langevin.share_near(x, 0).value - exact) < 4 * math.sqrt(exact * (1 - exact) / 2500)
+    x = langevin.annealed_chain(reading, meaning, langevin.uniform_start(2500, rng(1)), rng())
+    assert abs(langevin.share_near(x, 0).value - exact) < 4 * math.sqrt(exact * (1 - exact) / 2500)
     if name == "appendix":  # sigma_L = 1: components of variance 1 + 1 where noise is added, else 1
-        assert ncsn_langevin.spread(x).value == pytest.approx(
-            {"added": math.sqrt(2), "replaced": 1.0}[meaning], rel=0.05
-        )
+        sd = langevin.spread(x)
+        assert sd is not None
+        assert sd.value == pytest.approx({"added": math.sqrt(2), "replaced": 1.0}[meaning], rel=0.05)
 
 
 def test_plain_langevin_has_the_weight_of_the_exact_recursion_and_keeps_it() -> None:
     exact = exact_minority_weight([(1.0, 0.1)], 1000)
-    outcome = ncsn_langevin.LANGEVIN.measure(context(ncsn_langevin.LANGEVIN, chains=4000, steps=150, long_steps=300))
+    outcome = measured(langevin.plain_langevin, chains=4000, steps=150, long_steps=300)
     for metric in ("minority_weight:printed", "minority_weight:long"):
         assert abs(outcome.estimates[metric].value - exact) < 4 * 0.5 / math.sqrt(4000)
     assert exact == pytest.approx(0.5, abs=0.02)
@@ -164,7 +162,7 @@ def test_the_chain_as_the_text_and_appendix_together_print_it_is_unstable() -> N
     for meaning in ("added", "replaced"):
         assert abs(1 - text.eps * (text.first / text.last) ** 2 / (2 * MEANINGS[meaning](text.first))) > 3
     (appendix,) = (r for r in READINGS if r.name == "appendix")
-    for sigma in noise_schedules.ladder(appendix.first, appendix.last).tolist():
+    for sigma in geometric_levels(appendix.first, appendix.last).tolist():
         assert abs(1 - appendix.eps * sigma**2 / (2 * sigma**2)) < 1
 
 
@@ -176,11 +174,11 @@ def test_the_mean_passage_time_is_that_of_adaptive_quadrature_and_of_the_barrier
         return 0.2 * stats.norm.cdf(y, -2.0) + 0.8 * stats.norm.cdf(y, 2.0)
 
     expected, _ = integrate.quad(lambda y: 2 * cdf(y) / p(y), -2.0, 2.0)
-    assert ncsn_langevin.mean_passage_time(2.0, 0.2) == pytest.approx(expected, rel=1e-5)
+    assert langevin.mean_passage_time(2.0, 0.2) == pytest.approx(expected, rel=1e-5)
     # far apart only the barrier counts: p = 2 sqrt(w (1 - w)) exp(-h^2 / 2) phi(y) cosh(h y + c), int 1 / cosh = pi / h
     half = 5 * math.sqrt(2)
     barrier = math.exp(half**2 / 2) * math.sqrt(2 * math.pi) / (2 * math.sqrt(0.2 * 0.8)) * math.pi / half
-    assert ncsn_langevin.mean_passage_time(half, 0.2) == pytest.approx(2 * 0.2 * barrier, rel=0.05)
+    assert langevin.mean_passage_time(half, 0.2) == pytest.approx(2 * 0.2 * barrier, rel=0.05)
 
 
 def test_a_simulated_passage_takes_the_mean_time() -> None:
@@ -196,7 +194,7 @@ def test_a_simulated_passage_takes_the_mean_time() -> None:
         running &= x < half
         if not running.any():
             break
-    assert time.mean() == pytest.approx(ncsn_langevin.mean_passage_time(half, 0.2), rel=0.15)
+    assert time.mean() == pytest.approx(langevin.mean_passage_time(half, 0.2), rel=0.15)
 
 
 def test_mode_spread_and_share_of_a_known_cloud() -> None:
@@ -204,30 +202,32 @@ def test_mode_spread_and_share_of_a_known_cloud() -> None:
     x = torch.cat([means[:1].repeat(1000, 1), means[1:].repeat(3000, 1)])
     x = x + 0.5 * torch.randn(4000, 2, generator=rng(), dtype=torch.float64)
     x[0] = math.nan
-    assert ncsn_langevin.share_near(x, 0).value == pytest.approx(999 / 4000)
-    assert ncsn_langevin.spread(x).value == pytest.approx(0.5, abs=0.02)
+    assert langevin.share_near(x, 0).value == pytest.approx(999 / 4000)
+    sd = langevin.spread(x)
+    assert sd is not None
+    assert sd.value == pytest.approx(0.5, abs=0.02)
 
 
 # -- N5
 
 
 def test_the_loss_floor_is_the_loss_of_the_exact_score() -> None:
-    basis = ncsn.plane(10, 5, rng())
+    basis = networks.plane(10, 5, rng())
     torch.testing.assert_close(basis.T @ basis, torch.eye(5), atol=1e-6, rtol=0)
     covariance = (0.09 * basis @ basis.T + 0.01 * torch.eye(10)).double()
     precision = covariance.inverse()
     x = torch.randn(20_000, 10, generator=rng(1), dtype=torch.float64) @ torch.linalg.cholesky(covariance).T
     loss = implicit_score_matching(lambda y: -y @ precision, x).detach()
-    floor = ncsn.loss_floor(10, 5, 0.3, 0.1)
+    floor = networks.loss_floor(10, 5, 0.3, 0.1)
     assert abs(float(loss.mean()) - floor) < 4 * float(loss.std()) / math.sqrt(20_000)
-    assert ncsn.loss_floor(10, 5, 0.3, 0.0) == -math.inf
+    assert networks.loss_floor(10, 5, 0.3, 0.0) == -math.inf
 
 
 def test_a_steady_decline_is_no_fluctuation() -> None:
     line = np.linspace(0, -1e4, 400)
-    assert ncsn.fluctuation(line) < 1e-6
+    assert networks.fluctuation(line) < 1e-6
     noise = np.random.default_rng(0).standard_normal(4000)
-    assert ncsn.fluctuation(np.linspace(0, -1e5, 4000) + noise) == pytest.approx(1, abs=0.1)
+    assert networks.fluctuation(np.linspace(0, -1e5, 4000) + noise) == pytest.approx(1, abs=0.1)
 
 
 # -- N6
@@ -239,23 +239,23 @@ def test_the_optimal_score_is_a_weighted_mean_of_the_training_images() -> None:
     weights = np.array([[stats.multivariate_normal.pdf(a, b, sigma**2) for b in train] for a in x])
     weights /= weights.sum(1, keepdims=True)
     expected = (torch.from_numpy(weights) @ train - x) / sigma**2
-    torch.testing.assert_close(ncsn.optimal_score(train, sigma).score(x), expected)
+    torch.testing.assert_close(networks.optimal_score(train, sigma).score(x), expected)
 
 
 def test_norm_and_loss_of_a_point_mass_and_of_a_gaussian() -> None:
     x = torch.zeros(20_000, 4)
-    norm, loss = ncsn.norm_and_loss(lambda y: -y / 0.01, x, 0.1, rng())
+    norm, loss = networks.norm_and_loss(lambda y: -y / 0.01, x, 0.1, rng())
     assert loss < 1e-9  # all noise is known where the data are one point
     assert norm == pytest.approx(stats.chi.mean(4) / 0.1, rel=0.01)
     x = torch.randn(20_000, 4, generator=rng(1))
-    _, loss = ncsn.norm_and_loss(lambda y: -y / 1.25, x, 0.5, rng(2))
+    _, loss = networks.norm_and_loss(lambda y: -y / 1.25, x, 0.5, rng(2))
     assert loss == pytest.approx(0.5 * 4 * 1 / 1.25, rel=0.03)  # D / 2 of v / (v + sigma^2)
 
 
 # -- N7 and the step
 
 
-def step_matrices(density: ncsn_inpainting.Gaussian, sigma: float, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+def step_matrices(density: Gaussian, sigma: float, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     """x_hidden <- A x_hidden + B (x_known - mean) + sqrt(alpha) z, in deviations from the mean."""
     precision = torch.linalg.inv(density.covariance + sigma**2 * torch.eye(len(density.mean), dtype=torch.float64))
     k = density.known
@@ -264,7 +264,7 @@ def step_matrices(density: ncsn_inpainting.Gaussian, sigma: float, alpha: float)
 
 
 def exact_inpainting(
-    density: ncsn_inpainting.Gaussian, observed: Tensor, sigmas: list[float], steps: int, eps: float, rule: str
+    density: Gaussian, observed: Tensor, sigmas: list[float], steps: int, eps: float, rule: str
 ) -> tuple[Tensor, Tensor]:
     """Mean and covariance of the hidden part: every step is linear with Gaussian noise, from U[0, 1]."""
     hidden = len(density.mean) - density.known
@@ -284,15 +284,15 @@ def exact_inpainting(
     return mean + density.mean[density.known :], cov
 
 
-@pytest.mark.parametrize("rule", ncsn_inpainting.RULES)
+@pytest.mark.parametrize("rule", inpainting.RULES)
 def test_inpainting_has_the_mean_and_covariance_of_the_exact_recursion(rule: str) -> None:
-    density = ncsn_inpainting.image_like(5, 2, 0.9, torch.device("cpu"))
+    density = inpainting.image_like(5, 2, 0.9, torch.device("cpu"))
     observed = torch.tensor([0.9, 0.7], dtype=torch.float64)
-    sigmas, n = noise_schedules.ladder(1.0, 0.05, 5).tolist(), 20_000
+    sigmas, n = geometric_levels(1.0, 0.05, 5).tolist(), 20_000
     start = torch.rand(n, 5, generator=rng(), dtype=torch.float64)
-    x = ncsn_inpainting.inpaint(density, observed, sigmas, 20, 0.5 * 0.05**2, rule, start, rng(1))
+    x = inpainting.inpaint(density, observed, sigmas, 20, 0.5 * 0.05**2, rule, start, rng(1))
     mean, cov = exact_inpainting(density, observed, sigmas, 20, 0.5 * 0.05**2, rule)
-    errors = ncsn_inpainting.conditional_errors(x[:, 2:], mean, cov)
+    errors = inpainting.conditional_errors(x[:, 2:], mean, cov)
     assert errors["mean_error"].value < 3 / math.sqrt(n)
     assert errors["covariance_error"].value < 3 * math.sqrt(4 / n)
     off = (x[:, :2] - observed).square().mean().sqrt()
@@ -303,7 +303,7 @@ def test_inpainting_has_the_mean_and_covariance_of_the_exact_recursion(rule: str
 
 
 def test_the_conditional_is_that_of_scipy_s_regression() -> None:
-    density = ncsn_inpainting.image_like(5, 2, 0.9, torch.device("cpu"))
+    density = inpainting.image_like(5, 2, 0.9, torch.device("cpu"))
     observed = torch.tensor([0.9, 0.7], dtype=torch.float64)
     mean, cov = density.conditional(observed)
     joint = stats.multivariate_normal(density.mean.numpy(), density.covariance.numpy())
@@ -315,7 +315,7 @@ def test_the_conditional_is_that_of_scipy_s_regression() -> None:
 
 
 def test_both_readings_of_the_step_have_their_closed_bias() -> None:
-    outcome = ncsn_inpainting.STEP.measure(context(ncsn_inpainting.STEP))
+    outcome = measured(inpainting.step_readings)
     for reading, expected in (("printed", 1 / 0.95 - 1), ("released", 1 / 0.9 - 1)):
         found = outcome.estimates[f"excess_variance:{reading}"]
         assert abs(found.value - expected) < 4 * found.stderr

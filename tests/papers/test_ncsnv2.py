@@ -9,33 +9,33 @@ import torch
 from scipy import stats
 
 from replicate.errors import UsageError
+from replicate.experiments import Experiment, Run
+from replicate.experiments.noise_schedules import geometric_levels
 from replicate.ledger.claims import claims_of
-from replicate.papers import ncsnv2
-from replicate.papers.ncsnv2 import (
-    FIRST_LEVEL,
-    LAST_STEP,
-    LEVELS,
-    PAPER,
+from replicate.papers.ncsnv2 import PAPER, techniques
+from replicate.papers.ncsnv2.techniques import (
+    IMAGE_FILE,
     SETTINGS,
-    STEP_SIZE,
-    ImageMixture,
     first_level,
-    ladder,
+    last_step,
     levels_at,
-    overlap,
+    mixture_score,
+    overlap_of,
     pairwise_distances,
     ratio_at,
     read_images,
+    solve_levels,
+    solve_step_size,
     step_size_for,
     variance_ratio,
 )
-from replicate.runs.experiment import Context, Experiment
+from replicate.runs.experiment import Outcome
 from replicate.runs.seeds import Streams
 
 
-def context(experiment: Experiment, **changes: float) -> Context:
-    params = {**experiment.settings("standard"), **changes}
-    return Context(params, Streams(experiment.name, "ncsnv2", 0), torch.device("cpu"))
+def measured(experiment: Experiment, **changes: float) -> Outcome:
+    settings = {**experiment.settings("standard"), **changes}
+    return experiment.measure(Run(settings, Streams(experiment.name, "ncsnv2", 0), torch.device("cpu")))
 
 
 @pytest.mark.parametrize("ratio", [1.01, 1.0376, 1.08])
@@ -44,13 +44,13 @@ def test_overlap_is_the_mass_of_the_shell(ratio: float) -> None:
     # exact law of the radius at the lower level: chi; the paper's normal approximation errs by about 1 / sqrt(dim)
     centre, sd = ratio * math.sqrt(dim), ratio / math.sqrt(2)
     exact = stats.chi(dim).cdf(centre + 3 * sd) - stats.chi(dim).cdf(centre - 3 * sd)
-    assert overlap(ratio, dim) == pytest.approx(exact, abs=0.02)
+    assert overlap_of(ratio, dim) == pytest.approx(exact, abs=0.02)
 
 
 def test_levels_and_ratio_invert_each_other() -> None:
     for setting in SETTINGS.values():
-        assert overlap(ratio_at(0.3, setting.dim), setting.dim) == pytest.approx(0.3, abs=1e-10)
-        implied = overlap(setting.ratio, setting.dim)
+        assert overlap_of(ratio_at(0.3, setting.dim), setting.dim) == pytest.approx(0.3, abs=1e-10)
+        implied = overlap_of(setting.ratio, setting.dim)
         assert levels_at(implied, setting) == pytest.approx(setting.levels, rel=1e-6)
 
 
@@ -84,7 +84,7 @@ def test_mixture_score_is_the_gradient_of_its_log_density() -> None:
     sigma = torch.tensor([0.2, 0.5, 3.0], dtype=torch.float64)
     kernel = torch.distributions.Independent(torch.distributions.Normal(images, sigma[:, None, None]), 1)
     (score,) = torch.autograd.grad(kernel.log_prob(x[:, None]).logsumexp(1).sum(), x)
-    torch.testing.assert_close(ImageMixture(images).score(x.detach(), sigma), score)
+    torch.testing.assert_close(mixture_score(images, x.detach(), sigma), score)
 
 
 def test_pairwise_distances_are_scipys() -> None:
@@ -94,27 +94,28 @@ def test_pairwise_distances_are_scipys() -> None:
     np.testing.assert_allclose(np.sort(pairwise_distances(x, block=5)), np.sort(pdist(x.numpy())), atol=1e-12)
 
 
-def test_ladder_ends_where_it_should() -> None:
-    sigmas = ladder(50.0, 0.01, 232)
+def test_geometric_levels_have_the_given_ends_and_ratio() -> None:
+    sigmas = geometric_levels(50.0, 0.01, 232)
     assert sigmas[0] == pytest.approx(50)
     assert sigmas[-1] == pytest.approx(0.01)
     assert sigmas[0] / sigmas[1] == pytest.approx(SETTINGS["cifar10"].ratio)
 
 
-def test_first_level_on_random_images() -> None:
-    # eight clusters of four: a ladder from far out visits all, one from 0.3 keeps near the middle of the cube
+def test_first_level_on_random_images(monkeypatch) -> None:
+    # eight clusters of four: levels from far out visit all, those from 0.3 keep near the middle of the cube
     generator = torch.Generator().manual_seed(3)
     centres = (torch.rand(8, 1, 48, generator=generator) > 0.5).float()
     images = (centres + 0.01 * torch.randn(8, 4, 48, generator=generator)).flatten(0, 1)
     tiny = {"samples": 40, "sigma_large": 6.0, "sigma_small": 0.3, "levels": 60, "ncsn_steps": 5}
-    outcome = first_level(images, context(FIRST_LEVEL, **tiny))
-    measured = outcome.estimates
-    data = measured["pairwise_distance:data"].value
-    assert measured["pairwise_distance:large"].value == pytest.approx(data, rel=0.15)
+    monkeypatch.setattr(techniques, "read_images", lambda: images)
+    outcome = measured(first_level, **tiny)
+    found = outcome.estimates
+    data = found["pairwise_distance:data"].value
+    assert found["pairwise_distance:large"].value == pytest.approx(data, rel=0.15)
     assert outcome.plots[0].as_dict()["lines"]
     for claim in claims_of(PAPER).claims:
-        if claim.experiment == FIRST_LEVEL.name:
-            assert measured[claim.measure].unit == claim.unit
+        if claim.experiment == first_level.name:
+            assert found[claim.measure].unit == claim.unit
 
 
 @pytest.mark.parametrize("case", ["unset", "absent", "other"])
@@ -125,9 +126,9 @@ def test_missing_images_are_named_in_one_line(case: str, tmp_path, monkeypatch) 
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if case == "other":
         (tmp_path / "cifar-10").mkdir()
-        (tmp_path / ncsnv2.IMAGE_FILE).write_bytes(b"not images")
+        (tmp_path / IMAGE_FILE).write_bytes(b"not images")
     with pytest.raises(UsageError) as error:
-        FIRST_LEVEL.measure(context(FIRST_LEVEL))
+        measured(first_level)
     message = str(error.value)
     assert "\n" not in message
     words = ("10 bytes", "are expected") if case == "other" else ("REPLICATE_DATA", "cs.toronto.edu")
@@ -140,25 +141,25 @@ def test_images_are_read_past_their_labels(packed: bool, tmp_path, monkeypatch) 
     rows = np.arange(2 * 3073, dtype=np.uint64).astype(np.uint8).reshape(2, 3073)
     (tmp_path / "cifar-10").mkdir()
     data, suffix = (lzma.compress(rows.tobytes()), ".xz") if packed else (rows.tobytes(), "")
-    (tmp_path / (ncsnv2.IMAGE_FILE + suffix)).write_bytes(data)
+    (tmp_path / (IMAGE_FILE + suffix)).write_bytes(data)
     monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
     monkeypatch.setattr("replicate.data.files.expected", lambda path: None)  # made-up content under real names
     np.testing.assert_allclose(read_images(), rows[:, 1:] / 255, atol=1e-7)
 
 
 def test_last_step_on_a_barely_trained_model() -> None:
-    outcome = LAST_STEP.measure(context(LAST_STEP, samples=120, training_steps=3))
+    outcome = measured(last_step, samples=120, training_steps=3)
     assert outcome.estimates["frechet:plain"].n == 120
     assert 0 <= outcome.estimates["pixels_changed"].value <= 1
     lines = {line.label: line for line in outcome.plots[0].lines}
-    # where the ladder ends early, noise is visible and the last step must help
+    # where the chain ends early, noise is visible and the last step must help
     assert lines["denoised samples"].y[0] < lines["plain samples"].y[0]
 
 
-@pytest.mark.parametrize("experiment", [LEVELS, STEP_SIZE], ids=lambda e: e.name)
+@pytest.mark.parametrize("experiment", [solve_levels, solve_step_size], ids=lambda e: e.name)
 def test_solved_equations_repeat_and_measure_their_claims(experiment: Experiment) -> None:
-    found = experiment.measure(context(experiment))
-    assert found.estimates == experiment.measure(context(experiment)).estimates
+    found = measured(experiment)
+    assert found.estimates == measured(experiment).estimates
     assert found.plots[0].as_dict()["lines"]
     for claim in claims_of(PAPER).claims:
         if claim.experiment == experiment.name:

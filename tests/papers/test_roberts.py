@@ -9,16 +9,27 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from replicate.experiments import Experiment, Run
 from replicate.ledger.claims import claims_of
-from replicate.papers import roberts
-from replicate.papers.roberts import CHAINS, KERNEL, PAPER, SMALL, TARGETS, Gridded, stationary, variance, wasserstein
-from replicate.runs.experiment import Context, Experiment
+from replicate.papers.roberts import PAPER, check_chains, kernel_bias
+from replicate.papers.roberts.kernel import (
+    SMALL,
+    TARGETS,
+    Gridded,
+    gaussian_width,
+    kl_divergence,
+    stationary,
+    variance,
+    wasserstein,
+)
+from replicate.runs.experiment import Outcome
 from replicate.runs.seeds import Streams
 from replicate.sampling.langevin import mala, ula
 
 
-def context(experiment: Experiment) -> Context:
-    return Context(experiment.settings("smoke"), Streams(experiment.name, "roberts", 0), torch.device("cpu"))
+def measured(experiment: Experiment) -> Outcome:
+    streams = Streams(experiment.name, "roberts", 0)
+    return experiment.measure(Run(experiment.settings("smoke"), streams, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -35,8 +46,9 @@ def test_ula_s_law_on_a_gaussian_is_the_closed_form(eps: float) -> None:
     width = 1 / math.sqrt(1 - eps / 4)
     expected = stats.norm.pdf(grid.x.numpy(), scale=width) * float(grid.x[1] - grid.x[0])
     torch.testing.assert_close(law, torch.from_numpy(expected), rtol=0, atol=1e-12)
-    assert roberts.gaussian_width(eps) == pytest.approx(width)
-    assert roberts.kl_divergence(law, grid.p) == pytest.approx(roberts.gaussian_kl(eps), rel=1e-6)
+    assert gaussian_width(eps) == pytest.approx(width)
+    kl = 0.5 * (width**2 - 1 - math.log(width**2))
+    assert kl_divergence(law, grid.p) == pytest.approx(kl, rel=1e-6)
     assert wasserstein(grid.x, law, grid.p) == pytest.approx(width - 1, rel=2e-3)
 
 
@@ -91,7 +103,7 @@ def test_wasserstein_is_the_shift_and_the_stretch() -> None:
 
 
 def test_the_kernel_experiment_finds_the_orders() -> None:
-    found = roberts.kernel_bias(context(KERNEL))
+    found = measured(kernel_bias)
     assert found.estimates["order_w2:gaussian"].value == pytest.approx(1, abs=0.05)
     assert found.estimates["order_kl:gaussian"].value == pytest.approx(2, abs=0.1)
     assert {p.name for p in found.plots} == {"bias", "acceptance"}
@@ -99,7 +111,7 @@ def test_the_kernel_experiment_finds_the_orders() -> None:
 
 
 def test_the_chains_experiment_finds_what_the_theorems_say() -> None:
-    e = roberts.chains(context(CHAINS)).estimates
+    e = measured(check_chains).estimates
     assert e["left_share:ula_far"].value == 1
     assert e["left_share:mala_far"].value == e["acceptance:far"].value == 0
     assert e["acceptance:largest_step"].value < e["acceptance:smallest_step"].value
@@ -109,5 +121,5 @@ def test_the_chains_experiment_finds_what_the_theorems_say() -> None:
 
 def test_every_claim_and_plot_is_there() -> None:
     claims = claims_of(PAPER).claims
-    metrics = {e.name: set(e.measure(context(e)).estimates) for e in PAPER.experiments}
+    metrics = {e.name: set(measured(e).estimates) for e in PAPER.experiments}
     assert all(c.measure in metrics[c.experiment] for c in claims)

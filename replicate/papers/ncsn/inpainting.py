@@ -1,4 +1,4 @@
-"""Algorithms 2 and 1 of Song and Ermon 2019 (arXiv:1907.05600) on Gaussians, where the right answer is known.
+"""Algorithms 2 and 1 on Gaussians, where the right answer is known.
 
 Inpainting by annealed Langevin (Algorithm 2, App B.3): at each level the known part is replaced by itself plus noise
 of that level. As printed and in the code of that paper the noise is drawn once per level and pasted after every step;
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from replicate.experiments.noise_schedules import ladder
+from replicate.experiments import Run, experiment
+from replicate.experiments.noise_schedules import geometric_levels
 from replicate.model import Estimate
-from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 from replicate.sampling.langevin import langevin_step, standard_normal_like, ula
 
 #: the paste rules, by when the known part's noise is drawn
@@ -45,11 +45,11 @@ class Gaussian:
     known: int
 
     def noised_precision(self, sigma: float) -> Tensor:
-        """Inverse covariance (D, D) after adding N(0, sigma^2 I)."""
+        """Return the inverse covariance (D, D) after adding N(0, sigma^2 I)."""
         return torch.linalg.inv(self.covariance + sigma**2 * torch.eye(len(self.mean)).to(self.covariance))
 
     def conditional(self, observed: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and covariance of the rest given the observed part (known,)."""
+        """Return mean and covariance of the hidden part given the observed one (known,)."""
         k = self.known
         gain = torch.linalg.solve(self.covariance[:k, :k], self.covariance[:k, k:]).T
         mean = self.mean[k:] + gain @ (observed - self.mean[:k])
@@ -57,7 +57,7 @@ class Gaussian:
 
 
 def image_like(dim: int, known: int, correlation: float, device: torch.device) -> Gaussian:
-    """Mean 1/2, standard deviation 1/4, covariance correlation^|i - j| / 16."""
+    """Return a Gaussian of mean 1/2, standard deviation 1/4 and covariance correlation^|i - j| / 16."""
     index = torch.arange(dim, dtype=torch.float64, device=device)
     covariance = correlation ** (index[:, None] - index).abs() / 16
     return Gaussian(torch.full_like(index, 0.5), covariance, known)
@@ -73,13 +73,13 @@ def inpaint(
     x: Tensor,
     generator: torch.Generator,
 ) -> Tensor:
-    """Inpainting by annealed Langevin, alpha_i = eps (sigma_i / sigma_L)^2; last states (n, D).
+    """Inpaint by annealed Langevin, alpha_i = eps (sigma_i / sigma_L)^2; return the last states (n, D).
 
     Args:
         density: whose noised scores are used.
         observed: the known part, shape (known,).
         sigmas: decreasing levels.
-        steps: T, steps a level.
+        steps: T, steps per level.
         eps: step size at the last level, as printed.
         rule: "once" (pasted after every step) or "redrawn" (pasted before it).
         x: starting states, shape (n, D).
@@ -109,7 +109,7 @@ def inpaint(
 
 
 def conditional_errors(samples: Tensor, mean: Tensor, covariance: Tensor) -> dict[str, Estimate]:
-    """How far samples (n, d) are from N(mean, covariance), in the units of that distribution.
+    """Measure how far samples (n, d) are from N(mean, covariance), in the units of that distribution.
 
     With y = L^-1 (x - mean), LL' = covariance: the root mean square of y's mean (conditional standard deviations), and
     the root mean square eigenvalue of y's covariance minus I (relative error of the variance over directions). The
@@ -125,112 +125,66 @@ def conditional_errors(samples: Tensor, mean: Tensor, covariance: Tensor) -> dic
     }
 
 
-def inpainting(context: Context) -> Outcome:
-    """N7: both paste rules against the exact conditional, from the same start."""
-    p, streams, device = context.params, context.streams, context.device
-    density = image_like(p["dim"], p["known"], p["correlation"], device)
-    truth = torch.randn(p["dim"], generator=streams.fresh("truth"), dtype=torch.float64, device=device)
-    observed = (density.mean + torch.linalg.cholesky(density.covariance) @ truth)[: p["known"]]
+@dataclass(frozen=True)
+class InpaintingSettings:
+    """Settings of ncsn-inpainting: the Gaussian, the noise levels and the chains."""
+
+    dim: int = 8
+    known: int = 4
+    correlation: float = 0.9
+    first: float = 1.0
+    last: float = 0.01
+    steps: int = 100
+    eps: float = 2e-5
+    chains: int = 4096
+
+
+@experiment("ncsn-inpainting", family="score", precision="float64", smoke={"steps": 10, "chains": 256})
+def compare_rules(run: Run, s: InpaintingSettings) -> None:
+    """Inpainting a Gaussian by annealed Langevin under two paste rules, against the exact conditional."""
+    density = image_like(s.dim, s.known, s.correlation, run.device)
+    truth = torch.randn(s.dim, generator=run.stream("truth"), dtype=torch.float64, device=run.device)
+    observed = (density.mean + torch.linalg.cholesky(density.covariance) @ truth)[: s.known]
     mean, covariance = density.conditional(observed)
-    shape = (p["chains"], p["dim"])
-    start = torch.rand(shape, generator=streams.fresh("start"), dtype=torch.float64, device=device)
-    sigmas = ladder(p["first"], p["last"]).tolist()
-
-    estimates = {}
-    at = list(range(p["known"], p["dim"]))
-    lines = [Line("exact mean", at, mean.tolist()), Line("exact sd", at, covariance.diagonal().sqrt().tolist())]
+    start = torch.rand(s.chains, s.dim, generator=run.stream("start"), dtype=torch.float64, device=run.device)
+    sigmas = geometric_levels(s.first, s.last).tolist()
+    at = range(s.known, s.dim)
+    curves = {"exact mean": (at, mean.tolist()), "exact sd": (at, covariance.diagonal().sqrt().tolist())}
     for rule in RULES:
-        x = inpaint(density, observed, sigmas, p["steps"], p["eps"], rule, start, streams.fresh(rule))
-        hidden = x[:, p["known"] :]
-        for metric, error in conditional_errors(hidden, mean, covariance).items():
-            estimates[f"{metric}:{rule}"] = error
-        off = (x[:, : p["known"]] - observed).square().mean(1)
-        squared = Estimate.mean_of(off, "estimate", "data units")
+        x = inpaint(density, observed, sigmas, s.steps, s.eps, rule, start, run.stream(rule))
+        hidden = x[:, s.known :]
+        run.measure_all(conditional_errors(hidden, mean, covariance), rule)
+        squared = Estimate.mean_of((x[:, : s.known] - observed).square().mean(1), "estimate", "data units")
         rms = math.sqrt(squared.value)
-        estimates[f"known_part_error:{rule}"] = Estimate(
-            rms, squared.stderr / (2 * rms), "estimate", "data units", squared.n
-        )
-        lines += [
-            Line(f"{rule}: mean", at, hidden.mean(0).tolist()),
-            Line(f"{rule}: sd", at, hidden.std(0).tolist()),
-        ]
-    plot = Plot(
-        "completion",
-        "The hidden part given the known one, by paste rule",
-        "coordinate",
-        "mean and standard deviation",
-        tuple(lines),
-    )
-    return Outcome(estimates, (plot,))
+        error = Estimate(rms, squared.stderr / (2 * rms), "estimate", "data units", squared.n)
+        run.measure(f"known_part_error:{rule}", error)
+        curves |= {f"{rule}: mean": (at, hidden.mean(0).tolist()), f"{rule}: sd": (at, hidden.std(0).tolist())}
+    axes = "coordinate", "mean and standard deviation"
+    run.curves("completion", "The hidden part given the known one, by paste rule", axes, curves)
 
 
-INPAINTING = Experiment(
-    name="ncsn-inpainting",
-    about="inpainting a Gaussian by annealed Langevin under two paste rules, against the exact conditional",
-    family="score",
-    run=inpainting,
-    params={
-        "dim": 8,
-        "known": 4,
-        "correlation": 0.9,
-        "first": 1.0,
-        "last": 0.01,
-        "steps": 100,
-        "eps": 2e-5,
-        "chains": 4096,
-    },
-    overrides={"smoke": {"steps": 10, "chains": 256}},
-    precision="float64",
-)
-
-
-def step_reading(context: Context) -> Outcome:
-    """What the same printed alpha does under both readings of the step, where the step is largest for the density.
+@experiment("ncsn-step", family="score", precision="float64", smoke={"chains": 200, "steps": 50})
+def step_readings(
+    run: Run, *, chains: int = 2000, dim: int = 50, last: float = 0.01, steps: int = 100, eps: float = 2e-5
+) -> None:
+    """Bias of the last level's Langevin steps with Algorithm 1's step and with the released code's.
 
     At the last level the noised data are at least sigma_L wide in every direction; across a manifold they are just that
     wide. There alpha = eps = 0.2 sigma_L^2, and a step size of e sigma_L^2 leaves variance sigma_L^2 / (1 - e / 4).
     """
-    p = context.params
-    sigma = p["last"]
-    shape = (p["chains"], p["dim"])
-    start = sigma * torch.randn(
-        shape, generator=context.streams.fresh("start"), dtype=torch.float64, device=context.device
-    )
-    estimates = {}
-    lines = []
+    start = last * torch.randn(chains, dim, generator=run.stream("start"), dtype=torch.float64, device=run.device)
+    curves, n = {}, start.numel()
     for reading, factor in STEPS.items():
-        chain = ula(
-            lambda x: -x / sigma**2,
-            start,
-            p["steps"],
-            factor * p["eps"],
-            context.streams.fresh(reading),
-            record_every=1,
-        )
+        chain = ula(lambda x: -x / last**2, start, steps, factor * eps, run.stream(reading), record_every=1)
         assert chain.path is not None
-        excess = chain.path.square().mean((1, 2)) / sigma**2 - 1
-        n = start.numel()
-        last = float(excess[-1])
-        estimates[f"excess_variance:{reading}"] = Estimate(last, (1 + last) * math.sqrt(2 / n), "estimate", "ratio", n)
-        lines.append(Line(reading, list(range(len(excess))), excess.tolist()))
-    closed = {r: 1 / (1 - f * p["eps"] / (4 * sigma**2)) - 1 for r, f in STEPS.items()}
-    plot = Plot(
+        excess = (chain.path.square().mean((1, 2)) / last**2 - 1).tolist()
+        error = Estimate(excess[-1], (1 + excess[-1]) * math.sqrt(2 / n), "estimate", "ratio", n)
+        run.measure(f"excess_variance:{reading}", error)
+        curves[reading] = range(len(excess)), excess
+    run.curves(
         "step-bias",
         "Excess variance at the last level when the same alpha is read in two ways",
-        "steps",
-        "variance over sigma_L^2, minus 1",
-        tuple(lines),
-        levels={f"closed form, {reading}": value for reading, value in closed.items()},
+        ("steps", "variance over sigma_L^2, minus 1"),
+        curves,
+        levels={f"closed form, {name}": 1 / (1 - f * eps / (4 * last**2)) - 1 for name, f in STEPS.items()},
     )
-    return Outcome(estimates, (plot,))
-
-
-STEP = Experiment(
-    name="ncsn-step",
-    about="bias of the last level's Langevin steps with Algorithm 1's step and with the released code's",
-    family="score",
-    run=step_reading,
-    params={"chains": 2000, "dim": 50, "last": 0.01, "steps": 100, "eps": 2e-5},
-    overrides={"smoke": {"chains": 200, "steps": 50}},
-    precision="float64",
-)

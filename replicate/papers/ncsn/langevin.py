@@ -1,0 +1,208 @@
+"""The toy chains: Langevin dynamics, plain and annealed, with the exact scores of two separated modes.
+
+The target is 1/5 N((-5, -5), I) + 4/5 N((5, 5), I), the start U[-8, 8]^2. The chains are printed, and coded, as
+x <- x + (eps / 2) s + sqrt(eps) z, which is the suite's convention at T = 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.integrate import trapezoid
+from scipy.stats import norm
+from torch import Tensor
+
+from replicate.experiments import Run, experiment
+from replicate.experiments.noise_schedules import geometric_levels
+from replicate.model import Estimate
+from replicate.sampling.annealed import annealed_langevin
+from replicate.sampling.langevin import ula
+from replicate.tasks.densities import GaussianMixture, two_gaussians
+
+#: chains start in the square [-BOX, BOX]^2
+BOX = 8.0
+#: a chain belongs to a mode within this distance of its mean; just under half the distance of the two
+REACH = 7.0
+
+
+def uniform_start(n: int, generator: torch.Generator) -> Tensor:
+    """Draw starting states U[-8, 8]^2, shape (n, 2), float64."""
+    return BOX * (2 * torch.rand(n, 2, generator=generator, dtype=torch.float64, device=generator.device) - 1)
+
+
+# -- sec 3.2.2: plain Langevin dynamics
+
+
+def share_near(x: Tensor, mode: int) -> Estimate:
+    """Return the share of the states (n, 2) within REACH of a mode's mean; mode 0 is the minority, nan is near none."""
+    distance = (x - two_gaussians().means[mode].to(x)).norm(dim=1)
+    return Estimate.mean_of((distance < REACH).double(), "estimate", "probability")
+
+
+def in_picture(x: Tensor, limit: float = 100.0, count: int = 400) -> Tensor:
+    """Return those of the first states (n, 2) that a plot can show."""
+    return x[:count][x[:count].abs().amax(1) < limit]  # false for nan
+
+
+def pair_score(density: GaussianMixture, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return the score of w N(-m, I) + (1 - w) N(m, I), m tanh(m'x + log((1 - w) / w) / 2) - x, in few operations.
+
+    It equals `density.score` for the toy mixture and is three times faster: the long chain takes 100,000 steps.
+    """
+    m = density.means[1].to(device)
+    offset = 0.5 * float((density.weights[1] / density.weights[0]).log())
+    return lambda x: torch.outer(torch.tanh(x @ m + offset), m) - x
+
+
+@experiment(
+    "ncsn-langevin",
+    family="score",
+    seeds=3,
+    precision="float64",
+    smoke={"chains": 128, "steps": 100, "long_steps": 300},
+)
+def plain_langevin(
+    run: Run, *, chains: int = 1280, steps: int = 1000, long_steps: int = 100_000, eps: float = 0.1
+) -> None:
+    """Langevin dynamics with the exact score of two separated modes, T = 1000 and 100 times longer."""
+    density = two_gaussians()
+    start = uniform_start(chains, run.stream("start"))
+    chain = ula(pair_score(density, run.device), start, long_steps, eps, run.stream("chains"), record_every=steps)
+    assert chain.path is not None
+    shares = [share_near(x, 0) for x in chain.path[1:]]
+    run.measure("minority_weight:printed", shares[0])
+    run.measure("minority_weight:long", share_near(chain.samples, 0))
+    run.curves(
+        "minority-weight",
+        "Langevin dynamics keeps the weights that the start gave it",
+        ("steps", "share of the chains in the minority mode"),
+        {"Langevin dynamics": ([(i + 1) * steps for i in range(len(shares))], [share.value for share in shares])},
+        levels={"true weight": 0.2},
+    )
+    exact = density.sample(chains, run.stream("exact")).to(start)
+    clouds = {"exact": in_picture(exact), "Langevin": in_picture(chain.path[1])}
+    run.scatter("samples", "Fig 3(a) and (b): samples, and Langevin dynamics after T steps", clouds)
+
+
+def mean_passage_time(half_distance: float, minority: float) -> float:
+    """Return the mean time that dX = (1/2) (log p)' dt + dB takes from the minority mode to the other, by quadrature.
+
+    p = w N(-h, 1) + (1 - w) N(h, 1). From a to b it is 2 int_a^b 1/p(y) int_{-inf}^y p(z) dz dy (Gardiner, Handbook of
+    Stochastic Methods, sec 5.2.7). In the plane the coordinate along the axis moves on its own, so this holds there.
+
+    Args:
+        half_distance: h, in standard deviations.
+        minority: w.
+    """
+    y = np.linspace(-half_distance, half_distance, 40_001)
+    p, below = (minority * f(y + half_distance) + (1 - minority) * f(y - half_distance) for f in (norm.pdf, norm.cdf))
+    return 2 * float(trapezoid(below / p, y))
+
+
+@experiment("ncsn-passage", family="score", seeds=1, precision="float64")
+def passage(run: Run, *, eps: float = 0.1) -> None:
+    """Mean passage time between the two modes, by quadrature."""
+    density = two_gaussians()
+    half = float((density.means[1] - density.means[0]).norm()) / 2
+    halves = np.linspace(1.0, half, 25).tolist()
+    steps = [mean_passage_time(h, float(density.weights[0])) / eps for h in halves]
+    run.measure("log10_passage_steps", Estimate.exact(math.log10(steps[-1]), "decades of steps"))
+    run.curves(
+        "passage-time",
+        "Expected steps from the minority mode to the other",
+        ("distance of the modes, standard deviations", "steps"),
+        {"mean passage time": ([2 * h for h in halves], steps)},
+        log="y",
+        levels={"printed T": 1e3, "100 times longer": 1e5},
+    )
+
+
+# -- sec 4.3: annealed Langevin dynamics
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way to read the annealed chain's settings: alpha_i = eps (sigma_i / sigma_L)^2 (Algorithm 1).
+
+    Attributes:
+        name: in the metrics' names.
+        first, last: sigma_1 and sigma_L.
+        eps: the step size at the last level.
+        steps: T, Langevin steps per level.
+        meanings: of sigma, keys of MEANINGS.
+    """
+
+    name: str
+    first: float
+    last: float
+    eps: float
+    steps: int
+    meanings: tuple[str, ...] = ("added", "replaced")
+
+
+#: "text": sec 4.3's levels with App B.1's T and eps. At sigma_L = 0.1 that eps is 10 sigma_L^2; "text-scaled" has the
+#: appendix's eps / sigma_L^2 instead, "text-long" also N2's T, and "text-images" the eps of the paper's image models.
+READINGS = (
+    Reading("text", 10.0, 0.1, 0.1, 100),
+    Reading("text-scaled", 10.0, 0.1, 1e-3, 100),
+    Reading("text-long", 10.0, 0.1, 1e-3, 1000, ("added",)),
+    Reading("text-images", 10.0, 0.1, 2e-5, 100),
+    Reading("appendix", 20.0, 1.0, 0.1, 100),
+)
+#: what sigma does to a component's unit variance: noise is added, or sigma takes the standard deviation's place
+MEANINGS: dict[str, Callable[[float], float]] = {"added": lambda s: 1 + s * s, "replaced": lambda s: s * s}
+
+
+def annealed_chain(reading: Reading, meaning: str, start: Tensor, generator: torch.Generator, steps: int = 0) -> Tensor:
+    """Return the last states (n, 2) of the annealed chain from `start`; `steps` above 0 replaces T."""
+    sigmas, clean, variance = geometric_levels(reading.first, reading.last), two_gaussians(), MEANINGS[meaning]
+    mixtures = {s: GaussianMixture(clean.means, variance(s) * clean.covariance, clean.weights) for s in sigmas.tolist()}
+
+    def score_at(x: Tensor, sigma: Tensor) -> Tensor:
+        return mixtures[float(sigma[0])].score(x)
+
+    chain = annealed_langevin(score_at, sigmas, start, steps or reading.steps, reading.eps, generator, denoise=False)
+    return chain.samples
+
+
+def spread(x: Tensor) -> Estimate | None:
+    """Return a coordinate's standard deviation about its mode's mean; None where no state (n, 2) is near a mode."""
+    residuals = torch.cat([x - mean for mean in two_gaussians().means.to(x)])
+    inside = residuals[residuals.norm(dim=1) < REACH]
+    if not len(inside):
+        return None
+    sd = float(inside.square().mean().sqrt())
+    return Estimate(sd, sd / math.sqrt(2 * inside.numel()), "estimate", "data units", inside.numel())
+
+
+@experiment(
+    "ncsn-annealed",
+    family="score",
+    profiles=("smoke", "standard"),
+    precision="float64",
+    smoke={"chains": 128, "steps": 10},
+)
+def annealed(run: Run, *, chains: int = 1280, steps: int = 0) -> None:
+    """Annealed Langevin on two separated modes: levels of the text and of the appendix, two meanings of sigma."""
+    start = uniform_start(chains, run.stream("start"))
+    clouds = {}
+    for reading in READINGS:
+        for meaning in reading.meanings:
+            variant = f"{reading.name}-{meaning}"
+            x = annealed_chain(reading, meaning, start, run.stream(variant), steps)
+            minority, majority = share_near(x, 0), share_near(x, 1)
+            kept = Estimate(minority.value + majority.value, math.nan, "estimate", "probability", len(x))
+            run.measure_all({"minority_weight": minority, "kept_share": kept}, variant)
+            if width := spread(x):
+                run.measure(f"mode_spread:{variant}", width)
+                if reading.name in ("text-scaled", "appendix"):
+                    clouds[variant] = in_picture(x)
+            else:
+                run.omit(f"mode_spread:{variant}", "no chain ended near a mode")
+    if clouds:
+        title = "Fig 3(c): annealed Langevin dynamics, by levels and meaning of sigma"
+        run.scatter("annealed-samples", title, clouds)
