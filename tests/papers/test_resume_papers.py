@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from replicate.experiments.batches import Minibatches
 from replicate.model import DataInfo
 from replicate.papers import burda, nce, pixelcnn
-from replicate.papers.ssm import tables
+from replicate.papers.ssm import kernel, tables
 from replicate.runs.checkpoint import pack, unpack
 from replicate.runs.experiment import Context, Outcome
 from replicate.runs.paper import find_experiment
@@ -112,7 +112,7 @@ def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(burda, "training_and_test", lambda dynamic: (0.5 * bits[:50], bits[50:]))
     monkeypatch.setitem(pixelcnn.TASKS, "mnist-static", lambda: task)
     monkeypatch.setattr(tables, "load_table", lambda name, draws: table)
-    two = {"ssm": tables.sliced, "dsm": tables.denoising(0.2)}
+    two = {"ssm": kernel.sliced, "dsm": kernel.denoising(0.2)}
     monkeypatch.setattr(tables, "objectives", lambda sigma: two)
     monkeypatch.setattr(nce, "THEORY_DRAWS", 1000)
 

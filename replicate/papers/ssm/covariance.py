@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -148,7 +148,7 @@ def covariance_simulation(
     run.measure_all({name: Estimate(float(r), math.nan, "estimate", "ratio", datasets) for name, r in ratios.items()})
 
     grid = torch.linspace(0, math.log(PROJECTIONS[-1]), 40).exp().tolist()
-    curves = {}
+    curves: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
     for law, gaussian in LAWS.items():
         curves[f"{law}, theory"] = grid, [float(theory.sliced(m, gaussian).trace()) for m in grid]
         curves[f"{law}, simulated"] = PROJECTIONS, [total[f"{law}-{m}"] for m in PROJECTIONS]

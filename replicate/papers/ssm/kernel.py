@@ -27,9 +27,6 @@ LOG_SCALES = (0.0, 0.5185, 1.0)
 CHUNK = 500
 
 
-# --- the model -------------------------------------------------------------------------------------------------------
-
-
 class Expansion(NamedTuple):
     """phi(x + t v) around t = 0: first derivatives along K directions v per example, second ones along the last C.
 
@@ -122,20 +119,9 @@ class Kernels(NamedTuple):
     width: Tensor
     each: Tensor
 
-    @staticmethod
-    def of(phi: Expansion, centres: Tensor, width: Tensor, weight: Tensor) -> Kernels:
-        """Evaluate the terms with weights w (P, 1, 1)."""
-        # multiplied out, without a tensor (n, M, H); rounding alone can make a distance negative
-        squares = phi.value.square().sum(-1, keepdim=True) + centres.square().sum(-1)[:, None]
-        distance = (squares - 2 * phi.value @ centres.mT).clamp_min(0)
-        return Kernels(phi, centres, width, weight * torch.exp(-distance / (2 * width)))
-
-    def _inner(self) -> Tensor:
-        """Return <phi, d> of each direction d, (P, n, K)."""
-        return self.phi.inner(self.phi.value)
-
-    def _slope(self, first: Tensor, inner: Tensor) -> Tensor:
-        """Return <phi - c, d> (P, n, K, M) for directions d (P, n, K, H) and <phi, d> (P, n, K), as one product."""
+    def _slope(self, which: slice) -> Tensor:
+        """Return <phi - c, d> for some of the first derivatives d of phi, (P, n, K, M), as one product."""
+        first, inner = self.phi.first[:, :, which], self.phi.inner(self.phi.value)[:, :, which]
         ones = torch.ones_like(self.centres[..., :1])
         return along(torch.cat([first, inner[..., None]], -1), torch.cat([-self.centres, ones], -1).mT)
 
@@ -148,7 +134,7 @@ class Kernels(NamedTuple):
     def expansion(self) -> tuple[Tensor, Tensor]:
         """Return first derivatives of k (n, K, M) and the sum of the second ones (n, M)."""
         scaled = -self.each / self.width
-        slope = self._slope(self.phi.first, self._inner())
+        slope = self._slope(slice(None))
         first = torch.stack([s[:, None] * d for s, d in zip(scaled, slope, strict=True)]).sum(0)
         return first, (scaled * self._bend(slope)).sum(0)
 
@@ -159,9 +145,7 @@ class Kernels(NamedTuple):
 
     def second(self, alpha: Tensor) -> Tensor:
         """Return the sum of second derivatives of sum_m alpha_m k(x, z_m), (n,)."""
-        e = self.phi
-        curved = slice(e.first.shape[2] - e.curved, None)
-        slope = self._slope(e.first[:, :, curved], self._inner()[:, :, curved])
+        slope = self._slope(slice(self.phi.first.shape[2] - self.phi.curved, None))
         return (-self.each * (alpha / self.width) * self._bend(slope)).sum((0, 2))
 
 
@@ -187,7 +171,11 @@ class DeepKernelFamily(nn.Module):
     def kernels(self, x: Tensor, v: Tensor, curved: int) -> Kernels:
         """Expand k(x, z_m) at x (n, D) along v (n, K, D), to second order for the last `curved` directions."""
         width, weight = 10 ** self.log_scale[:, None, None], self.mixing.softmax(0)[:, None, None]
-        return Kernels.of(self.features.expand(x, v, curved), self.features(self.inducing), width, weight)
+        phi, centres = self.features.expand(x, v, curved), self.features(self.inducing)
+        # multiplied out, without a tensor (n, M, H); rounding alone can make a distance negative
+        squares = phi.value.square().sum(-1, keepdim=True) + centres.square().sum(-1)[:, None]
+        distance = (squares - 2 * phi.value @ centres.mT).clamp_min(0)
+        return Kernels(phi, centres, width, weight * torch.exp(-distance / (2 * width)))
 
     def log_density(self, x: Tensor) -> Tensor:
         """Return log p + log Z in nats of x (n, D), shape (n,)."""

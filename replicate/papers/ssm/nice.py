@@ -25,7 +25,7 @@ from replicate.experiments.batches import Minibatches
 from replicate.model import Estimate
 from replicate.resume import State, resumable
 from replicate.score_based import matching
-from replicate.score_based.networks import mlp
+from replicate.score_based.networks import mlp, score_of
 from replicate.tasks.digits import digits
 from replicate.tasks.images import FILES, grey_values
 
@@ -68,9 +68,7 @@ class NICE(nn.Module):
 
     def score(self, x: Tensor) -> Tensor:
         """Return grad_x log p (n, D), differentiable again."""
-        x = x if x.requires_grad else x.detach().requires_grad_(True)
-        (gradient,) = torch.autograd.grad(self.log_prob(x).sum(), x, create_graph=True)
-        return gradient
+        return score_of(lambda y: -self.log_prob(y))(x)
 
 
 def score_matching_loss(net: NICE, x: Tensor, chunk: int) -> Tensor:
@@ -86,9 +84,6 @@ def score_matching_loss(net: NICE, x: Tensor, chunk: int) -> Tensor:
             value += row[:, i]
         state["values"].append(value)
     return torch.cat(state["values"])
-
-
-# --- data ------------------------------------------------------------------------------------------------------------
 
 
 class Images(NamedTuple):
@@ -128,20 +123,13 @@ def to_logits(x: Tensor, levels: int, draws: torch.Generator) -> Tensor:
     return torch.logit((x / (levels - 1) + noise / levels).clamp(CLIP, 1 - CLIP))
 
 
-# --- training --------------------------------------------------------------------------------------------------------
-
 #: the loss of each logit vector x (n, D), shape (n,), with its random draws
 Objective = Callable[[NICE, Tensor, torch.Generator], Tensor]
 
 
-def sliced(net: NICE, x: Tensor, draws: torch.Generator) -> Tensor:
-    """Evaluate equation 7 with one Rademacher projection per example, shape (n,)."""
-    return matching.sliced_score_matching(net.score, x, matching.rademacher(x, draws))
-
-
-def sliced_vr(net: NICE, x: Tensor, draws: torch.Generator) -> Tensor:
-    """Evaluate equation 8 with one Rademacher projection per example, shape (n,)."""
-    return matching.sliced_score_matching_vr(net.score, x, matching.rademacher(x, draws))
+def sliced(objective: Callable[[matching.Score, Tensor, Tensor], Tensor]) -> Objective:
+    """Return a sliced objective with one Rademacher projection per example."""
+    return lambda net, x, draws: objective(net.score, x, matching.rademacher(x, draws))
 
 
 def denoising(sigma: float) -> Objective:
@@ -156,8 +144,8 @@ def denoising(sigma: float) -> Objective:
 
 OBJECTIVES: Mapping[str, Objective] = {
     "mle": lambda net, x, draws: -net.log_prob(x),
-    "ssm-vr": sliced_vr,
-    "ssm": sliced,
+    "ssm-vr": sliced(matching.sliced_score_matching_vr),
+    "ssm": sliced(matching.sliced_score_matching),
     "dsm-0.10": denoising(0.10),
     "dsm-1.74": denoising(1.74),
 }
@@ -237,8 +225,8 @@ def measure(net: NICE, images: Images, s: Settings, draws: torch.Generator) -> d
 
 def compare(run: Run, s: Settings, methods: Mapping[str, tuple[Objective, float]], title: str) -> None:
     """Train NICE by each (objective, learning rate) from the same weights and noise, measure and plot."""
-    read = SOURCES[s.data](run.stream("split"))
-    images = Images(*(part.to(run.device) for part in read[:3]), read.levels)
+    training, validation, test, levels = SOURCES[s.data](run.stream("split"))
+    images = Images(training.to(run.device), validation.to(run.device), test.to(run.device), levels)
     curves = {}
     for name, (objective, lr) in methods.items():
         with run.initialisation():
@@ -249,17 +237,7 @@ def compare(run: Run, s: Settings, methods: Mapping[str, tuple[Objective, float]
     run.curves("validation", title, ("training steps", "validation loss of its own objective"), curves)
 
 
-# --- Table 1 ---------------------------------------------------------------------------------------------------------
-
-
-@experiment(
-    "ssm-nice-mnist",
-    family="flow",
-    seeds=3,
-    profiles=("full",),
-    files=FILES["mnist-dynamic"],
-    cuda_minutes=10,
-)
+@experiment("ssm-nice-mnist", family="flow", seeds=3, profiles=("full",), files=FILES["mnist-dynamic"], cuda_minutes=10)
 def table_1(run: Run, s: MnistSettings) -> None:
     """NICE on MNIST by maximum likelihood, sliced and denoising score matching."""
     compare(run, s, {name: (objective, s.lr) for name, objective in OBJECTIVES.items()}, "NICE by objective")
@@ -268,11 +246,9 @@ def table_1(run: Run, s: MnistSettings) -> None:
             run.omit(f"{metric}:{name}", "curvature propagation and approximate backpropagation are not implemented")
 
 
-# --- as printed, as released: the learning rate ----------------------------------------------------------------------
-
-
+# the learning rates that are printed and released
 @experiment("ssm-nice-learning-rate", family="flow", seeds=3, tasks=("digits",))
 def learning_rates(run: Run, s: Settings) -> None:
     """NICE on 8x8 digits by sliced score matching at learning rates 1e-3 and 1e-4."""
-    rates = {"1e-3": (sliced, 1e-3), "1e-4": (sliced, 1e-4)}
+    rates = {"1e-3": (OBJECTIVES["ssm"], 1e-3), "1e-4": (OBJECTIVES["ssm"], 1e-4)}
     compare(run, s, rates, "NICE by sliced score matching, by Adam's learning rate")

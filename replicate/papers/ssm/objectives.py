@@ -21,13 +21,10 @@ from replicate.score_based import matching
 from replicate.score_based.networks import EnergyScore, FreeScore
 
 Sliced = Callable[[matching.Score, Tensor, Tensor], Tensor]
-SLICED: Mapping[str, Sliced] = {
-    "ssm": matching.sliced_score_matching,
-    "ssm-vr": matching.sliced_score_matching_vr,
-}
-
-
-# --- the mean over projections is exact score matching ---------------------------------------------------------------
+SLICED: Mapping[str, Sliced] = {"ssm": matching.sliced_score_matching, "ssm-vr": matching.sliced_score_matching_vr}
+#: objectives of Fig. 2 and their labels
+LABELS = {"sm": "exact score matching", "ssm": "sliced", "ssm-vr": "sliced, variance reduced", "dsm": "denoising"}
+DSM_SIGMA = 0.1
 
 
 def all_signs(objective: Sliced, score: matching.Score, x: Tensor) -> Tensor:
@@ -49,12 +46,10 @@ def unbiasedness(run: Run, *, dim: int = 6, hidden: int = 32, depth: int = 2, po
     """Sliced score matching averaged over all 2^D signs, against exact score matching."""
     noise = run.stream("points")
     with run.initialisation():
-        nets = {
-            "free": FreeScore(dim, hidden, depth, "softplus"),
-            "energy": EnergyScore(dim, hidden, depth, "softplus"),
-        }
+        kinds = {"free": FreeScore, "energy": EnergyScore}
+        nets = {kind: make(dim, hidden, depth, "softplus").double() for kind, make in kinds.items()}
     for kind, net in nets.items():
-        net = net.double().to(run.device)
+        net = net.to(run.device)
         x = 1.5 * torch.randn(points, dim, generator=noise, device=run.device, dtype=torch.float64)
         exact = matching.implicit_score_matching(net, x)
         for name, objective in SLICED.items():
@@ -66,13 +61,6 @@ def unbiasedness(run: Run, *, dim: int = 6, hidden: int = 32, depth: int = 2, po
                 "projection_spread": sliced.std(1, correction=0).mean(),
             }
             run.measure_all({m: Estimate.exact(v.item(), "nats", points) for m, v in found.items()}, f"{name}-{kind}")
-
-
-# --- cost of a step against the dimension (Fig. 2) -------------------------------------------------------------------
-
-#: objectives and their labels in the figure
-LABELS = {"sm": "exact score matching", "ssm": "sliced", "ssm-vr": "sliced, variance reduced", "dsm": "denoising"}
-DSM_SIGMA = 0.1
 
 
 class Step(NamedTuple):

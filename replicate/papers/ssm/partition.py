@@ -14,6 +14,9 @@ from replicate.model import Estimate, Model
 from replicate.sampling.langevin import mala
 from replicate.tasks.densities import GaussianMixture
 
+#: draws of plain importance sampling at a time
+CHUNK = 10_000
+
 
 class GaussianPath(Model):
     """A geometric path from N(0, variance I) to an unnormalised density, with Metropolis-adjusted Langevin steps.
@@ -65,17 +68,11 @@ class GaussianPath(Model):
 
 
 @torch.no_grad()
-def importance_log_z(
-    path: GaussianPath, samples: int, draws: torch.Generator, chunk: int = 10_000
-) -> tuple[float, float]:
-    """Estimate log Z in nats by plain importance sampling from the path's proposal.
-
-    Returns:
-        log Z and the effective sample size as a share of the draws.
-    """
+def importance_log_z(path: GaussianPath, samples: int, draws: torch.Generator) -> tuple[float, float]:
+    """Estimate log Z in nats by sampling from the path's proposal; return it and the effective share of the draws."""
     parts = []
-    for start in range(0, samples, chunk):
-        x = path.base_sample(min(chunk, samples - start), draws)
+    for start in range(0, samples, CHUNK):
+        x = path.base_sample(min(CHUNK, samples - start), draws)
         parts.append(path.log_density(x) - path.base_log_density(x))
     log_w = torch.cat(parts)
     total = torch.logsumexp(log_w, 0)

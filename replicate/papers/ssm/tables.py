@@ -22,17 +22,8 @@ from torch import Tensor, nn
 from replicate.experiments import Check, Run, experiment, fit
 from replicate.likelihood.ais import ais, schedule
 from replicate.model import Estimate
-from replicate.papers.ssm.kernel import (
-    DeepKernelFamily,
-    Objective,
-    denoising,
-    exact,
-    loss_through_alpha,
-    objective_over,
-    quadratic_over,
-    sliced,
-    sliced_vr,
-)
+from replicate.papers.ssm import kernel
+from replicate.papers.ssm.kernel import DeepKernelFamily, Objective, objective_over, quadratic_over
 from replicate.papers.ssm.partition import GaussianPath
 from replicate.tasks import tables
 
@@ -75,9 +66,6 @@ class Settings:
     step_size: float = 0.05
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
-
-
 class Table(NamedTuple):
     """Whitened rows (n, D), float64."""
 
@@ -94,13 +82,6 @@ def hold_out(rows: np.ndarray, draws: torch.Generator) -> tuple[np.ndarray, np.n
     return np.flatnonzero(~inside), np.flatnonzero(inside)
 
 
-def whiten(x: np.ndarray) -> np.ndarray:
-    """Return principal components of unit variance."""
-    centred = x - x.mean(0)
-    _, s, vt = np.linalg.svd(centred, full_matrices=False)
-    return centred @ (vt.T / s) * math.sqrt(len(x))
-
-
 def load_table(name: str, draws: torch.Generator) -> Table:
     """Load a UCI table as in the released code: dequantised, whitened over all rows, blurred, split 81 : 9 : 10.
 
@@ -114,18 +95,17 @@ def load_table(name: str, draws: torch.Generator) -> Table:
     if name in ROUNDED:
         gap = np.array([np.median(np.diff(np.unique(column))) for column in x.T])
         x = x + gap * (2 * torch.rand(x.shape, generator=draws, device=draws.device).cpu().numpy() - 1)
-    whitened = torch.from_numpy(whiten(x))
+    centred = x - x.mean(0)
+    _, s, vt = np.linalg.svd(centred, full_matrices=False)
+    whitened = torch.from_numpy(centred @ (vt.T / s) * math.sqrt(len(x)))  # principal components of unit variance
     noise = torch.randn(whitened.shape, generator=draws, device=draws.device, dtype=torch.float64)
     whitened = whitened + NOISE * noise.cpu()
     return Table(whitened[rest[train]], whitened[rest[validation]], whitened[test])
 
 
-# --- training --------------------------------------------------------------------------------------------------------
-
-
 def objectives(sigma: float) -> dict[str, Objective]:
     """Return the four of the figure; denoising score matching has noise of standard deviation sigma."""
-    return {"sm": exact, "ssm": sliced, "ssm-vr": sliced_vr, "dsm": denoising(sigma)}
+    return {"sm": kernel.exact, "ssm": kernel.sliced, "ssm-vr": kernel.sliced_vr, "dsm": kernel.denoising(sigma)}
 
 
 def train(model: DeepKernelFamily, objective: Objective, table: Table, s: Settings, draws: torch.Generator) -> None:
@@ -134,7 +114,7 @@ def train(model: DeepKernelFamily, objective: Objective, table: Table, s: Settin
     def loss() -> Tensor:
         rows = torch.randint(len(table.train), (s.batch,), generator=draws, device=draws.device)
         fitted, judged = (objective(part, draws) for part in table.train[rows].chunk(2))
-        return loss_through_alpha(model, fitted, judged)
+        return kernel.loss_through_alpha(model, fitted, judged)
 
     def validation_loss() -> float:
         some = torch.randperm(len(table.train), generator=draws, device=draws.device)[:1000]
@@ -171,9 +151,6 @@ def fitted_family(run: Run, s: Settings, table: Table, objective: Objective) -> 
     return model
 
 
-# --- Fig. 1 ----------------------------------------------------------------------------------------------------------
-
-
 class Evaluated:
     """log f and its gradient, computed together and remembered for the last two points.
 
@@ -185,46 +162,32 @@ class Evaluated:
         self._log_density = log_density
         self._known: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def _evaluate(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return x, log f and its gradient."""
-        for known in self._known:
-            if known[0] is x:
-                return known
-        found = self._chosen(x)
-        if found is not None:
-            self._known = [found]
-            return found
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log f (n,) and its gradient (n, D) at x (n, D)."""
+        for at, value, gradient in self._known:
+            if at is x:
+                return value, gradient
+        if len(self._known) == 2:
+            (state, value, gradient), (proposal, new_value, new_gradient) = self._known
+            accepted = (x == proposal).all(1)
+            if bool((accepted | (x == state).all(1)).all()):
+                value = torch.where(accepted, new_value, value)
+                gradient = torch.where(accepted[:, None], new_gradient, gradient)
+                self._known = [(x, value, gradient)]
+                return value, gradient
         with torch.enable_grad():
             leaf = x.detach().requires_grad_(True)
             value = self._log_density(leaf)
             (gradient,) = torch.autograd.grad(value.sum(), leaf)
         self._known = [*self._known[-1:], (x, value.detach(), gradient)]
-        return self._known[-1]
-
-    def _chosen(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Combine the values of the two remembered points; None unless each row of x is a row of one of them."""
-        if len(self._known) < 2:
-            return None
-        (state, value, gradient), (proposal, new_value, new_gradient) = self._known
-        accepted = (x == proposal).all(1)
-        if not bool((accepted | (x == state).all(1)).all()):
-            return None
-        return x, torch.where(accepted, new_value, value), torch.where(accepted[:, None], new_gradient, gradient)
-
-    def value(self, x: Tensor) -> Tensor:
-        """Return log f (n, D) -> (n,)."""
-        return self._evaluate(x)[1]
-
-    def score(self, x: Tensor) -> Tensor:
-        """Return its gradient, (n, D)."""
-        return self._evaluate(x)[2]
+        return value.detach(), gradient
 
 
 def log_likelihood(model: DeepKernelFamily, x: Tensor, s: Settings, draws: torch.Generator) -> Estimate:
     """Estimate the mean log p of x (n, D) with log Z by annealed importance sampling from N(0, 2 I)."""
     single = copy.deepcopy(model).float()  # as good for the chains, in a third of the time
     evaluated = Evaluated(lambda y: single.log_density(y.float()).double())
-    path = GaussianPath(x.shape[1], 2.0, evaluated.value, evaluated.score, s.step_size)
+    path = GaussianPath(x.shape[1], 2.0, lambda y: evaluated(y)[0], lambda y: evaluated(y)[1], s.step_size)
     log_z = ais(path, s.chains, schedule(s.temperatures), draws).log_z
     with torch.no_grad():
         mean = Estimate.mean_of(model.log_density(x), "estimate", "nats")
@@ -236,7 +199,7 @@ def figure_1(run: Run, s: Settings) -> None:
     table = Table(*(part.to(run.device) for part in load_table(s.table, run.stream("split"))))
     for name, objective in objectives(s.sigma).items():
         model, test = fitted_family(run, s, table, objective), run.stream("test")
-        loss = objective_over(model, exact, table.test, model.alpha, test)
+        loss = objective_over(model, kernel.exact, table.test, model.alpha, test)
         run.measure(f"sm_loss:{name}", Estimate(loss, math.nan, "estimate", "score matching loss", len(table.test)))
         run.measure(f"log_likelihood:{name}", log_likelihood(model, table.test, s, test))
     for name in ("cp", "approximate-bp"):
