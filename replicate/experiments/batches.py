@@ -1,6 +1,6 @@
-"""Minibatches as the papers' code walks through them: pass after pass, each in a fresh order.
+"""Minibatches as the papers' code takes them: pass after pass, each in a fresh order.
 
-`replicate.runs.training.Batches` joins its passes, so that no batch is short; here a pass ends with what is left.
+`replicate.runs.training.Batches` joins its passes, so that no batch is short; here the last batch of a pass may be.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from torch import Tensor
 
 
 class Minibatches(Iterator[Tensor]):
-    """Rows in batches without end, through fresh permutations of them.
+    """Endless batches of rows, each pass over the rows in a fresh permutation.
 
-    A permutation is drawn when its first batch is asked for: the generator may serve others in between.
+    A permutation is drawn with its first batch: the generator may serve other draws in between.
 
     Args:
         rows: shape (n, ..).
-        size: rows of a batch; the last one of a pass may have fewer.
-        generator: of the permutations.
-        whole: leave out a last batch that is short.
+        size: rows per batch; the last one of a pass may have fewer.
+        generator: draws the permutations.
+        whole: leave out a short last batch.
     """
 
     def __init__(self, rows: Tensor, size: int, generator: torch.Generator, whole: bool = False) -> None:
@@ -30,7 +30,7 @@ class Minibatches(Iterator[Tensor]):
         self.order = torch.empty(0, dtype=torch.int64, device=generator.device)
 
     def __len__(self) -> int:
-        """Batches of a pass."""
+        """Return the number of batches per pass."""
         return -(-self.used // self.size)
 
     def __next__(self) -> Tensor:
@@ -41,10 +41,10 @@ class Minibatches(Iterator[Tensor]):
         return self.rows[chosen]
 
     def state_dict(self) -> dict[str, Any]:
-        """What is left of the permutation, and the generator."""
+        """Return the rest of the permutation, and the generator."""
         return {"order": self.order, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Resume from a state."""
         self.order = state["order"].to(self.generator.device)
         self.generator.set_state(state["generator"].cpu())

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import flop_registry
 
 
 class OperationCounter(TorchDispatchMode):
-    """Adds up the floating-point operations of matrix products by torch's own formulas.
+    """Add up the floating-point operations of matrix products by torch's own formulas.
 
     torch's FlopCounterMode also tracks modules, which fails where a module's forward pass differentiates.
     """

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from replicate.likelihood.quadrature import grid, log_z
 from replicate.model import Estimate
-from replicate.runs.experiment import Context
+from replicate.runs.experiment import Run
 from replicate.score_based.networks import EnergyScore, FreeScore
 from replicate.tasks.densities import GaussianMixture
 
@@ -53,13 +53,12 @@ def noised(density: GaussianMixture, sigma: float) -> GaussianMixture:
     return GaussianMixture(density.means, density.covariance + sigma**2 * eye, density.weights, density.modes)
 
 
-def networks(context: Context) -> dict[str, nn.Module]:
-    """Three score networks of different make, with random weights in float64."""
-    hidden, depth = context.params["hidden"], context.params["depth"]
-    with context.streams.initialisation():
+def networks(run: Run, hidden: int, depth: int) -> dict[str, nn.Module]:
+    """Build three kinds of score network of the plane with random weights in float64."""
+    with run.initialisation():
         made = {
             "free-silu": FreeScore(2, hidden, depth),
             "free-softplus": FreeScore(2, hidden, depth, "softplus"),
             "energy": EnergyScore(2, hidden, depth),
         }
-    return {name: network.double().to(context.device) for name, network in made.items()}
+    return {name: network.double().to(run.device) for name, network in made.items()}

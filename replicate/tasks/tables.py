@@ -193,14 +193,23 @@ def as_task(name: str, about: str, split: tuple[np.ndarray, np.ndarray, np.ndarr
     return Task(name, about, DataInfo(train.shape[1], "continuous"), train, valid, test)
 
 
-def read_rows(source: Source) -> np.ndarray:
-    """Read a table's rows as the protocol keeps them, float64 (n, D), not standardised.
+def read_columns(source: Source) -> np.ndarray:
+    """Read all rows of a table's columns, float64 (n, len(source.columns)).
 
     Raises:
         UsageError: the file is missing or damaged.
     """
     path = data_file(source.file, ORIGIN)
-    return without_correlated(parse_table(contents(path), source, f"{path} (from {ORIGIN})"))
+    return parse_table(contents(path), source, f"{path} (from {ORIGIN})")
+
+
+def read_rows(source: Source) -> np.ndarray:
+    """Read a table's rows as the protocol keeps them, without correlated columns, float64 (n, D), not standardised.
+
+    Raises:
+        UsageError: the file is missing or damaged.
+    """
+    return without_correlated(read_columns(source))
 
 
 def load_table(source: Source, fold: int = 0) -> Task:

@@ -223,12 +223,12 @@ urls = ["https://example.org/file"]
 
 
 def test_the_catalogue_is_whole_and_covers_what_experiments_read() -> None:
-    from replicate.papers import ssm_kernel
+    from replicate.papers.ssm import tables
     from replicate.runs.paper import papers
 
     known = catalog.catalog()
     read = {name for paper in papers().values() for e in paper.experiments for name in e.files}
-    read |= {f"uci/{source.file}" for source in ssm_kernel.SOURCES.values()}
+    read |= {source.file for source in tables.SOURCES.values()}
     assert "mnist/train-images-idx3-ubyte" in read
     assert read <= known.keys()
     assert all(entry.urls or entry.note for entry in known.values())

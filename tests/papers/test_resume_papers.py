@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from replicate.experiments.batches import Minibatches
 from replicate.model import DataInfo
-from replicate.papers import burda, nce, pixelcnn, ssm_kernel
+from replicate.papers import burda, nce, pixelcnn
+from replicate.papers.ssm import kernel, tables
 from replicate.runs.checkpoint import pack, unpack
 from replicate.runs.experiment import Context, Outcome
 from replicate.runs.paper import find_experiment
@@ -107,12 +108,12 @@ def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
     bits = torch.randint(2, (90, 16), generator=generator).float()
     rows = torch.randn(90, 3, generator=generator, dtype=torch.float64)
     task = Task("bits", "random bits", DataInfo(16, "bits", 2, (4, 4)), bits[:50], bits[50:70], bits[70:])
-    table = ssm_kernel.Table(rows[:50], rows[50:70], rows[70:])
+    table = tables.Table(rows[:50], rows[50:70], rows[70:])
     monkeypatch.setattr(burda, "training_and_test", lambda dynamic: (0.5 * bits[:50], bits[50:]))
     monkeypatch.setitem(pixelcnn.TASKS, "mnist-static", lambda: task)
-    monkeypatch.setattr(ssm_kernel, "load_table", lambda name, draws: table)
-    two = {"ssm": ssm_kernel.sliced, "dsm": ssm_kernel.denoising(0.2)}
-    monkeypatch.setattr(ssm_kernel, "objectives", lambda sigma: two)
+    monkeypatch.setattr(tables, "load_table", lambda name, draws: table)
+    two = {"ssm": kernel.sliced, "dsm": kernel.denoising(0.2)}
+    monkeypatch.setattr(tables, "objectives", lambda sigma: two)
     monkeypatch.setattr(nce, "THEORY_DRAWS", 1000)
 
 

@@ -6,17 +6,17 @@ import torch
 from scipy import integrate
 from torch import distributions
 
+from replicate.experiments import Run
+from replicate.experiments.planar import networks
 from replicate.ledger.claims import claims_of
-from replicate.papers.vincent import (
-    EQUIVALENCE,
-    PAPER,
+from replicate.papers.vincent import PAPER
+from replicate.papers.vincent.equivalence import (
     Parzen,
-    Plane,
+    check_equivalence,
     denoising_objective,
     explicit_objective,
-    networks,
+    plane,
 )
-from replicate.runs.experiment import Context
 from replicate.runs.seeds import Streams
 
 SMALL = {"points": 3, "nodes": 24, "cells": 160, "hidden": 8}
@@ -24,9 +24,9 @@ POINTS = torch.tensor([[0.0, 1.0], [-1.2, 0.3], [0.8, -0.9]], dtype=torch.float6
 PARZEN = Parzen(POINTS, 0.6)
 
 
-def context(seed: int = 0) -> Context:
-    params = {**EQUIVALENCE.settings("standard"), **SMALL}
-    return Context(params, Streams(EQUIVALENCE.name, "vincent", seed), torch.device("cpu"))
+def run(seed: int = 0) -> Run:
+    settings = {**check_equivalence.settings("standard"), **SMALL}
+    return Run(settings, Streams(check_equivalence.name, "vincent", seed), torch.device("cpu"))
 
 
 def test_parzen_is_the_mixture_of_torch_distributions() -> None:
@@ -40,7 +40,7 @@ def test_parzen_is_the_mixture_of_torch_distributions() -> None:
 
 
 def test_the_plane_holds_all_mass() -> None:
-    assert abs(float(Plane.over(PARZEN, 160).mass.sum()) - 1) < 1e-12
+    assert abs(float(plane(PARZEN, 160)[1].sum()) - 1) < 1e-12
 
 
 class Linear(torch.nn.Module):
@@ -72,24 +72,24 @@ def test_explicit_objective_against_scipy() -> None:
         return float(0.5 * gap @ gap * weight.sum() / (3 * 2 * np.pi * 0.36))
 
     expected = integrate.dblquad(integrand, -5, 5, -5, 5, epsabs=1e-7, epsrel=1e-7)[0]
-    ours = float(explicit_objective(Linear(), PARZEN, Plane.over(PARZEN, 160)).detach())
+    ours = float(explicit_objective(Linear(), PARZEN, *plane(PARZEN, 160)).detach())
     assert ours == pytest.approx(expected, abs=1e-6)
 
 
 def test_networks_differ() -> None:
     y = torch.ones(1, 2, dtype=torch.float64)
-    values = [network(y).detach() for network in networks(context()).values()]
+    values = [network(y).detach() for network in networks(run(), 8, 2).values()]
     assert len({tuple(v.flatten().tolist()) for v in values}) == 3
 
 
 def test_the_experiment_holds_and_repeats() -> None:
-    found = EQUIVALENCE.measure(context()).estimates
+    found = check_equivalence.measure(run()).estimates
     assert found["gradient_error"].value < 1e-10
     assert found["constant_spread"].value < 1e-10
     assert found["constant_error"].value < 1e-9
     assert found["objective_range"].value > 1e-3
-    assert found == EQUIVALENCE.measure(context()).estimates
-    assert found["constant"] != EQUIVALENCE.measure(context(1)).estimates["constant"]
+    assert found == check_equivalence.measure(run()).estimates
+    assert found["constant"] != check_equivalence.measure(run(1)).estimates["constant"]
 
 
 def test_sigma_misread_as_a_variance_is_caught(monkeypatch) -> None:
@@ -98,13 +98,13 @@ def test_sigma_misread_as_a_variance_is_caught(monkeypatch) -> None:
     def wrong(score, x, sigma, z):
         return denoising_score_matching(score, x, sigma**2, z)
 
-    monkeypatch.setattr("replicate.papers.vincent.denoising_score_matching", wrong)
-    found = EQUIVALENCE.measure(context()).estimates
+    monkeypatch.setattr("replicate.papers.vincent.equivalence.denoising_score_matching", wrong)
+    found = check_equivalence.measure(run()).estimates
     assert found["gradient_error"].value > 1e-2
     assert found["constant_spread"].value > 1e-3
 
 
 def test_claims_read() -> None:
-    measured = EQUIVALENCE.measure(context()).estimates
+    measured = check_equivalence.measure(run()).estimates
     for claim in claims_of(PAPER).claims:
         assert measured[claim.measure].unit == claim.unit

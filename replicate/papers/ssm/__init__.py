@@ -1,0 +1,27 @@
+"""Sliced score matching: Song, Garg, Shi, Ermon 2019, 1905.07088.
+
+Replicated: that the sliced objectives average to the exact one (eq. 7 and 8) and the cost of a step against the
+dimension (Fig. 2), in `objectives`; the asymptotic covariances of theorem 3 and corollary 1, in `covariance`; the two
+density models of the paper, in `nice` (Table 1) and `kernel` with `tables` (Fig. 1); the estimate of log Z that Fig. 1
+rests on, in `partition`.
+
+Deviations: the cost is measured on an energy MLP, not on the deep kernel exponential family, since the figure shows how
+many passes through its model an objective needs; on the CPU, time is processor time. The paper prints no simulation of
+its asymptotic covariances: the simulated case, a Gaussian of unknown precision, is ours. The headers of `nice` and
+`tables` list those of the density models. Curvature propagation and approximate backpropagation are not implemented.
+"""
+
+from pathlib import Path
+
+from replicate.experiments import Paper
+from replicate.papers.ssm.covariance import covariance_simulation
+from replicate.papers.ssm.nice import learning_rates, table_1
+from replicate.papers.ssm.objectives import counted_costs, timed_costs, unbiasedness
+from replicate.papers.ssm.partition import partition_functions
+from replicate.papers.ssm.tables import FIGURE_1
+
+EXPERIMENTS = (
+    *(unbiasedness, counted_costs, timed_costs, covariance_simulation, table_1, learning_rates),
+    *(*FIGURE_1, partition_functions),
+)
+PAPER = Paper("ssm", Path(__file__).with_name("claims.toml"), experiments=EXPERIMENTS)
