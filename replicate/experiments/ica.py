@@ -70,24 +70,23 @@ def rotation(dim: int, generator: torch.Generator) -> Tensor:
 
 
 def minimise(
-    loss: Callable[[Tensor, Tensor], Tensor],
-    start: Tensor,
-    log_z: float,
-    options: dict[str, float],
-    record: Callable[[Tensor], None] | None = None,
-) -> tuple[Tensor, float]:
+    loss: Callable[[Tensor, Tensor], Tensor], start: Tensor, log_z: float, options: dict[str, float]
+) -> tuple[Tensor, float, Tensor]:
     """Minimise a loss of a matrix (D, D) and of c = -log Z by scipy's L-BFGS-B in float64.
 
     Args:
         loss: a scalar; where it ignores c, the gradient in c is zero and c stays.
         start: the matrix at the start, shape (D, D).
         log_z: at the start.
-        options: of scipy's search.
-        record: called with the matrix after each iteration.
+        options: of scipy's search, with its "maxiter".
 
     Returns:
-        (matrix, log Z) at the minimum.
+        (matrix and log Z at the minimum, path of the matrix from the start on, shape (1 + iterations, D, D)).
     """
+    # allocated at once: matrices kept one by one, between large blocks that are freed again, fragment the memory,
+    # and a long search in 50 dimensions then takes ten gigabytes
+    path, taken = start.new_empty(1 + int(options["maxiter"]), *start.shape), 1
+    path[0] = start
 
     def tensor(v: np.ndarray) -> Tensor:
         return torch.as_tensor(v, dtype=torch.float64, device=start.device).clone()
@@ -98,10 +97,11 @@ def minimise(
         (grad,) = torch.autograd.grad(value, theta)
         return float(value.detach()), grad.cpu().numpy()
 
-    def after(v: np.ndarray) -> None:
-        if record is not None:
-            record(tensor(v)[:-1].view_as(start))
+    def record(v: np.ndarray) -> None:
+        nonlocal taken
+        path[taken] = tensor(v)[:-1].view_as(start)
+        taken += 1
 
     first = np.append(start.flatten().cpu().numpy(), -log_z)
-    found = minimize(value_and_grad, first, jac=True, method="L-BFGS-B", callback=after, options=options)
-    return tensor(found.x)[:-1].view_as(start), -float(found.x[-1])
+    found = minimize(value_and_grad, first, jac=True, method="L-BFGS-B", callback=record, options=options)
+    return tensor(found.x)[:-1].view_as(start), -float(found.x[-1]), path[:taken].clone()

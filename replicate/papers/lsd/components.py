@@ -20,8 +20,6 @@ from replicate.score_based.contrastive import GaussianNoise, noise_contrastive
 
 #: objectives, besides maximum likelihood, whose minimum is the truth as the data grow
 CONSISTENT = ("sm", "ssm", "ssm-vr", "nce", "nce-full", "cd")
-#: of a search by L-BFGS
-MAX_ITERATIONS = 1000
 #: test examples of a learning curve, and points on it
 CURVE_EXAMPLES, CURVE_POINTS = 5000, 61
 #: a function of the model and of c, which replaces -log Z and is learned where an objective uses it
@@ -32,12 +30,7 @@ Objective = Callable[[Ica, Tensor], Tensor]
 class Settings:
     """Sources and mixing of the released code; the other settings as the package's header says.
 
-    Attributes:
-        dim: D.
-        examples, test_examples: of data.
-        dsm_noise, dsm_low_noise: sigma of denoising, in root mean square deviations of the data.
-        cd_steps, cd_step_size: Langevin steps of a chain of contrastive divergence.
-        cd_updates, cd_lr: of its Adam.
+    The noises of denoising are in root mean square deviations of the data.
     """
 
     dim: int
@@ -84,49 +77,19 @@ def contrasting(x: Tensor, diagonal: bool, generator: torch.Generator) -> Object
 
 
 class Fitted(NamedTuple):
-    """A fitted model, its path and what else was learned.
-
-    Attributes:
-        w: unmixing matrix at the end, shape (D, D).
-        path: W after each recorded iteration, the start first, shape (iterations, D, D).
-        log_z: learned log Z where the objective has one.
-    """
+    """A fitted W (D, D), the path (iterations, D, D) of M in W = M * white from the start on, and the learned log Z."""
 
     w: Tensor
     path: Tensor
     log_z: float = math.nan
 
 
-def room_for_path(start: Tensor, iterations: int) -> Tensor:
-    """Allocate a path of so many iterations from `start` (D, D), shape (1 + iterations, D, D).
-
-    Many small matrices, allocated one by one between large blocks that are freed again, would fragment the memory: a
-    long search in 50 dimensions then takes ten gigabytes.
-    """
-    path = start.new_empty(1 + iterations, *start.shape)
-    path[0] = start
-    return path
-
-
 def minimum(objective: Objective, start: Tensor, white: Tensor) -> Fitted:
-    """Find the minimum over M in W = M * white and c = -log Z, from M = `start` and the c that is right there.
-
-    Args:
-        objective: a scalar.
-        start: M at the start, shape (D, D).
-        white: whitening matrix, shape (D, D).
-    """
-    path, taken = room_for_path(start @ white, MAX_ITERATIONS), 1
-
-    def record(m: Tensor) -> None:
-        nonlocal taken
-        path[taken] = m @ white
-        taken += 1
-
-    options = {"maxiter": MAX_ITERATIONS, "maxfun": 2000, "ftol": 1e-12, "gtol": 1e-6}
+    """Minimise over M (D, D) in W = M * white (D, D) and c = -log Z, from M = `start` and the c that is right there."""
+    options = {"maxiter": 1000, "maxfun": 2000, "ftol": 1e-12, "gtol": 1e-6}
     log_z = float(Ica(start @ white).log_z())
-    m, log_z = minimise(lambda m, c: objective(Ica(m @ white), c), start, log_z, options, record)
-    return Fitted(m @ white, path[:taken].clone(), log_z)
+    m, log_z, path = minimise(lambda m, c: objective(Ica(m @ white), c), start, log_z, options)
+    return Fitted(m @ white, path, log_z)
 
 
 def contrastive_divergence(x: Tensor, start: Tensor, white: Tensor, s: Settings, generator: torch.Generator) -> Fitted:
@@ -136,25 +99,24 @@ def contrastive_divergence(x: Tensor, start: Tensor, white: Tensor, s: Settings,
     f(x) = (Ica(M)).f(z). Adam, lr to zero along a half cosine, the whole data set per step.
     """
     z, m = x @ white.T, nn.Parameter(start.clone())
-    path = nn.Parameter(room_for_path(start @ white, s.cd_updates), requires_grad=False)
+    path = nn.Parameter(start.repeat(1 + s.cd_updates, 1, 1), requires_grad=False)
     optimizer = torch.optim.Adam([m], lr=s.cd_lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, s.cd_updates)
 
     def loss() -> Tensor:
-        path[schedule.last_epoch] = m.detach() @ white
+        path[schedule.last_epoch] = m.detach()
         now, model = Ica(m.detach()), Ica(m)
         chain = mala(now.log_density, now.score, z, s.cd_steps, s.cd_step_size, generator)
         return model.log_density(chain.samples).mean() - model.log_density(z).mean()
 
     both, state = nn.ParameterList([m, path]), {"generator": generator}
     fit(both, loss, optimizer, s.cd_updates, state, schedule=schedule, name="contrastive divergence")
-    path[-1] = m.detach() @ white
-    return Fitted(path[-1], path.detach())
+    path[-1] = m.detach()
+    return Fitted(m.detach() @ white, path.detach())
 
 
-def fit_all(x: Tensor, s: Settings, run: Run) -> dict[str, Fitted]:
+def fit_all(x: Tensor, white: Tensor, s: Settings, run: Run) -> dict[str, Fitted]:
     """Fit by every objective to the data x (n, D), by name; all start at "whitened"."""
-    white = whitening(x)
     start = SOURCE_STD * rotation(s.dim, run.stream("rotation"))
     objectives = {
         "mle": maximum_likelihood(x),
@@ -179,7 +141,9 @@ def fit_all(x: Tensor, s: Settings, run: Run) -> dict[str, Fitted]:
 def independent_components(run: Run, s: Settings) -> None:
     """Fit every objective to one draw of mixing and data; the exact likelihood of fresh examples scores them."""
     truth = Ica(draw_unmixing(s.dim, run.stream("mixing")).to(run.device))
-    fits = fit_all(truth.sample(s.examples, run.stream("data")), s, run)
+    x = truth.sample(s.examples, run.stream("data"))
+    white = whitening(x)
+    fits = fit_all(x, white, s, run)
     test = truth.sample(s.test_examples, run.stream("test"))
     true = truth.log_prob(test)
     run.measure("log_likelihood:truth", Estimate.mean_of(true, "exact", "nats"))
@@ -197,18 +161,20 @@ def independent_components(run: Run, s: Settings) -> None:
         error = abs(fits[name].log_z - float(Ica(fits[name].w).log_z()))
         run.measure(f"log_z_error:{name}", Estimate.exact(error, "nats"))
     title = "Linear ICA: log-likelihood lost against the truth while each objective is minimised"
-    curves = learning_curves(fits, test[:CURVE_EXAMPLES], truth)
+    curves = learning_curves(fits, white, test[:CURVE_EXAMPLES], truth)
     run.curves("curves", title, ("part of the optimisation", "gap (nats, exact)"), curves, log="y")
 
 
-def learning_curves(fits: Mapping[str, Fitted], test: Tensor, truth: Ica) -> dict[str, tuple[list[float], list[float]]]:
+def learning_curves(
+    fits: Mapping[str, Fitted], white: Tensor, test: Tensor, truth: Ica
+) -> dict[str, tuple[list[float], list[float]]]:
     """Return the gap to the truth along each optimisation, which runs from 0 to 1."""
     true, curves = truth.log_prob(test).mean(), {}
     for name, found in fits.items():
         if len(found.path):
             last = len(found.path) - 1
             chosen = sorted({round(i * last / (CURVE_POINTS - 1)) for i in range(CURVE_POINTS)})
-            gap = [max(float(true - Ica(found.path[i]).log_prob(test).mean()), 1e-5) for i in chosen]
+            gap = [max(float(true - Ica(found.path[i] @ white).log_prob(test).mean()), 1e-5) for i in chosen]
             curves[name] = [i / max(last, 1) for i in chosen], gap
     return curves
 
@@ -220,7 +186,7 @@ def benchmark(settings: Settings, **declared: Any) -> Experiment:
         about=f"linear ICA in {settings.dim} dimensions, nine objectives scored by the exact log-likelihood",
         family="ebm",
         settings=settings,
-        smoke=dict(examples=500, test_examples=2000, cd_updates=20),
+        smoke={"examples": 500, "test_examples": 2000, "cd_updates": 20},
         precision="float64",
         **declared,
     )(independent_components)

@@ -126,7 +126,7 @@ def asymptotic_covariance(truth: Gaussian, nu: float, generator: torch.Generator
 
 
 def squared_errors(eta: Tensor, truth: Gaussian) -> dict[str, Tensor]:
-    """Return |error|^2 of each repetition's eta (r, p), by part: the precision's entries, log Z, and all; shape (r,)."""
+    """Return |error|^2 of each repetition's eta (r, p) by part, the precision's entries, log Z and all; shape (r,)."""
     square = (eta - truth.eta).square()
     return {"precision": square[:, :-1].sum(1), "log_z": square[:, -1], "all": square.sum(1)}
 
@@ -144,23 +144,11 @@ def plot_errors(run: Run, title: str, sizes: Sequence[int], mse: Mapping[str, Se
     run.curves("consistency", title, ("data (noises: as many)", "mean squared error"), curves, log="xy")
 
 
-@experiment(
-    "nce-gaussian",
-    about="Gaussian precision and log Z by noise-contrastive estimation over sample sizes",
-    family="ebm",
-    smoke=dict(doublings=1, repetitions=10),
-    precision="float64",
-)
+@experiment("nce-gaussian", family="ebm", smoke={"doublings": 1, "repetitions": 10}, precision="float64")
 def consistency(
-    run: Run,
-    *,
-    dim: int = 5,
-    condition: float = 10.0,
-    smallest: int = 500,
-    doublings: int = 4,
-    repetitions: int = 100,
+    run: Run, *, dim: int = 5, condition: float = 10.0, smallest: int = 500, doublings: int = 4, repetitions: int = 100
 ) -> None:
-    """Measure the squared error of precision and log Z over doubling sample sizes, beside the theory's number."""
+    """Gaussian precision and log Z by noise-contrastive estimation over sample sizes."""
     truth = Gaussian(draw_precision(dim, condition, run.stream("precision")).to(run.device))
     sizes = [smallest * 2**i for i in range(doublings + 1)]
     data, noise = run.stream("data"), run.stream("noise")
@@ -183,23 +171,12 @@ def consistency(
 
 
 @experiment(
-    "nce-noise-ratio",
-    about="1, 10 and 100 noises a datum, against maximum likelihood and the asymptotic covariance",
-    family="ebm",
-    smoke=dict(examples=200, repetitions=5),
-    profiles=("full",),
-    precision="float64",
+    "nce-noise-ratio", family="ebm", smoke={"examples": 200, "repetitions": 5}, profiles=("full",), precision="float64"
 )
 def noise_ratio(
-    run: Run,
-    *,
-    dim: int = 5,
-    condition: float = 10.0,
-    examples: int = 4000,
-    repetitions: int = 100,
-    chunk: int = 5,
+    run: Run, *, dim: int = 5, condition: float = 10.0, examples: int = 4000, repetitions: int = 100, chunk: int = 5
 ) -> None:
-    """Measure the squared error on the same data with 1, 10, 100 noises per datum, of maximum likelihood and theory."""
+    """1, 10 and 100 noises a datum, against maximum likelihood and the asymptotic covariance."""
     truth = Gaussian(draw_precision(dim, condition, run.stream("precision")).to(run.device))
     x = truth.sample((repetitions, examples), run.stream("sample"))
     errors = {"mle": squared_errors(likelihood_estimates(x), truth)["all"]}

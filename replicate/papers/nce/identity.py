@@ -41,13 +41,10 @@ def population_gradient(location: float, scale: float, log_z_error: float, noise
     return gradient
 
 
-@experiment(
-    "nce-identity",
-    about="population gradient of the contrastive loss at the true density and log Z, by quadrature",
-    family="ebm",
-    seeds=1,
-    precision="float64",
-)
+ABOUT = "population gradient of the contrastive loss at the true density and log Z, by quadrature"
+
+
+@experiment("nce-identity", about=ABOUT, family="ebm", seeds=1, precision="float64")
 def vanishing_gradient(run: Run) -> None:
     """Measure the population gradient at the truth, log Z included, for several noises, ratios and data."""
     cases = list(product(NOISES, RATIOS, TRUTHS))

@@ -47,27 +47,14 @@ def fit_laplace(x: Tensor, y: Tensor, noise: GaussianNoise, start: Tensor) -> tu
     def loss(w: Tensor, c: Tensor) -> Tensor:
         return noise_contrastive(laplace_log_density(x, w) + c - log_q_x, laplace_log_density(y, w) + c - log_q_y)
 
-    return minimise(loss, start, float(laplace_log_z(start)), {"maxiter": 200, "gtol": 1e-6})
+    return minimise(loss, start, float(laplace_log_z(start)), {"maxiter": 200, "gtol": 1e-6})[:2]
 
 
-@experiment(
-    "nce-ica",
-    about="ICA with Laplacian sources and its log Z by noise-contrastive estimation over sample sizes",
-    family="ebm",
-    smoke=dict(doublings=1, repetitions=3),
-    profiles=("full",),
-    precision="float64",
-)
+@experiment("nce-ica", family="ebm", smoke={"doublings": 1, "repetitions": 3}, profiles=("full",), precision="float64")
 def laplace_consistency(
-    run: Run,
-    *,
-    dim: int = 4,
-    condition: float = 10.0,
-    smallest: int = 500,
-    doublings: int = 5,
-    repetitions: int = 100,
+    run: Run, *, dim: int = 4, condition: float = 10.0, smallest: int = 500, doublings: int = 5, repetitions: int = 100
 ) -> None:
-    """Measure the squared error of ICA's unmixing matrix and log Z over doubling sample sizes."""
+    """ICA with Laplacian sources and its log Z by noise-contrastive estimation over sample sizes."""
     sizes = [smallest * 2**i for i in range(doublings + 1)]
     mixing, data, contrast = run.stream("mixing"), run.stream("data"), run.stream("noise")
     errors = torch.zeros(2, len(sizes), repetitions, dtype=torch.float64)

@@ -1,46 +1,53 @@
-"""Song & Kingma (2021), How to train your energy-based models, 2101.03288: every way that bits allow, with exact Z.
+"""A restricted Boltzmann machine (RBM) on thresholded digits, trained in every way that bits allow, with exact Z.
 
-One restricted Boltzmann machine (RBM) on the suite's thresholded digits, with so few hidden units that log Z is a sum
-over their states, is trained by exact maximum likelihood and by everything else that does not ask for a gradient in x:
-CD-1, CD-10 and persistent CD (Hinton 2002; Tieleman 2008), Gibbs chains that start at noise, noise contrast with
-independent bits and with a mixture of Bernoullis, conditional noise contrast with bit flips, and ratio matching
-(Hyvarinen 2007). All have the same start, minibatches, number of updates and learning rate, and are scored by the exact
-likelihood: how much of it is given up for not knowing Z, and at what cost.
+It has so few hidden units that log Z is a sum over their states. It is trained by exact maximum likelihood and by every
+method that needs no gradient in x: CD-1, CD-10 and persistent CD (Hinton 2002; Tieleman 2008), Gibbs chains that start
+at noise, noise contrast with independent bits and with a mixture of Bernoullis, conditional noise contrast with bit
+flips, and ratio matching (Hyvarinen 2007). All have the same start, minibatches, number of updates and learning rate,
+and are scored by the exact likelihood: how much of it a method loses because it does not know Z, and at what cost.
 
-The paper has no such experiment; it has the list of methods and what is known of each. Choices made here: the machine's
-units are centred (Montavon & Mueller 2012), Adam, a rate that falls to zero along a cosine. The weights kept are those
-of the best exact validation likelihood among `checks` of the training, the same rule for every method, although the
-methods that do without Z could not have followed it by themselves.
+Choices made here: the machine's units are centred (Montavon & Mueller 2012), Adam, a rate that falls to zero along a
+cosine. The weights kept are the best of `checks` looks at the exact validation likelihood.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from replicate.energies import objectives
 from replicate.energies.bits import BitFlipContrastive, FactorisedBernoulli, RatioMatching, block_gibbs
-from replicate.energies.objectives import (
-    ContrastiveDivergence,
-    MaximumLikelihood,
-    Noise,
-    NoiseContrastive,
-    Objective,
-    PersistentCD,
-    ShortRun,
-)
+from replicate.experiments import Check, Run, experiment, fit
 from replicate.experiments.batches import Minibatches
 from replicate.experiments.rbm import Data, Machine, bits, doubled, exact_samples, flat, hidden_log_weights
 from replicate.likelihood.enumeration import states
 from replicate.model import DataInfo, Estimate, Model
 from replicate.registry import model_entry
-from replicate.resume import State, resumable
-from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 from replicate.runs.training import Stopwatch
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the machine, of Adam, of the methods (ratio to flip_rate) and of the measurements."""
+
+    hidden: int = 12
+    updates: int = 600
+    batch: int = 100
+    lr: float = 0.05
+    momentum: float = 0.5
+    ratio: int = 5
+    components: int = 20
+    flip_rate: float = 0.1
+    checks: int = 6
+    samples: int = 5000
+    sweeps: int = 10
+    copies: int = 10
 
 
 class CentredMachine(nn.Module):
@@ -64,30 +71,30 @@ class CentredMachine(nn.Module):
         self.register_buffer("start_log_z", hidden * math.log(2) + softplus(torch.logit(rates)).sum())
 
     def machine(self) -> Machine:
-        """The plain machine of the same distribution."""
+        """Return the plain machine of the same distribution."""
         w = self.weights
         return Machine(w, self.visible - w.sum(1) / 2, self.hidden - self.offset @ w)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The free energy of x (n, D) in nats, shape (n,), shifted so that log Z is about 0 at the start."""
+        """Return the free energy of x (n, D) in nats, shape (n,), shifted so that log Z is about 0 at the start."""
         return self.machine().free_energy(x) + self.start_log_z
 
     @torch.no_grad()
     def gibbs_sweeps(self, x: Tensor, sweeps: int, generator: torch.Generator) -> Tensor:
-        """x (n, D) after that many draws of h given x and x given h."""
+        """Return x (n, D) after that many draws of h given x and x given h."""
         return self.machine().gibbs(x, sweeps, generator)
 
     def log_z(self) -> Tensor:
-        """Exact log Z of exp(-forward), a float64 scalar that autograd can differentiate."""
+        """Return the exact log Z of exp(-forward), a float64 scalar that autograd can differentiate."""
         return torch.logsumexp(hidden_log_weights(self.machine()), 0) - self.start_log_z
 
     @torch.no_grad()
     def log_prob(self, x: Tensor) -> Tensor:
-        """Exact log probability of x (n, D) in nats, shape (n,), float64."""
+        """Return the exact log probability of x (n, D) in nats, shape (n,), float64."""
         return -self(x).double() - self.log_z()
 
 
-class ReferenceNoise(Noise):
+class ReferenceNoise(objectives.Noise):
     """One of the suite's references, which `initialise` fits, as noise: known density, drawn from directly."""
 
     def __init__(self, reference: Model) -> None:
@@ -104,100 +111,73 @@ class ReferenceNoise(Noise):
         return self.reference.log_prob(x)
 
 
-#: the training methods by name, for a machine and the experiment's settings
-METHODS: dict[str, Callable[[CentredMachine, Mapping[str, Any]], Objective]] = {
-    "ml": lambda machine, p: MaximumLikelihood(lambda energy: machine.log_z()),
-    "cd1": lambda machine, p: ContrastiveDivergence(block_gibbs(machine), 1),
-    "cd10": lambda machine, p: ContrastiveDivergence(block_gibbs(machine), 10),
-    "pcd": lambda machine, p: PersistentCD(block_gibbs(machine), 1, p["batch"], FactorisedBernoulli()),
-    "short-run": lambda machine, p: ShortRun(block_gibbs(machine), 10, FactorisedBernoulli()),
-    "nce": lambda machine, p: NoiseContrastive(FactorisedBernoulli(), p["ratio"]),
-    "nce-mixture": lambda machine, p: NoiseContrastive(_mixture(len(machine.visible), p["components"]), p["ratio"]),
-    "cnce": lambda machine, p: BitFlipContrastive(p["flip_rate"], p["ratio"]),
-    "ratio-matching": lambda machine, p: RatioMatching(),
+#: training methods by name, for a machine and the experiment's settings
+METHODS: dict[str, Callable[[CentredMachine, Settings], objectives.Objective]] = {
+    "ml": lambda machine, s: objectives.MaximumLikelihood(lambda energy: machine.log_z()),
+    "cd1": lambda machine, s: objectives.ContrastiveDivergence(block_gibbs(machine), 1),
+    "cd10": lambda machine, s: objectives.ContrastiveDivergence(block_gibbs(machine), 10),
+    "pcd": lambda machine, s: objectives.PersistentCD(block_gibbs(machine), 1, s.batch, FactorisedBernoulli()),
+    "short-run": lambda machine, s: objectives.ShortRun(block_gibbs(machine), 10, FactorisedBernoulli()),
+    "nce": lambda machine, s: objectives.NoiseContrastive(FactorisedBernoulli(), s.ratio),
+    "nce-mixture": lambda machine, s: objectives.NoiseContrastive(
+        _mixture(len(machine.visible), s.components), s.ratio
+    ),
+    "cnce": lambda machine, s: BitFlipContrastive(s.flip_rate, s.ratio),
+    "ratio-matching": lambda machine, s: RatioMatching(),
 }
 
 
-def _mixture(dim: int, components: int) -> Noise:
+def _mixture(dim: int, components: int) -> objectives.Noise:
     return ReferenceNoise(model_entry("mixture-em").build(DataInfo(dim, "bits", 2), components=components))
 
 
-def products(dim: int, params: Mapping[str, Any]) -> dict[str, float]:
-    """Products of a row of bits with the weights, an example of the batch and update: what each method costs.
+def products(dim: int, s: Settings) -> dict[str, float]:
+    """Return the cost of each method: products of a row of bits with the weights, per example of a batch and update.
 
     An energy is one, a Gibbs sweep two. Exact log Z has one for each hidden state.
     """
-    ratio = params["ratio"]
-    return {
-        "ml": 1 + 2 ** params["hidden"] / params["batch"],
-        "cd1": 4,
-        "cd10": 22,
-        "pcd": 4,
-        "short-run": 22,
-        "nce": 1 + ratio,
-        "nce-mixture": 1 + ratio,
-        "cnce": 1 + ratio,
-        "ratio-matching": 1 + dim,
-    }
+    chains = {"cd1": 4, "cd10": 22, "pcd": 4, "short-run": 22}
+    contrast = dict.fromkeys(("nce", "nce-mixture", "cnce"), 1 + s.ratio)
+    return {"ml": 1 + 2**s.hidden / s.batch, **chains, **contrast, "ratio-matching": 1 + dim}
 
 
-class Fit(NamedTuple):
-    """What training left.
-
-    Attributes:
-        machine: with the weights of the best validation likelihood.
-        path: (updates, mean train NLL, mean validation NLL) at each check.
-        seconds: of training alone.
-    """
+class Trained(NamedTuple):
+    """A machine with its best weights, (updates, mean validation NLL) at each check, and seconds of training alone."""
 
     machine: CentredMachine
-    path: list[tuple[int, float, float]]
+    curve: list[tuple[int, float]]
     seconds: float
 
 
-def learn(name: str, data: Data, context: Context) -> Fit:
-    """Train a machine by one method; the test rows are never seen."""
-    p = context.params
-    with context.streams.initialisation():
-        machine = CentredMachine(data.train, p["hidden"]).to(context.device)
-    objective, g = METHODS[name](machine, p), context.streams.fresh(f"training-{name}")
+def learn(name: str, data: Data, run: Run, s: Settings) -> Trained:
+    """Train a machine by one method, without the test rows."""
+    with run.initialisation():
+        machine = CentredMachine(data.train, s.hidden).to(run.device)
+    objective, g = METHODS[name](machine, s), run.stream(f"training-{name}")
     objective.prepare(data.train, g)
-    optimizer = torch.optim.Adam(
-        [*machine.parameters(), *objective.parameters()], lr=p["lr"], betas=(p["momentum"], 0.999)
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, p["updates"])
-    batches = Minibatches(data.train, p["batch"], context.streams.fresh("batches"), whole=True)
-    watch, every = Stopwatch(), max(1, p["updates"] // p["checks"])
-    state: State = {
-        "machine": machine,
-        "objective": objective,
-        "optimizer": optimizer,
-        "schedule": schedule,
-        "batches": batches,
-        "generator": g,
-        "watch": watch,
-        "scoring": 0.0,
-        "path": [],
-        "best": machine.state_dict(),
-    }
-    for i in resumable(f"training by {name}", p["updates"], state):
-        optimizer.zero_grad()
-        objective.loss(machine, next(batches), g).backward()
-        optimizer.step()
-        schedule.step()
-        if (i + 1) % every == 0:
-            begin = watch.seconds
-            train, valid = (float(-machine.log_prob(part).mean()) for part in (data.train, data.valid))
-            if valid < min((v for _, _, v in state["path"]), default=math.inf):
-                state["best"] = {k: v.clone() for k, v in machine.state_dict().items()}
-            state["path"].append((i + 1, train, valid))
-            state["scoring"] += watch.seconds - begin
-    machine.load_state_dict(state["best"])
-    return Fit(machine, [tuple(row) for row in state["path"]], watch.seconds - state["scoring"])
+    optimizer = torch.optim.Adam([*machine.parameters(), *objective.parameters()], s.lr, betas=(s.momentum, 0.999))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, s.updates)
+    batches = Minibatches(data.train, s.batch, run.stream("batches"), whole=True)
+    watch = Stopwatch()
+
+    def validation() -> float:
+        begin = watch.seconds
+        nll = float(-machine.log_prob(data.valid).mean())
+        watch.load_state_dict({"seconds": begin})  # scoring does not count
+        return nll
+
+    state = {"objective": objective, "batches": batches, "generator": g, "watch": watch}
+    check = Check(max(1, s.updates // s.checks), validation)
+
+    def loss() -> Tensor:
+        return objective.loss(machine, next(batches), g)
+
+    found = fit(machine, loss, optimizer, s.updates, state, check, schedule, f"training by {name}")
+    return Trained(machine, found.checks, watch.seconds)
 
 
 def model_statistics(machine: Machine) -> Machine:
-    """E[v h'], E[v] and E[h] under a float64 machine, by enumeration of its hidden states."""
+    """Return E[v h'], E[v] and E[h] under a float64 machine, by enumeration of its hidden states."""
     p = hidden_log_weights(machine).softmax(0)
     h = states(len(machine.hidden), 2, 0, len(p), p.device)
     v = machine.visible_mean(h)
@@ -205,13 +185,14 @@ def model_statistics(machine: Machine) -> Machine:
 
 
 def cd_biases(machine: Machine, rows: Tensor, sweeps: int, copies: int, generator: torch.Generator) -> list[float]:
-    """Root mean square of (expected CD-k update - exact gradient) over weights and biases, for k = 1, .., `sweeps`.
+    """Estimate the root mean square of (expected CD-k update - exact gradient) for k = 1, .., `sweeps`.
 
-    The difference of the two is the model's E[v h'], E[v], E[h] minus the same of chains of k sweeps from the data. Its
-    square is the product of estimates from two independent sets of chains, which sampling noise does not inflate.
+    It is over weights and biases. The difference of the two is the model's E[v h'], E[v], E[h] minus the same of chains
+    of k sweeps from the data. Its square is the product of estimates from two independent sets of chains, which
+    sampling noise does not inflate.
 
     Args:
-        machine: where the two are compared; float64.
+        machine: at which the two are compared; float64.
         rows: the data (n, D), float64.
         copies: chains from each row, in each of the two sets.
     """
@@ -225,72 +206,40 @@ def cd_biases(machine: Machine, rows: Tensor, sweeps: int, copies: int, generato
     return found
 
 
-def trained_on_bits(context: Context) -> Outcome:
-    """Every method on the thresholded digits, scored by exact likelihood, and CD's bias where learning has ended."""
-    p = context.params
-    data = bits("digits-binary", context.device)
-    fits = {name: learn(name, data, context) for name in METHODS}
+SMOKE = {"hidden": 6, "updates": 12, "checks": 3, "samples": 200, "sweeps": 2, "copies": 1}
+
+
+@experiment("energies-bits", family="ebm", seeds=3, tasks=("digits-binary",), smoke=SMOKE)
+def trained_on_bits(run: Run, s: Settings) -> None:
+    """One RBM with exact log Z on thresholded digits, trained by maximum likelihood and eight ways without."""
+    data = bits("digits-binary", run.device)
+    fits = {name: learn(name, data, run, s) for name in METHODS}
     best = doubled(Machine(*(part.detach() for part in fits["ml"].machine.machine())))
-    fresh = exact_samples(best, hidden_log_weights(best), p["samples"], context.streams.fresh("samples")).float()
+    fresh = exact_samples(best, hidden_log_weights(best), s.samples, run.stream("samples")).float()
     at_best = fits["ml"].machine.log_prob(fresh)
-    cost = products(data.train.shape[1], p)
+    cost = products(data.train.shape[1], s)
     independent = FactorisedBernoulli()
-    independent.fit(data.train, context.streams.fresh("independent"))
-    estimates = {"nll:independent": Estimate.mean_of(-independent.log_prob(data.test), "exact", "nats")}
-    for name, fit in fits.items():
-        estimates[f"nll:{name}"] = Estimate.mean_of(-fit.machine.log_prob(data.test), "exact", "nats")
-        estimates[f"train_nll:{name}"] = Estimate.mean_of(-fit.machine.log_prob(data.train), "exact", "nats")
+    independent.fit(data.train, run.stream("independent"))
+    run.measure("nll:independent", Estimate.mean_of(-independent.log_prob(data.test), "exact", "nats"))
+    for name, (machine, _, seconds) in fits.items():
+        run.measure(f"nll:{name}", Estimate.mean_of(-machine.log_prob(data.test), "exact", "nats"))
+        run.measure(f"train_nll:{name}", Estimate.mean_of(-machine.log_prob(data.train), "exact", "nats"))
         if name != "ml":
-            estimates[f"kl_from_ml:{name}"] = Estimate.mean_of(
-                at_best - fit.machine.log_prob(fresh), "estimate", "nats"
-            )
-        estimates[f"cost:{name}"] = Estimate.exact(cost[name], "products with the weights")
-        estimates[f"time_training:{name}"] = Estimate.exact(fit.seconds, "seconds")
-    chains = context.streams.fresh("bias")
-    biases = cd_biases(best, data.train.double(), p["sweeps"], p["copies"], chains)
-    for k in (k for k in (1, 2, 5, 10) if k <= p["sweeps"]):
-        n = 2 * p["copies"] * len(data.train)
-        estimates[f"gradient_bias:cd{k}"] = Estimate(biases[k - 1], math.nan, "estimate", "root mean square", n)
-    curves = tuple(Line(name, [i for i, _, _ in fit.path], [v for _, _, v in fit.path]) for name, fit in fits.items())
-    likelihood = Plot(
+            lost = at_best - machine.log_prob(fresh)
+            run.measure(f"kl_from_ml:{name}", Estimate.mean_of(lost, "estimate", "nats"))
+        run.measure(f"cost:{name}", Estimate.exact(cost[name], "products with the weights"))
+        run.measure(f"time_training:{name}", Estimate.exact(seconds, "seconds"))
+    biases = cd_biases(best, data.train.double(), s.sweeps, s.copies, run.stream("bias"))
+    for k in (k for k in (1, 2, 5, 10) if k <= s.sweeps):
+        n = 2 * s.copies * len(data.train)
+        run.measure(f"gradient_bias:cd{k}", Estimate(biases[k - 1], math.nan, "estimate", "root mean square", n))
+    run.curves(
         "likelihood",
         "One RBM on thresholded digits, trained in every way",
-        "updates",
-        "validation NLL in nats, exact",
-        curves,
+        ("updates", "validation NLL in nats, exact"),
+        {name: ([i for i, _ in curve], [nll for _, nll in curve]) for name, (_, curve, _) in fits.items()},
         levels={"independent bits": float(-independent.log_prob(data.valid).mean())},
     )
-    bias = Plot(
-        "bias",
-        "CD-k against the exact gradient, at the machine of maximum likelihood",
-        "Gibbs sweeps k",
-        "root mean square difference",
-        (Line("CD-k", list(range(1, p["sweeps"] + 1)), biases),),
-        log_y=True,
-    )
-    return Outcome(estimates, (likelihood, bias))
-
-
-ENERGIES_BITS = Experiment(
-    name="energies-bits",
-    about="one RBM with exact log Z on thresholded digits, trained by maximum likelihood and eight ways without",
-    family="ebm",
-    run=trained_on_bits,
-    params={
-        "hidden": 12,
-        "updates": 600,
-        "batch": 100,
-        "lr": 0.05,
-        "momentum": 0.5,
-        "ratio": 5,
-        "components": 20,
-        "flip_rate": 0.1,
-        "checks": 6,
-        "samples": 5000,
-        "sweeps": 10,
-        "copies": 10,
-    },
-    seeds=3,
-    tasks=("digits-binary",),
-    overrides={"smoke": {"hidden": 6, "updates": 12, "checks": 3, "samples": 200, "sweeps": 2, "copies": 1}},
-)
+    title = "CD-k against the exact gradient, at the machine of maximum likelihood"
+    axes = ("Gibbs sweeps k", "root mean square difference")
+    run.curves("bias", title, axes, {"CD-k": (range(1, s.sweeps + 1), biases)}, log="y")
