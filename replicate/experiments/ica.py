@@ -72,13 +72,9 @@ def rotation(dim: int, generator: torch.Generator) -> Tensor:
 def minimise(
     loss: Callable[[Tensor, Tensor], Tensor], start: Tensor, log_z: float, options: dict[str, float]
 ) -> tuple[Tensor, float, Tensor]:
-    """Minimise a loss of a matrix (D, D) and of c = -log Z by scipy's L-BFGS-B in float64.
+    """Minimise a loss of a matrix (D, D) and of c = -log Z by scipy's L-BFGS-B in float64, from `start` and `log_z`.
 
-    Args:
-        loss: a scalar; where it ignores c, the gradient in c is zero and c stays.
-        start: the matrix at the start, shape (D, D).
-        log_z: at the start.
-        options: of scipy's search, with its "maxiter".
+    Where the loss ignores c, the gradient in c is zero and c stays. The options are scipy's, with "maxiter".
 
     Returns:
         (matrix and log Z at the minimum, path of the matrix from the start on, shape (1 + iterations, D, D)).

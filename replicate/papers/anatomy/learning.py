@@ -159,11 +159,7 @@ class Learned(NamedTuple):
 
 
 def starts(chains: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-    """Choose n persistent chains in random order, or draw from N(0, I) where there is none.
-
-    Returns:
-        (starting states (n, 2), the chosen chains' indices).
-    """
+    """Choose n persistent chains, or draw from N(0, I) where there is none; return states (n, 2) and the choice."""
     if not len(chains):
         return torch.randn(n, 2, generator=generator, device=generator.device), None
     chosen = torch.randperm(len(chains), generator=generator, device=generator.device)[:n]
@@ -214,11 +210,7 @@ def spread(density: GaussianMixture, x: Tensor) -> Estimate:
 def study(
     name: str, run: Run, s: Settings, density: GaussianMixture, data: Tensor
 ) -> tuple[Learned, dict[str, Tensor]]:
-    """Learn by one method, then measure its energy, its short runs, its long runs and its steady state.
-
-    Returns:
-        (the learned energy, samples by kind of run).
-    """
+    """Learn by one method and measure its energy, short runs, long runs and steady state; return it and the samples."""
     method, device = s.method(name), str(run.device)
     with run.initialisation():
         energy = FoldedEnergy().to(run.device)

@@ -18,8 +18,7 @@ so that its error is that of estimation and not of a search.
 from pathlib import Path
 
 from replicate.experiments import Paper
-from replicate.papers.nce.gaussian import consistency, noise_ratio
-from replicate.papers.nce.identity import vanishing_gradient
+from replicate.papers.nce.gaussian import consistency, noise_ratio, vanishing_gradient
 from replicate.papers.nce.laplace import laplace_consistency
 
 EXPERIMENTS = (consistency, noise_ratio, vanishing_gradient, laplace_consistency)

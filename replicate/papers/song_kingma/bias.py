@@ -17,15 +17,9 @@ def skewed(line: np.ndarray) -> np.ndarray:
 
 
 def metropolis(log_p: np.ndarray, line: np.ndarray, step: float) -> np.ndarray:
-    """Return the transition matrix of random-walk Metropolis on the points of a line; it leaves exp(log_p) invariant.
+    """Return the transition matrix (n, n) of random-walk Metropolis on a line (n,); it leaves exp(log_p) invariant.
 
-    Args:
-        log_p: up to a constant, shape (n,).
-        line: equidistant points, shape (n,).
-        step: standard deviation of the proposal, which is symmetric.
-
-    Returns:
-        (n, n), rows sum to 1.
+    Its rows sum to 1. `step` is the standard deviation of the symmetric proposal; log_p (n,) needs no constant.
     """
     proposal = np.exp(-0.5 * ((line[:, None] - line[None, :]) / step) ** 2)
     proposal /= proposal.sum(1).max()  # symmetric; the chain stays with the probability that a row lacks

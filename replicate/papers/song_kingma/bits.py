@@ -1,10 +1,9 @@
 """A restricted Boltzmann machine (RBM) on thresholded digits, trained in every way that bits allow, with exact Z.
 
-It has so few hidden units that log Z is a sum over their states. It is trained by exact maximum likelihood and by every
-method that needs no gradient in x: CD-1, CD-10 and persistent CD (Hinton 2002; Tieleman 2008), Gibbs chains that start
-at noise, noise contrast with independent bits and with a mixture of Bernoullis, conditional noise contrast with bit
-flips, and ratio matching (Hyvarinen 2007). All have the same start, minibatches, number of updates and learning rate,
-and are scored by the exact likelihood: how much of it a method loses because it does not know Z, and at what cost.
+Log Z is a sum over the states of few hidden units. The methods are exact maximum likelihood and all that need no
+gradient in x: CD-1, CD-10 and persistent CD (Hinton 2002; Tieleman 2008), Gibbs chains that start at noise, noise
+contrast with independent bits and with a mixture of Bernoullis, conditional noise contrast with bit flips, and ratio
+matching (Hyvarinen 2007). They share start, minibatches, number of updates and learning rate.
 
 Choices made here: the machine's units are centred (Montavon & Mueller 2012), Adam, a rate that falls to zero along a
 cosine. The weights kept are the best of `checks` looks at the exact validation likelihood.

@@ -36,11 +36,8 @@ class IcaSettings(Settings):
 class IcaModel(Model):
     """f(z) = -sum_i g(m_i z) with g the logistic log density and M to be learned: `Ica` without its log Z.
 
-    A constant makes the log Z of the start 0, where the methods that learn it begin.
-
-    Args:
-        start: M at the start, shape (D, D).
-        objective: that trains it; maximum likelihood by default.
+    A constant makes the log Z of the start (D, D) 0, where the methods that learn it begin. Without an objective it
+    trains by maximum likelihood.
     """
 
     offset: Tensor
@@ -70,8 +67,7 @@ def study(
 ) -> Curve:
     """Train on whitened data (n, D) by one method from M = `start` (D, D) and measure it; return its learning curve.
 
-    Args:
-        gap: of M, the log-likelihood in nats that it loses at each test example.
+    `gap` of M is the log-likelihood in nats that it loses at each test example.
     """
     with run.initialisation():
         objective = None if variant == "ml" else objective_of(variant, s.dim, s)

@@ -9,7 +9,7 @@ both ways, and samples' Frechet distance in the suite's features. Where annealin
 
 Choices made here: noise levels and step sizes on one seed that no claim uses; a flow as contrastive noise that is
 fitted for few steps with dropout, since it soon memorises 1000 digits, and then kept (Gao et al. 2020, 1912.00589, then
-train it against the energy). The validation likelihood that selects the weights takes log Z from a short annealing run.
+train it against the energy). The validation likelihood takes log Z from a short annealing run.
 """
 
 from __future__ import annotations
@@ -111,12 +111,9 @@ def gradients(dim: int, s: Settings) -> dict[str, float]:
 
 
 def learn(name: str, task: Task, run: Run, s: Settings, updates: int) -> tuple[Preprocessed, History]:
-    """Train by one method from the start and on the rows that all share, without the test rows.
+    """Train by one method, without the test rows; return the energy behind its preprocessing, and its history.
 
-    No updates leave the Gaussian that the energy tilts.
-
-    Returns:
-        (trained energy behind the preprocessing, history of its training).
+    All methods share the start and the rows. No updates leave the Gaussian that the energy tilts.
 
     Raises:
         TrainingError: the loss is no longer a number.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from replicate.energies.model import build_objective
-from replicate.energies.objectives import EnergyFunction, Objective
+from replicate.energies.objectives import Objective
 from replicate.experiments import Run
 from replicate.model import Estimate, Model, Training
 from replicate.resume import State, resumable
@@ -62,34 +61,13 @@ def objective_of(variant: str, dim: int, s: Settings) -> Objective:
     return build_objective(name, dim, **own)
 
 
-def evaluations(objective: Objective, energy: EnergyFunction, batch: Tensor) -> float:
-    """Count the energy evaluations of one update per example of its batch (n, D); the objective stays as it is."""
-    state: State = {"points": 0}
-
-    def counted(x: Tensor) -> Tensor:
-        state["points"] += len(x)
-        return energy(x)
-
-    for _ in resumable("counting evaluations", 1, state):  # one step: the chains inside it are not loops of their own
-        copy.deepcopy(objective).loss(counted, batch, torch.Generator(batch.device).manual_seed(0))
-    return state["points"] / len(batch)
-
-
 def train(
     name: str, model: Model, data: Tensor, s: Settings, run: Run, value: Callable[[], float]
 ) -> tuple[Curve, Estimate]:
-    """Train a model and leave the moving average of its weights in it.
-
-    Args:
-        name: of the method, for its loop and its noise.
-        model: everything that is trained.
-        data: shape (N, D); every method has the same batches.
-        s: settings.
-        run: has the streams.
-        value: of the average, `STOPS` times on the way.
+    """Train on data (N, D), in batches that all methods share; leave the moving average of the weights in the model.
 
     Returns:
-        (curve of (updates, value), seconds of preparation and updates).
+        (curve of `STOPS` pairs of updates and the average's value, seconds of preparation and updates).
     """
     begin = time.perf_counter()
     model.initialise(data, run.stream(f"prepare-{name}"))
