@@ -19,7 +19,7 @@ BOX = 4.0
 
 
 def model_kl(density: GaussianMixture, energy: Callable[[Tensor], Tensor], points: int, device: str) -> Estimate:
-    """KL(data || exp(-energy) / Z) in nats by the midpoint rule, Z over the box [-BOX, BOX]^2.
+    """Return KL(data || exp(-energy) / Z) in nats by the midpoint rule, Z over the box [-BOX, BOX]^2.
 
     An energy that holds mass outside the box would have a larger Z and a larger divergence.
     """
@@ -34,9 +34,9 @@ def model_kl(density: GaussianMixture, energy: Callable[[Tensor], Tensor], point
 
 @torch.no_grad()
 def steady_state(energy: Callable[[Tensor], Tensor], n: int, points: int, generator: torch.Generator) -> Tensor:
-    """n draws of exp(-energy) on the box, (n, 2): where the chains end, however long that takes.
+    """Draw n points (n, 2) of exp(-energy) on the box, the distribution of infinitely long chains.
 
-    By inversion on the quadrature's grid, uniform within a cell.
+    It inverts the cumulative sum on the quadrature's grid; points are uniform within a cell.
     """
     device = generator.device
     nodes, log_cell = grid(BOX, points, 2)
@@ -48,7 +48,7 @@ def steady_state(energy: Callable[[Tensor], Tensor], n: int, points: int, genera
 
 
 def noised(density: GaussianMixture, sigma: float) -> GaussianMixture:
-    """The density convolved with N(0, sigma^2 I)."""
+    """Return the density convolved with N(0, sigma^2 I)."""
     eye = torch.eye(density.dim, dtype=torch.float64)
     return GaussianMixture(density.means, density.covariance + sigma**2 * eye, density.weights, density.modes)
 

@@ -10,11 +10,11 @@ import torch
 from scipy.stats import multivariate_normal
 from torch import Tensor
 
-from replicate.experiments import planar
+from replicate.experiments import Run, planar
 from replicate.ledger.claims import claims_of
-from replicate.papers import anatomy
-from replicate.papers.anatomy import FoldedEnergy, Method
-from replicate.runs.experiment import Context
+from replicate.papers.anatomy import PAPER
+from replicate.papers.anatomy import learning as anatomy
+from replicate.papers.anatomy.learning import FoldedEnergy, Method
 from replicate.runs.seeds import Streams
 
 METHOD = Method(updates=3, steps=4, epsilon=0.125, lr=0.1, anneal=False, chains=6)
@@ -114,14 +114,16 @@ def test_long_runs_are_read_at_several_times_of_the_last_half() -> None:
 
 def test_the_experiment_at_tiny_settings() -> None:
     tiny = {"convergent_updates": 4, "nonconvergent_updates": 4, "samples": 80, "long_run": 16, "grid": 60}
-    params = {**anatomy.LEARNING.settings("smoke"), **tiny}
-    streams = Streams("anatomy-learning", "anatomy", 0)
-    outcome = anatomy.LEARNING.measure(Context(params, streams, torch.device("cpu")))
-    again = anatomy.LEARNING.measure(Context(params, Streams("anatomy-learning", "anatomy", 0), torch.device("cpu")))
+    settings = {**anatomy.compare.settings("smoke"), **tiny}
+
+    def new_run() -> Run:
+        return Run(settings, Streams("anatomy-learning", "anatomy", 0), torch.device("cpu"))
+
+    outcome, again = (anatomy.compare.measure(new_run()) for _ in range(2))
     values = {name: estimate.value for name, estimate in outcome.estimates.items()}
     assert all(math.isfinite(v) for v in values.values())
     assert values == {name: estimate.value for name, estimate in again.estimates.items()}
-    claims = claims_of(anatomy.PAPER).claims
+    claims = claims_of(PAPER).claims
     assert {m for c in claims for m in (c.measure, c.minus, c.over) if m} <= set(values)
     drawn = {plot.name for plot in outcome.plots}
     assert all(set(c.plots) <= drawn for c in claims)

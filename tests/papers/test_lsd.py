@@ -10,12 +10,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from replicate.experiments import ica
+from replicate.experiments import Experiment, Run, ica
 from replicate.experiments.ica import Ica
 from replicate.ledger.claims import claims_of
-from replicate.papers import lsd
-from replicate.papers.lsd import Objective
-from replicate.runs.experiment import Context, Experiment
+from replicate.papers.lsd import PAPER
+from replicate.papers.lsd import components as lsd
+from replicate.papers.lsd.components import Objective
+from replicate.runs.experiment import Outcome
 from replicate.runs.seeds import Streams
 from replicate.score_based import matching
 
@@ -92,15 +93,15 @@ def test_denoising_is_not_stationary_at_the_truth_but_at_a_wider_model() -> None
     objective = lsd.denoising(x, 0.5, generator())
     assert gradient(objective, W, 0.0).abs().max() > 0.05
     white = ica.whitening(x)
-    fit = lsd.minimise(objective, W @ torch.linalg.inv(white), white)
-    assert float(fit.model.log_z()) > float(Ica(W).log_z()) + 0.05
+    fit = lsd.minimum(objective, W @ torch.linalg.inv(white), white)
+    assert float(Ica(fit.w).log_z()) > float(Ica(W).log_z()) + 0.05
 
 
 def test_the_minimum_of_maximum_likelihood_is_scipy_s() -> None:
     x = 0.6 * torch.logit(torch.rand(300, 1, generator=generator(), dtype=torch.float64))
-    fit = lsd.minimise(lsd.maximum_likelihood(x), torch.ones(1, 1, dtype=torch.float64), torch.eye(1).double())
+    fit = lsd.minimum(lsd.maximum_likelihood(x), torch.ones(1, 1, dtype=torch.float64), torch.eye(1).double())
     _, scale = stats.logistic.fit(x[:, 0].numpy(), floc=0)
-    assert float(fit.model.w.abs()) == pytest.approx(1 / scale, rel=1e-3)
+    assert float(fit.w.abs()) == pytest.approx(1 / scale, rel=1e-3)
 
 
 def test_whitening_and_rotation() -> None:
@@ -113,23 +114,23 @@ def test_whitening_and_rotation() -> None:
 def test_contrastive_divergence_climbs_to_maximum_likelihood() -> None:
     x = Ica(W).sample(2000, generator(3))
     white = ica.whitening(x)
-    params = {"cd_updates": 80, "cd_lr": 0.2, "cd_steps": 1, "cd_step_size": 1.0}
+    settings = lsd.Settings(2, cd_updates=80, cd_lr=0.2, cd_steps=1, cd_step_size=1.0)
     start = 0.5 * ica.rotation(2, generator(4))
-    fit = lsd.contrastive_divergence(x, start, white, params, generator(5))
-    best = lsd.minimise(lsd.maximum_likelihood(x), start, white)
+    fit = lsd.contrastive_divergence(x, start, white, settings, generator(5))
+    best = lsd.minimum(lsd.maximum_likelihood(x), start, white)
     fresh = Ica(W).sample(20_000, generator(6))
-    loss = float((best.model.log_prob(fresh) - fit.model.log_prob(fresh)).mean())
+    loss = float((Ica(best.w).log_prob(fresh) - Ica(fit.w).log_prob(fresh)).mean())
     assert abs(loss) < 0.01
-    assert float((best.model.log_prob(fresh) - Ica(fit.path[0]).log_prob(fresh)).mean()) > 0.2
+    assert float((Ica(best.w).log_prob(fresh) - Ica(fit.path[0] @ white).log_prob(fresh)).mean()) > 0.2
 
 
-@pytest.mark.parametrize("experiment", lsd.PAPER.experiments, ids=lambda e: e.name)
+@pytest.mark.parametrize("experiment", PAPER.experiments, ids=lambda e: e.name)
 def test_experiments_run_and_repeat(experiment: Experiment) -> None:
     dim = min(experiment.params["dim"], 5)
-    params = {**experiment.settings("smoke"), "dim": dim, "examples": 200, "test_examples": 500, "cd_updates": 3}
+    settings = {**experiment.settings("smoke"), "dim": dim, "examples": 200, "test_examples": 500, "cd_updates": 3}
 
-    def outcome() -> lsd.Outcome:
-        return experiment.measure(Context(params, Streams(experiment.name, "lsd", 0), torch.device("cpu")))
+    def outcome() -> Outcome:
+        return experiment.measure(Run(settings, Streams(experiment.name, "lsd", 0), torch.device("cpu")))
 
     first, second = outcome(), outcome()
     assert first.estimates == second.estimates or str(first.estimates) == str(second.estimates)  # nan != nan
@@ -142,10 +143,10 @@ def test_experiments_run_and_repeat(experiment: Experiment) -> None:
 
 
 def test_claims_measure_what_the_experiments_give() -> None:
-    claims = claims_of(lsd.PAPER).claims
-    experiment = lsd.ICA_2
-    params = {**experiment.settings("smoke"), "examples": 100, "test_examples": 100, "cd_updates": 1}
-    found = experiment.measure(Context(params, Streams(experiment.name, "lsd", 1), torch.device("cpu")))
+    claims = claims_of(PAPER).claims
+    experiment = PAPER.experiments[0]
+    settings = {**experiment.settings("smoke"), "examples": 100, "test_examples": 100, "cd_updates": 1}
+    found = experiment.measure(Run(settings, Streams(experiment.name, "lsd", 1), torch.device("cpu")))
     for claim in claims:
         for measure in filter(None, (claim.measure, claim.minus, claim.over)):
             assert measure.split("/")[-1] in found.estimates, claim.id

@@ -10,9 +10,11 @@ import torch
 from scipy import integrate, stats
 from scipy.optimize import minimize
 
+from replicate.experiments import Experiment, Run
 from replicate.ledger.claims import claims_of
-from replicate.papers import nce
-from replicate.runs.experiment import Context, Experiment, Outcome
+from replicate.papers.nce import PAPER, laplace
+from replicate.papers.nce import gaussian as nce
+from replicate.runs.experiment import Outcome
 from replicate.runs.seeds import Streams
 from replicate.score_based.contrastive import GaussianNoise, noise_contrastive
 
@@ -113,36 +115,36 @@ def test_laplacian_ica_has_the_log_z_of_quadrature_and_its_own_samples() -> None
     w = torch.tensor([[1.3, 0.4], [-0.5, 0.9]], dtype=torch.float64)
     s = torch.linspace(-12, 12, 1601, dtype=torch.float64)
     grid = torch.cartesian_prod(s, s)
-    z = nce.laplace_log_density(grid, w).exp().sum() * float(s[1] - s[0]) ** 2
-    assert float(z.log()) == pytest.approx(float(nce.laplace_log_z(w)), abs=1e-3)
-    sources = nce.sample_laplace(w, 20_000, generator()) @ w.T
+    z = laplace.laplace_log_density(grid, w).exp().sum() * float(s[1] - s[0]) ** 2
+    assert float(z.log()) == pytest.approx(float(laplace.laplace_log_z(w)), abs=1e-3)
+    sources = laplace.sample_laplace(w, 20_000, generator()) @ w.T
     for column in sources.T:
         assert stats.kstest(column.numpy(), stats.laplace(0, 1 / math.sqrt(2)).cdf).pvalue > 1e-3
-    assert np.linalg.cond(nce.draw_unmixing(4, 10.0, generator()).numpy()) < 10
+    assert np.linalg.cond(laplace.draw_unmixing(4, 10.0, generator()).numpy()) < 10
 
 
 def test_laplacian_ica_is_found() -> None:
     w = torch.tensor([[1.3, 0.4], [-0.5, 0.9]], dtype=torch.float64)
-    x = nce.sample_laplace(w, 20_000, generator())
+    x = laplace.sample_laplace(w, 20_000, generator())
     noise = GaussianNoise.fit(x)
-    found, log_z = nce.fit_laplace(x, noise.sample(20_000, generator(1)), noise, w + 0.2)
+    found, log_z = laplace.fit_laplace(x, noise.sample(20_000, generator(1)), noise, w + 0.2)
     torch.testing.assert_close(found, w, rtol=0, atol=0.06)
-    assert log_z == pytest.approx(float(nce.laplace_log_z(w)), abs=0.05)
+    assert log_z == pytest.approx(float(laplace.laplace_log_z(w)), abs=0.05)
 
 
 def run(experiment: Experiment) -> Outcome:
-    params = {**experiment.settings("standard"), **TINY[experiment.name]}
-    return experiment.measure(Context(params, Streams(experiment.name, "nce", 0), torch.device("cpu")))
+    settings = {**experiment.settings("standard"), **TINY[experiment.name]}
+    return experiment.measure(Run(settings, Streams(experiment.name, "nce", 0), torch.device("cpu")))
 
 
-@pytest.mark.parametrize("experiment", nce.PAPER.experiments, ids=lambda e: e.name)
+@pytest.mark.parametrize("experiment", PAPER.experiments, ids=lambda e: e.name)
 def test_experiments_run_and_serve_their_claims(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nce, "THEORY_DRAWS", 5000)
     first, second = run(experiment), run(experiment)
     assert {k: v.value for k, v in first.estimates.items()} == {k: v.value for k, v in second.estimates.items()}
     for name, estimate in first.estimates.items():
         assert math.isfinite(estimate.value), name
-    claims = [c for c in claims_of(nce.PAPER).claims if c.experiment == experiment.name]
+    claims = [c for c in claims_of(PAPER).claims if c.experiment == experiment.name]
     assert claims
     for claim in claims:
         assert {claim.measure, claim.minus or claim.measure, claim.over or claim.measure} <= set(first.estimates)

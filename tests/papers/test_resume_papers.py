@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from replicate.experiments.batches import Minibatches
 from replicate.model import DataInfo
-from replicate.papers import burda, nce, pixelcnn
+from replicate.papers import burda, pixelcnn
+from replicate.papers.nce import gaussian as nce
 from replicate.papers.ssm import kernel, tables
 from replicate.runs.checkpoint import pack, unpack
 from replicate.runs.experiment import Context, Outcome

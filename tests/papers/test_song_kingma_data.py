@@ -11,14 +11,15 @@ import torch
 from scipy.special import logsumexp
 from torch import Tensor
 
+from replicate.experiments import Experiment, Run
 from replicate.experiments.rbm import Data, Machine, flat
 from replicate.model import DataInfo
-from replicate.papers import song_kingma_bits, song_kingma_digits
 from replicate.papers.carreira import Enumerated
-from replicate.papers.song_kingma_bits import ENERGIES_BITS, METHODS, CentredMachine, cd_biases, learn, model_statistics
-from replicate.papers.song_kingma_digits import ENERGIES_DIGITS, OPEN_BRACKET, gradients, objectives, scores
+from replicate.papers.song_kingma import bits, digits
+from replicate.papers.song_kingma.bits import METHODS, CentredMachine, cd_biases, learn, model_statistics
+from replicate.papers.song_kingma.bits import trained_on_bits as BITS
+from replicate.papers.song_kingma.digits import trained_on_digits as DIGITS
 from replicate.resume import Journal, State
-from replicate.runs.experiment import Context, Experiment
 from replicate.runs.seeds import Streams
 from replicate.tasks.loading import load_task
 
@@ -29,9 +30,9 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def context(experiment: Experiment, **params: object) -> Context:
+def new_run(experiment: Experiment, **changed: object) -> Run:
     streams = Streams(experiment.name, "song_kingma", 0)
-    return Context({**experiment.settings("smoke"), **params}, streams, torch.device("cpu"))
+    return Run({**experiment.settings("smoke"), **changed}, streams, torch.device("cpu"))
 
 
 def rows(n: int = 40) -> Tensor:
@@ -42,8 +43,7 @@ def rows(n: int = 40) -> Tensor:
 
 
 def centred(hidden: int = 3, scale: float = 1.0) -> CentredMachine:
-    context_ = context(ENERGIES_BITS)
-    with context_.streams.initialisation():
+    with new_run(BITS).initialisation():
         machine = CentredMachine(rows(), hidden)
     with torch.no_grad():
         for part in (machine.weights, machine.visible, machine.hidden):
@@ -102,30 +102,31 @@ def test_cd_s_bias_is_that_of_enumerated_chains() -> None:
 @pytest.mark.parametrize("name", [name for name in METHODS if not name.startswith("nce")])
 def test_every_method_finds_that_neighbouring_bits_agree(name: str) -> None:
     data = Data(rows(400), rows(400), rows(400))
-    fit = learn(name, data, context(ENERGIES_BITS, hidden=3, updates=80, checks=4, lr=0.1, batch=100, flip_rate=0.2))
+    settings = bits.Settings(hidden=3, updates=80, checks=4, lr=0.1, batch=100, flip_rate=0.2)
+    fit = learn(name, data, new_run(BITS), settings)
     independent = torch.distributions.Bernoulli(data.train.mean(0)).log_prob(data.train).sum(1).mean()
     assert float(fit.machine.log_prob(data.train).mean()) > float(independent) + 0.1
-    assert [at for at, _, _ in fit.path] == [20, 40, 60, 80]
-    best = min(valid for _, _, valid in fit.path)
+    assert [at for at, _ in fit.curve] == [20, 40, 60, 80]
+    best = min(valid for _, valid in fit.curve)
     assert float(-fit.machine.log_prob(data.valid).mean()) == pytest.approx(best)
 
 
-def test_learning_that_is_cut_short_goes_on_to_the_same_machine() -> None:
-    data, what = Data(rows(), rows(), rows()), context(ENERGIES_BITS, hidden=3, updates=8, checks=2, batch=10)
-    whole = learn("pcd", data, what).machine.state_dict()
+def test_interrupted_learning_resumes_to_the_same_machine() -> None:
+    data, settings = Data(rows(), rows(), rows()), bits.Settings(hidden=3, updates=8, checks=2, batch=10)
+    whole = learn("pcd", data, new_run(BITS), settings).machine.state_dict()
     saves: list[State] = []
     with Journal(saves.append, every=0).active():
-        learn("pcd", data, what)
+        learn("pcd", data, new_run(BITS), settings)
     again = Journal(lambda state: None, saves[4], every=0)
     with again.active():
-        resumed = learn("pcd", data, what).machine.state_dict()
+        resumed = learn("pcd", data, new_run(BITS), settings).machine.state_dict()
     assert 0 < saves[4]["cut"]["step"] < 8
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 def test_the_bits_experiment_measures_every_method_and_ends_where_it_began_a_second_time() -> None:
-    small = context(ENERGIES_BITS, hidden=3, updates=2, checks=1, samples=20, sweeps=1)
-    first, second = (song_kingma_bits.trained_on_bits(small) for _ in range(2))
+    small = {"hidden": 3, "updates": 2, "checks": 1, "samples": 20, "sweeps": 1}
+    first, second = (BITS.measure(new_run(BITS, **small)) for _ in range(2))
     for metric in ("nll", "train_nll", "cost", "time_training"):
         assert {f"{metric}:{name}" for name in METHODS} <= first.estimates.keys()
     for name, estimate in first.estimates.items():
@@ -135,8 +136,8 @@ def test_the_bits_experiment_measures_every_method_and_ends_where_it_began_a_sec
 
 
 def test_the_digits_experiment_measures_every_method_or_says_why_not() -> None:
-    outcome = song_kingma_digits.trained_on_digits(context(ENERGIES_DIGITS))
-    for name in ("gaussian", *gradients(64, ENERGIES_DIGITS.params)):
+    outcome = DIGITS.measure(new_run(DIGITS))
+    for name in ("gaussian", *digits.gradients(64, digits.Settings())):
         for metric in ("nll", "frechet"):
             assert (f"{metric}:{name}" in outcome.estimates) != (f"{metric}:{name}" in outcome.missing)
     assert outcome.estimates["nll:gaussian"].kind == "estimate"
@@ -146,19 +147,19 @@ def test_the_digits_experiment_measures_every_method_or_says_why_not() -> None:
 
 
 def test_costs_and_objectives_are_of_the_same_methods() -> None:
-    params = ENERGIES_DIGITS.params
-    assert objectives(DataInfo(64, "levels", 17, (8, 8)), params).keys() == gradients(64, params).keys()
-    assert song_kingma_bits.products(64, ENERGIES_BITS.params).keys() == METHODS.keys()
+    settings = digits.Settings()
+    objectives = digits.methods(DataInfo(64, "levels", 17, (8, 8)), settings)
+    assert objectives.keys() == digits.gradients(64, settings).keys()
+    assert bits.products(64, bits.Settings()).keys() == METHODS.keys()
 
 
 def test_an_energy_whose_log_z_annealing_cannot_find_has_no_likelihood() -> None:
-    small = context(ENERGIES_DIGITS, ais_chains=8, ais_steps=2)
-    task = load_task("digits")
-    model = song_kingma_digits.learn("nce", task, small, 0).model
+    run, task = new_run(DIGITS), load_task("digits")
+    settings = digits.Settings(**{**run.settings, "ais_chains": 8, "ais_steps": 2, "dequantisation_draws": 1})
+    model, _ = digits.learn("nce", task, run, settings, 0)
     with torch.no_grad():  # two wells far out in the base, which two annealing steps cannot reach
         model.inner.network.head.weight.fill_(200.0)
-    effort = song_kingma_digits.Effort(dequantisation_draws=1, ais_chains=8, ais_steps=2)
-    found, missing = scores("steep", model, task, effort, small)
-    assert "nll:steep" not in found
-    assert "nats apart" in missing["nll:steep"]
-    assert OPEN_BRACKET > 0
+    digits.score("steep", model, task, run, settings)
+    assert "nll:steep" not in run.estimates
+    assert "nats apart" in run.missing["nll:steep"]
+    assert digits.OPEN_BRACKET > 0
