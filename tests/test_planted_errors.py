@@ -15,7 +15,7 @@ from replicate.ledger.claims import claims_of
 from replicate.likelihood import importance
 from replicate.papers import ncsn_langevin, salakhutdinov
 from replicate.papers.burda_bounds import LinearGaussian
-from replicate.papers.textbook.realnvp import RealNVP
+from replicate.papers.textbook.notebooks import RealNVP
 from replicate.report.ledger import asked_of
 from replicate.report.records import MEASUREMENT_COLUMNS
 from replicate.report.verdicts import Judged, Measured, judge

@@ -54,15 +54,9 @@ CHUNK = 2_000
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """Settings of every score model of images.
+    """Settings of every score model of images: a name in `TASKS`, the U-Net and its training, and what is judged.
 
-    Attributes:
-        data: name in `TASKS`.
-        rows: images of each part, the first ones; 0 for all.
-        channels: of the U-Net.
-        steps, batch_size, lr, warmup, ema: of training.
-        samples: how many are judged.
-        reference: training images that samples are compared with.
+    `rows` is the number of images of each part (0: all), `reference` that of training images to compare samples with.
     """
 
     data: str = "mnist"
@@ -84,16 +78,7 @@ class ImageSettings:
 
 @dataclass(frozen=True)
 class DiffusionSettings(ImageSettings):
-    """Settings of a diffusion model.
-
-    Attributes:
-        sde: name in `SDES`.
-        weighting: "likelihood" or "plain".
-        dequantiser: "uniform" or "variational".
-        ode_steps: of the probability flow's likelihood.
-        bound_levels: strata of the variational bound.
-        sample_steps: of the sampler.
-    """
+    """Settings of a diffusion model: a name in `SDES`, weighting "likelihood" or "plain", and steps of evaluation."""
 
     sde: str = "vp"
     weighting: str = "likelihood"
@@ -203,6 +188,7 @@ def on_images(
     name: str, about: str, minutes: int, settings: ImageSettings, measure: Callable[..., None] = likelihoods
 ) -> Experiment:
     """Declare an experiment on the images that the settings name; `minutes` per seed on a CUDA device."""
-    declared: dict[str, Any] = {"files": FILES[settings.data], "optional_files": (WEIGHTS,), "cuda_minutes": minutes}
-    declare = experiment(name, family="score", about=about, settings=settings, seeds=3, profiles=("full",), **declared)
-    return declare(measure)
+    reads: dict[str, Any] = {"files": FILES[settings.data], "optional_files": (WEIGHTS,), "cuda_minutes": minutes}
+    return experiment(name, family="score", about=about, settings=settings, seeds=3, profiles=("full",), **reads)(
+        measure
+    )

@@ -13,9 +13,16 @@ from replicate.experiments import Experiment, Run
 from replicate.ledger.claims import claims_of
 from replicate.metrics.quality import frechet
 from replicate.papers.score_sde import PAPER, exact
-from replicate.papers.score_sde.digits import on_sde, trained_digits
 from replicate.papers.score_sde.exact import MixtureDiffusion, identities, measure_flow_errors, measure_variances
-from replicate.papers.score_sde.samplers import SAMPLERS, adaptive_flow, exact_mixture, mixture_distance, sample
+from replicate.papers.score_sde.samplers import (
+    SAMPLERS,
+    adaptive_flow,
+    exact_mixture,
+    mixture_distance,
+    on_sde,
+    sample,
+    trained_digits,
+)
 from replicate.papers.scoreflow.digits import ARMS
 from replicate.runs.experiment import Outcome
 from replicate.runs.seeds import Streams

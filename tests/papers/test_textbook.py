@@ -12,10 +12,19 @@ from replicate.likelihood.dequantisation import DequantisedLogit
 from replicate.likelihood.importance import iw_bound
 from replicate.model import DataInfo
 from replicate.papers.textbook import PAPER, estimator
-from replicate.papers.textbook.categorical import ARM, VAE, clamped_log_probability, level_log_probability
 from replicate.papers.textbook.estimator import cell_noise, uniform_reference
-from replicate.papers.textbook.realnvp import HALF_CELL, WHOLE_CELL, RealNVP, dequantisation
-from replicate.papers.textbook.training import Loop, early_stopped
+from replicate.papers.textbook.notebooks import (
+    ARM,
+    HALF_CELL,
+    VAE,
+    WHOLE_CELL,
+    Loop,
+    RealNVP,
+    clamped_log_probability,
+    dequantisation,
+    early_stopped,
+    level_log_probability,
+)
 from replicate.runs.seeds import Streams
 from replicate.tasks.loading import load_task
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,24 +11,6 @@ from replicate.experiments import Run, experiment
 from replicate.model import Estimate
 from replicate.sampling.langevin import Score, ula
 from replicate.tasks.densities import eight_gaussians
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of both samplers: the released step and noise, the stretched energies' variance, and the chains."""
-
-    step: float = 10.0
-    noise: float = 0.005
-    largest_step: float = 500.0
-    variance: float = 500.0
-    dim: int = 16
-    chains: int = 2000
-    steps: int = 1500
-
-    @property
-    def noises(self) -> dict[str, float]:
-        """Standard deviation of the noise by sampler: as printed and as released."""
-        return {"one_lambda": noise_of(self.step), "released": self.noise}
 
 
 def temperature(step: float, noise: float) -> float:
@@ -63,42 +44,47 @@ def implicit_generation(
     return ula(score, x, steps, noise**2, generator, temperature(step, noise)).samples
 
 
-def sample_gaussian(run: Run, s: Settings) -> None:
-    """Variance of samples over that of the energy |x|^2 / (2 variance), and the closed form of this ratio."""
-    for name, noise in s.noises.items():
+@experiment("igebm-temperature", family="ebm", seeds=3, precision="float64", smoke={"chains": 200, "steps": 800})
+def compare(
+    run: Run,
+    *,
+    step: float = 10.0,
+    noise: float = 0.005,
+    largest_step: float = 500.0,
+    variance: float = 500.0,
+    dim: int = 16,
+    chains: int = 2000,
+    steps: int = 1500,
+) -> None:
+    """Langevin with one lambda, and with the released step and noise, on energies that are known.
+
+    On |x|^2 / (2 variance): the samples' variance over that of the energy, and the closed form of this ratio. On the
+    ring: the spread within the Gaussians over that of the data, and samples in the data's own scale.
+    """
+    noises = {"one_lambda": noise_of(step), "released": noise}
+    for name, sd in noises.items():
         generator = run.stream(f"gaussian-{name}")
-        z = torch.randn(s.chains, s.dim, generator=generator, dtype=torch.float64, device=generator.device)
-        start = z * math.sqrt(s.variance)
-        x = implicit_generation(lambda x: -x / s.variance, start, s.step, noise, s.steps, generator)
-        closed = sampled_variance(s.step, noise, s.variance) / s.variance
-        run.measure(f"variance_ratio:{name}", Estimate.mean_of(x.square() / s.variance, "estimate", "ratio"))
+        z = torch.randn(chains, dim, generator=generator, dtype=torch.float64, device=generator.device)
+        x = implicit_generation(lambda x: -x / variance, z * math.sqrt(variance), step, sd, steps, generator)
+        closed = sampled_variance(step, sd, variance) / variance
+        run.measure(f"variance_ratio:{name}", Estimate.mean_of(x.square() / variance, "estimate", "ratio"))
         run.measure(f"variance_ratio:{name}_closed_form", Estimate.exact(closed, "ratio"))
-        run.measure(f"temperature:{name}", Estimate.exact(temperature(s.step, noise), "ratio"))
-    largest = temperature(s.largest_step, s.noise)
+        run.measure(f"temperature:{name}", Estimate.exact(temperature(step, sd), "ratio"))
+    largest = temperature(largest_step, noise)
     run.measure("temperature:released_largest_step", Estimate.exact(largest, "ratio"))
-
-
-def sample_ring(run: Run, s: Settings) -> None:
-    """Spread within the Gaussians over that of the data, and samples in the data's own scale, by sampler."""
     density = eight_gaussians()
-    stretch = math.sqrt(s.variance / density.covariance[0, 0].item())
-    clouds = {"data": density.sample(s.chains, run.stream("ring")).double()}
-    start = stretch * clouds["data"]
-    for name, noise in s.noises.items():
-        x = implicit_generation(
-            lambda x: density.score(x / stretch) / stretch, start, s.step, noise, s.steps, run.stream(f"ring-{name}")
-        )
-        clouds[name] = x / stretch
+    stretch = math.sqrt(variance / density.covariance[0, 0].item())
+
+    def score(x: Tensor) -> Tensor:
+        return density.score(x / stretch) / stretch
+
+    clouds = {"data": density.sample(chains, run.stream("ring")).double()}
+    for name, sd in noises.items():
+        start, generator = stretch * clouds["data"], run.stream(f"ring-{name}")
+        clouds[name] = implicit_generation(score, start, step, sd, steps, generator) / stretch
     for name, x in clouds.items():
         offset = x - density.means.to(x.device)[density.mode_of(x)]
         squared = offset.square().sum(1) / density.covariance.trace().item()
         run.measure(f"mode_spread:{name}", Estimate.mean_of(squared, "estimate", "ratio"))
     shown = {name: x[:400] for name, x in clouds.items()}
     run.scatter("samples", "one lambda as printed, two constants as released", shown, ("x", "y"))
-
-
-@experiment("igebm-temperature", family="ebm", seeds=3, precision="float64", smoke={"chains": 200, "steps": 800})
-def compare(run: Run, s: Settings) -> None:
-    """Langevin with one lambda, and with the released step and noise, on energies that are known."""
-    sample_gaussian(run, s)
-    sample_ring(run, s)

@@ -40,14 +40,9 @@ NODES, PANELS = 8, 16
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the comparison on one density.
+    """Settings of the comparison on one density: the networks, their training on `examples`, and their evaluation.
 
-    Attributes:
-        density, sigma: name in `DENSITIES`, and the noise level.
-        hidden, depth: of both networks.
-        updates, batch, lr: of both trainings.
-        examples, points, watched, triangles: clean examples to train on, noised ones to test on and to look at during
-            the training, and triangles of the circulation.
+    `points` noised examples are for testing, of which the training is looked at on `watched`.
     """
 
     density: str
@@ -61,9 +56,6 @@ class Settings:
     points: int = 3000
     watched: int = 300
     triangles: int = 300
-
-
-# -- the two fields
 
 
 class FreeField(FreeScore):
@@ -114,9 +106,6 @@ def line_integral(score: Score, a: Tensor, b: Tensor) -> Tensor:
 def circulation(score: Score, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Integrate s . dx round the triangles a, b, c, each (n, D), shape (n,), in nats: 0 for a gradient field."""
     return line_integral(score, a, b) + line_integral(score, b, c) + line_integral(score, c, a)
-
-
-# -- training
 
 
 @dataclass(frozen=True)
@@ -216,9 +205,6 @@ MOONS, MIXTURE = (
 )
 
 
-# -- the constant that no score sees
-
-
 class Scaled(EnergyScore):
     """The energy network of exp(log_constant) exp(-f)."""
 
@@ -229,29 +215,23 @@ class Scaled(EnergyScore):
         return super().energy(x) - self.log_constant
 
 
-def losses(net: EnergyScore, x: Tensor, z: Tensor, v: Tensor) -> Tensor:
-    """Every score matching loss that needs no truth, one value an example, shape (4, n)."""
-    return torch.stack(
-        [
-            matching.implicit_score_matching(net, x),
-            matching.denoising_score_matching(net, x, 0.3, z),
-            matching.sliced_score_matching(net, x, v),
-            matching.sliced_score_matching_vr(net, x, v),
-        ]
-    ).detach()
-
-
 def seen(run: Run, net: Scaled, x: Tensor, steps: int, grid: int) -> dict[str, Tensor]:
     """Return all that is compared of a network at the points x (n, 2), by name."""
     z = torch.randn(x.shape, generator=run.stream("noise"), dtype=x.dtype, device=x.device)
     chain = ula(net, x, steps, 0.05, run.stream("chain"), record_every=1)
     assert chain.path is not None
-    signs = matching.rademacher(x, run.stream("signs"))
+    v = matching.rademacher(x, run.stream("signs"))
+    losses = (  # every score matching loss that needs no truth
+        matching.implicit_score_matching(net, x),
+        matching.denoising_score_matching(net, x, 0.3, z),
+        matching.sliced_score_matching(net, x, v),
+        matching.sliced_score_matching_vr(net, x, v),
+    )
     z_of = log_z(lambda y: -net.energy(y), BOX, grid, dtype=x.dtype, device=str(x.device))
     return {
         "score": net(x).detach(),
         "langevin": chain.path,
-        "loss": losses(net, x, z, signs),
+        "loss": torch.stack(losses).detach(),
         "log_density": -net.energy(x).detach(),
         "log_z": torch.tensor(z_of.value, dtype=torch.float64),
     }

@@ -12,23 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from replicate.experiments import Run
+from replicate.experiments import Run, image_scores
 from replicate.experiments.image_rows import sheet
-from replicate.experiments.image_scores import (
-    DiffusionSettings,
-    ImageSettings,
-    judge,
-    load,
-    on_images,
-    plot_training,
-    shared_streams,
-)
+from replicate.experiments.image_scores import DiffusionSettings, ImageSettings, on_images
 from replicate.model import Estimate
 from replicate.runs.training import train
 from replicate.score_based.images import DequantisedImages, build_ncsn, inpaint
 from replicate.score_based.matching import tweedie
 from replicate.score_based.ncsn import NCSN
-from replicate.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -66,16 +57,9 @@ def denoised(inner: NCSN, y: Tensor) -> Tensor:
     return tweedie(y, inner.score(y), float(inner.sigmas[-1]))
 
 
-def upper_half(task: Task) -> Tensor:
-    """Return a mask (D,) of the pixels in an image's upper half."""
-    assert task.info.image is not None
-    height, width = task.info.image
-    return torch.arange(height).repeat_interleave(width) < height // 2
-
-
 def annealed(run: Run, s: NCSNSettings) -> None:
     """Train NCSN; sample with and without a denoising step at the end of the same chains; inpaint lower halves."""
-    task, streams = load(run, s), shared_streams(run, s, "unet")
+    task, streams = image_scores.load(run, s), image_scores.shared_streams(run, s, "unet")
     noise = (s.sigma_max, s.sigma_min, s.levels, s.steps_per_level, s.step_size)
     with streams.initialisation():
         inner = build_ncsn(task.info, *noise, channels=s.channels)
@@ -84,20 +68,22 @@ def annealed(run: Run, s: NCSNSettings) -> None:
     inverse = model.transform.inverse
     y = inner.sample(s.samples, run.stream("sample"))
     samples = {"": inverse(y), ":denoised": inverse(denoised(inner, y))}
-    given, known = task.test[: s.inpainted], upper_half(task).to(run.device)
+    assert task.info.image is not None
+    given, (height, width) = task.test[: s.inpainted], task.info.image
+    known = (torch.arange(height).repeat_interleave(width) < height // 2).to(run.device)  # the upper half
     seen, _ = model.transform(given, run.stream("dequantise"))
     filled = [inverse(completions(inner, seen, known, run.stream(f"inpaint-{i}"))) for i in range(2)]
     others = torch.where(known, given, samples[""][torch.arange(len(given)) % s.samples])
     run.measure("nfe", Estimate.exact(inner.nfe, "network evaluations"))
     run.measure("hidden_error", hidden_error(filled[0], given, known))
     run.measure("hidden_error:unconditional", hidden_error(others, given, known))
-    judge(run, s, samples)
+    image_scores.judge(run, s, samples)
     drawn = {"not denoised": samples[""], "denoised": samples[":denoised"], "data": task.test}
     run.plot(sheet("samples", "Samples of annealed Langevin dynamics", drawn, task.info))
     completed = {f"completed {i + 1}": x for i, x in enumerate(filled)}
     rows = {"given": torch.where(known, given, 0.0), **completed, "true": given}
     run.plot(sheet("inpainting", "Lower halves by algorithm 2", rows, task.info))
-    plot_training(run, {"score": history})
+    image_scores.plot_training(run, {"score": history})
 
 
 SUBVP, VE = DiffusionSettings(sde="subvp"), DiffusionSettings(sde="ve")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from replicate.experiments import Run, experiment
 from replicate.experiments.image_scores import frechet_to_train
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.likelihood.estimator import Effort, log_likelihood
-from replicate.model import Estimate, Training
+from replicate.model import Estimate
 from replicate.registry import model_entry
 from replicate.runs.evaluate import digit_features
 from replicate.runs.seeds import Streams
@@ -28,9 +27,6 @@ from replicate.tasks.loading import load_task
 
 #: the paper's levels of a discretely trained VP model: DDPM's (Ho et al. 2020, 2006.11239, section 4)
 DDPM_LEVELS, DDPM_BETAS = 1000, (1e-4, 0.02)
-
-
-# -- times
 
 
 class ImportanceTime(LevelProposal):
@@ -56,17 +52,6 @@ def ddpm_levels() -> Tensor:
     """Return log(sigma / s) of DDPM's 1000 levels, float64, increasing."""
     alpha_bar = (1 - torch.linspace(*DDPM_BETAS, DDPM_LEVELS, dtype=torch.float64)).cumprod(0)
     return 0.5 * ((1 - alpha_bar).log() - alpha_bar.log())
-
-
-def single_draw_objective(model: DiffusionModel, z: Tensor, generator: torch.Generator) -> Tensor:
-    """Likelihood-weighted |eps - noise|^2 of each row of z (n, D), one time and one noise draw each, shape (n,)."""
-    level = model.proposal.sample(len(z), generator).to(z)
-    noise = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
-    error = (model.net(z + level.exp()[:, None] * noise, level) - noise).square().sum(-1)
-    return error / model.proposal.density(level)
-
-
-# -- arms
 
 
 @dataclass(frozen=True)
@@ -103,39 +88,45 @@ SAMPLED = ("plain", "likelihood", "importance")
 BASE = "sde-vp"
 
 
-def network_and_training(steps: int, batch: int) -> tuple[dict[str, Any], Training]:
-    """Return the registered model's network and training on levels, with other steps and batches and no selection."""
-    entry = model_entry(BASE)
-    overrides = entry.overrides["levels"]
-    names = ("hidden", "depth", "features", "max_frequency", "width", "shrinkage", "dropout")
-    network = {name: overrides.get(name, entry.params[name]) for name in names}
-    return network, replace(entry.training, steps=steps, batch_size=batch, lr=overrides["lr"], validate_every=0)
-
-
 def train_arm(
     run: Run, arm: Arm, task: Task, steps: int, batch: int, sample_steps: int
 ) -> tuple[Preprocessed, DiffusionModel]:
-    """Train an arm's model; every arm has the same first weights, batches and dropout masks."""
+    """Train an arm's model with the settings of the registered one on levels, without selection.
+
+    Every arm has the same first weights, batches and dropout masks.
+    """
     streams = Streams(run.streams.task, run.streams.model, run.streams.seed, run.device.type)
-    network, training = network_and_training(steps, batch)
+    entry = model_entry(BASE)
+    overrides = entry.overrides["levels"]
+    names = ("hidden", "depth", "features", "max_frequency", "width", "shrinkage", "dropout")
     with streams.initialisation():
-        net = NoiseNet(task.info.dim, **network)
+        net = NoiseNet(task.info.dim, **{name: overrides.get(name, entry.params[name]) for name in names})
     inner = arm.on(net, task.info.dim, sample_steps)
     model = Preprocessed(inner, task.info, "gaussianise").to(run.device)
+    training = replace(entry.training, steps=steps, batch_size=batch, lr=overrides["lr"], validate_every=0)
     train(model, task.train.to(run.device), task.valid.to(run.device), training, streams)
     return model, inner
 
 
+@torch.no_grad()
 def objective_spread(inner: DiffusionModel, z: Tensor, repeats: int, generator: torch.Generator) -> dict[str, Estimate]:
-    """Measure the standard deviation over draws of one example's weighted objective, by how its time is drawn.
+    """Measure the spread of one example's objective over draws of one time and one noise, by how the time is drawn.
 
-    One network serves both, so that their means agree and only the spread differs.
+    One network serves both, so that their means agree and only the standard deviation differs.
+
+    Args:
+        inner: judged by its likelihood-weighted |eps - noise|^2.
+        z: examples, shape (n, D).
     """
     out = {}
     for name in ("likelihood", "importance"):
-        inner.proposal = ARMS[name].times(inner.sde)
-        with torch.no_grad():
-            values = torch.cat([single_draw_objective(inner, z, generator) for _ in range(repeats)]).double()
+        proposal, draws = ARMS[name].times(inner.sde), []
+        for _ in range(repeats):
+            level = proposal.sample(len(z), generator).to(z)
+            noise = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
+            error = (inner.net(z + level.exp()[:, None] * noise, level) - noise).square().sum(-1)
+            draws.append(error / proposal.density(level))
+        values = torch.cat(draws).double()
         spread = float(values.std())
         kurtosis = float(((values - values.mean()) / spread).pow(4).mean())
         stderr = spread * math.sqrt(max(kurtosis - 1, 0.0) / len(values)) / 2

@@ -5,15 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
-from replicate.experiments import Run
-from replicate.experiments.image_scores import (
-    DiffusionSettings,
-    load,
-    measure_diffusion,
-    on_images,
-    shared_streams,
-    train_diffusion,
-)
+from replicate.experiments import Run, image_scores
+from replicate.experiments.image_scores import DiffusionSettings, on_images
 from replicate.runs.training import train
 from replicate.score_based.diffusion import DiffusionModel
 from replicate.score_based.images import LearnedDequantisation
@@ -31,13 +24,13 @@ class VariationalSettings(DiffusionSettings):
 
 def learn_dequantiser(run: Run, s: VariationalSettings) -> None:
     """Train a diffusion model and then q(u | x) for it; measure likelihoods and samples."""
-    task, streams = load(run, s), shared_streams(run, s, "dequantiser")
-    uniform, history = train_diffusion(run, s, task)
+    task, streams = image_scores.load(run, s), image_scores.shared_streams(run, s, "dequantiser")
+    uniform, history = image_scores.train_diffusion(run, s, task)
     inner = cast(DiffusionModel, uniform.inner)
     with streams.initialisation():
         model = LearnedDequantisation(inner, task.info, channels=s.dequantiser_channels).to(run.device)
     learned = train(model, task.train, task.valid, s.training(s.dequantiser_steps, s.dequantiser_lr), streams)
-    measure_diffusion(run, s, task, model, {"score": history, "dequantiser": learned})
+    image_scores.measure_diffusion(run, s, task, model, {"score": history, "dequantiser": learned})
 
 
 ON_MNIST = "VP with a U-Net, likelihood weighting: bits/dim of MNIST"

@@ -21,15 +21,8 @@ than the book's 1.7. The book's hierarchical VAE and integer discrete flow are n
 from pathlib import Path
 
 from replicate.experiments import Paper
-from replicate.papers.textbook.categorical import VAE_AS_RELEASED, VAE_EARLY_RELEASE, arm
 from replicate.papers.textbook.estimator import cell_noise, uniform_reference
-from replicate.papers.textbook.realnvp import REALNVP_HALF_CELL, REALNVP_WHOLE_CELL, dequantisation
+from replicate.papers.textbook.notebooks import NOTEBOOKS
 
-PAPER = Paper(
-    "textbook",
-    Path(__file__).with_name("claims.toml"),
-    experiments=(
-        *(REALNVP_HALF_CELL, REALNVP_WHOLE_CELL, VAE_AS_RELEASED, VAE_EARLY_RELEASE, arm),
-        *(dequantisation, uniform_reference, cell_noise),
-    ),
-)
+CLAIMS = Path(__file__).with_name("claims.toml")
+PAPER = Paper("textbook", CLAIMS, experiments=(*NOTEBOOKS, uniform_reference, cell_noise))
