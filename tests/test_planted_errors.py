@@ -13,9 +13,10 @@ from torch import Tensor
 
 from replicate.ledger.claims import claims_of
 from replicate.likelihood import importance
-from replicate.papers import salakhutdinov, textbook
+from replicate.papers import salakhutdinov
 from replicate.papers.burda_bounds import LinearGaussian
 from replicate.papers.ncsn import langevin
+from replicate.papers.textbook.notebooks import RealNVP
 from replicate.report.ledger import asked_of
 from replicate.report.records import MEASUREMENT_COLUMNS
 from replicate.report.verdicts import Judged, Measured, judge
@@ -78,12 +79,12 @@ def test_an_importance_weighted_bound_that_divides_by_the_wrong_count_is_caught(
 
 
 def test_noise_over_half_the_cell_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(self: textbook.RealNVP, x: Tensor, generator: torch.Generator) -> Tensor:
+    def half(self: RealNVP, x: Tensor, generator: torch.Generator) -> Tensor:
         return 0.5 * torch.rand(x.shape, generator=generator)
 
     caught(
         lambda: verdict("textbook", "TB-noise-respects-entropy", draws=500, max_epochs=8),
-        lambda: monkeypatch.setattr(textbook.RealNVP, "noise", half),
+        lambda: monkeypatch.setattr(RealNVP, "noise", half),
     )
 
 

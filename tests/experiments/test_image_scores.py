@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import fields
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +14,14 @@ import torch
 from helpers.sessions import Sitting, found
 from torch import Tensor
 
-from replicate.experiments import image_scores as score_images
-from replicate.ledger.claims import resolved
+from replicate.experiments import Experiment, Run, image_scores
+from replicate.ledger.claims import claims_of, resolved
 from replicate.model import DataInfo, Estimate, Training
 from replicate.papers import score_sde, scoreflow
+from replicate.papers.score_sde.images import DIFFUSIONS, denoised, hidden_error
+from replicate.papers.scoreflow.images import WEIGHTINGS
 from replicate.resume import State
-from replicate.runs.experiment import Context, Experiment, Outcome
+from replicate.runs.experiment import Outcome
 from replicate.runs.seeds import Streams
 from replicate.runs.training import train
 from replicate.sampling.annealed import annealed_langevin
@@ -36,7 +39,7 @@ from replicate.score_based.images import (
 )
 from replicate.tasks.base import Task
 
-EXPERIMENTS = {e.name: e for e in (*score_images.WEIGHTINGS, *score_images.DIFFUSIONS)}
+EXPERIMENTS = {e.name: e for e in (*WEIGHTINGS, *DIFFUSIONS)}
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -203,7 +206,7 @@ def test_the_denoising_step_is_that_of_annealed_langevin() -> None:
     inner: Any = model.inner
     start = inner.sigmas[0] * torch.randn(5, 16, generator=(g := generator(2)))
     chain = annealed_langevin(inner.score_at_level, inner.sigmas, start, 2, 0.4 * 0.1**2, g, denoise=True)
-    torch.testing.assert_close(score_images.denoised(inner, inner.sample(5, generator(2))), chain.samples)
+    torch.testing.assert_close(denoised(inner, inner.sample(5, generator(2))), chain.samples)
 
 
 # -- experiments
@@ -233,23 +236,23 @@ def small_images(monkeypatch: pytest.MonkeyPatch) -> None:
     task = Task("mnist", "made up", DataInfo(32, "levels", 256, (4, 8)), x[:10], x[10:20], x[20:])
 
     def quality(samples: Tensor, real: Tensor, name: str) -> dict[str, Estimate]:
-        assert name in score_images.TASKS
+        assert name in image_scores.TASKS
         assert samples.shape[1:] == real.shape[1:] == (32,)
         return {"frechet": Estimate(float(samples.mean() - real.mean()) ** 2, 0.0, "estimate", "grey levels", 5)}
 
-    monkeypatch.setattr(score_images, "TASKS", {"mnist": lambda: task, "fashion-mnist": lambda: task})
-    monkeypatch.setattr(score_images, "sample_quality", quality)
+    monkeypatch.setattr(image_scores, "TASKS", {"mnist": lambda: task, "fashion-mnist": lambda: task})
+    monkeypatch.setattr(image_scores, "sample_quality", quality)
     monkeypatch.setattr("replicate.metrics.inception.find", lambda name: None)
-    monkeypatch.setattr(score_images, "image_features", lambda name: SimpleNamespace(sha256="f" * 64))
+    monkeypatch.setattr(image_scores, "image_features", lambda name: SimpleNamespace(sha256="f" * 64))
 
 
-def context(what: Experiment, stage: str = "", **changes: Any) -> Context:
+def new_run(what: Experiment, stage: str = "", **changes: Any) -> Run:
     tiny = {k: v for k, v in TINY.items() if k in what.params}
-    return Context({**what.params, **tiny, **changes}, Streams(stage + what.name, "t", 0), torch.device("cpu"))
+    return Run({**what.params, **tiny, **changes}, Streams(stage + what.name, "t", 0), torch.device("cpu"))
 
 
 def outcome(name: str) -> Outcome:
-    return EXPERIMENTS[name].run(context(EXPERIMENTS[name]))
+    return EXPERIMENTS[name].measure(new_run(EXPERIMENTS[name]))
 
 
 @pytest.mark.parametrize("name", ["score-mnist-subvp-plain", "score-mnist-vp-variational", "ncsn-mnist"])
@@ -274,7 +277,7 @@ def asked(name: str) -> frozenset[str]:
     """Metrics of an experiment that the claims of both papers name; at least one."""
     found = set()
     for paper in (scoreflow.PAPER, score_sde.PAPER):
-        for claim in paper.claims().claims:
+        for claim in claims_of(paper).claims:
             measures = [resolved(m, claim, paper.key) for m in (claim.measure, claim.minus, claim.over) if m]
             found |= {m.split("/")[2] for m in measures if m.startswith(f"{name}/{paper_of(name)}/")}
     assert found
@@ -299,8 +302,8 @@ def test_with_the_weights_on_disk_every_variant_has_a_fid_and_the_record_names_t
     def features(x: Tensor, image: tuple[int, int], device: torch.device) -> Tensor:
         return x.view(-1, *image).mean(1)
 
-    monkeypatch.setattr(score_images, "unavailable", lambda: "")
-    monkeypatch.setattr(score_images, "inception", lambda: SimpleNamespace(features=features, sha256="e" * 64))
+    monkeypatch.setattr(image_scores, "unavailable", lambda: "")
+    monkeypatch.setattr(image_scores, "inception", lambda: SimpleNamespace(features=features, sha256="e" * 64))
     found = outcome(name)
     assert found.estimates.keys() - without.estimates.keys() == fids
     assert all(found.estimates[metric].unit == "squared feature distance" for metric in fids)
@@ -329,8 +332,10 @@ def test_every_experiment_measures_what_the_claims_ask_and_what_the_report_draws
 
 def weights(what: Experiment, stage: str = "", **changes: Any) -> State:
     """The trained diffusion model of an experiment."""
-    at = context(what, stage, **changes)
-    return score_images.trained_diffusion(at, score_images.load(at))[0].state_dict()
+    run = new_run(what, stage, **changes)
+    names = {f.name for f in fields(image_scores.DiffusionSettings)}
+    settings = image_scores.DiffusionSettings(**{k: v for k, v in run.settings.items() if k in names})
+    return image_scores.train_diffusion(run, settings, image_scores.load(run, settings))[0].state_dict()
 
 
 def test_experiments_pair_by_seed_and_designs_are_not_judged() -> None:
@@ -348,10 +353,10 @@ def test_experiments_pair_by_seed_and_designs_are_not_judged() -> None:
 
 def test_plain_times_are_uniform_and_likelihood_s_are_even_in_log_rho() -> None:
     sde = SDES["vp"]
-    proposal, weighting = score_images.proposal_of(sde, "plain")
+    proposal, weighting = image_scores.proposal_of(sde, "plain")
     assert isinstance(proposal, UniformTime)
     assert weighting == "proposal"
-    proposal, weighting = score_images.proposal_of(sde, "likelihood")
+    proposal, weighting = image_scores.proposal_of(sde, "likelihood")
     density = proposal.density(torch.linspace(proposal.low, proposal.high, 9))
     torch.testing.assert_close(density, torch.full((9,), 1 / (proposal.high - proposal.low)))
     assert weighting == "likelihood"
@@ -359,6 +364,6 @@ def test_plain_times_are_uniform_and_likelihood_s_are_even_in_log_rho() -> None:
 
 def test_hidden_errors_are_over_the_unknown_pixels_alone() -> None:
     known = torch.tensor([True, False, False])
-    found = score_images.hidden_error(torch.tensor([[9.0, 3, 4], [9, 3, 4]]), torch.zeros(2, 3), known)
+    found = hidden_error(torch.tensor([[9.0, 3, 4], [9, 3, 4]]), torch.zeros(2, 3), known)
     assert found.value == pytest.approx(math.sqrt(12.5))
     assert found.stderr == pytest.approx(0.0)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from replicate.data.catalog import catalog
 from replicate.errors import UsageError
-from replicate.experiments import image_scores as score_images
 from replicate.metrics import inception
 from replicate.metrics.quality import frechet
+from replicate.papers.scoreflow.images import WEIGHTINGS
 from replicate.runs.spec import experiment_spec
 
 CONTENT = b"weights"
@@ -88,7 +88,7 @@ def test_what_is_missing_is_named(weights: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_weights_enter_the_hash_of_what_reads_them_and_of_nothing_else(weights: Path) -> None:
-    reads, other = score_images.VP_LIKELIHOOD, replace(score_images.VP_LIKELIHOOD, optional_files=())
+    reads, other = WEIGHTINGS[0], replace(WEIGHTINGS[0], optional_files=())
     assert reads.optional_files == (inception.WEIGHTS,)
     here = experiment_spec("scoreflow", reads, 0, "full").run_id()
     assert here != experiment_spec("scoreflow", other, 0, "full").run_id()

@@ -9,24 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from replicate.experiments import Experiment, Run
 from replicate.ledger.claims import claims_of
 from replicate.metrics.quality import frechet
-from replicate.papers import score_sde
-from replicate.papers.score_sde import (
-    DIGITS,
-    IDENTITIES,
-    MIXTURE,
-    PAPER,
+from replicate.papers.score_sde import PAPER, exact
+from replicate.papers.score_sde.exact import MixtureDiffusion, identities, measure_flow_errors, measure_variances
+from replicate.papers.score_sde.samplers import (
     SAMPLERS,
-    MixtureDiffusion,
     adaptive_flow,
-    flow_errors,
+    exact_mixture,
     mixture_distance,
     on_sde,
-    variances,
+    sample,
+    trained_digits,
 )
-from replicate.papers.scoreflow import ARMS
-from replicate.runs.experiment import Context, Experiment, Outcome
+from replicate.papers.scoreflow.digits import ARMS
+from replicate.runs.experiment import Outcome
 from replicate.runs.seeds import Streams
 from replicate.score_based.networks import NoiseNet
 from replicate.sde import SDE, VE, VP, SubVP
@@ -40,8 +38,12 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def new_run(experiment: Experiment) -> Run:
+    return Run(experiment.settings("smoke"), Streams(experiment.name, PAPER.key, 0), CPU)
+
+
 def outcome(experiment: Experiment) -> Outcome:
-    found = experiment.measure(Context(experiment.settings("smoke"), Streams(experiment.name, PAPER.key, 0), CPU))
+    found = experiment.measure(new_run(experiment))
     assert all(math.isfinite(e.value) for e in found.estimates.values())
     for plot in found.plots:
         plot.as_dict()
@@ -107,7 +109,7 @@ def test_samplers_use_equal_numbers_of_evaluations(name: str) -> None:
         calls += 1
         return noised.score_at(x, t)
 
-    x = SAMPLERS[name](counted, SDES["vp"], 5, dim=2, nfe=40, snr=0.16, generator=generator())
+    x = sample(name, counted, SDES["vp"], 5, dim=2, nfe=40, snr=0.16, generator=generator())
     assert x.shape == (5, 2)
     assert calls == 40 + 1  # and the denoising step
 
@@ -145,7 +147,9 @@ def test_one_network_serves_every_sde() -> None:
 
 
 def test_the_identities_hold_at_full_size() -> None:
-    found, _ = variances(101)
+    run = new_run(identities)
+    measure_variances(run, 101)
+    found = run.estimates
     assert found["variance_excess"].value <= 0
     for name in ("square_error", "variance_error:vp", "variance_error:subvp"):
         assert found[name].value < 1e-9
@@ -159,8 +163,10 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
             scale, std = super().marginal(t)
             return scale, std.sqrt()
 
-    monkeypatch.setattr(score_sde, "SubVP", Wrong)
-    assert variances(51)[0]["variance_error:subvp"].value > 0.1
+    monkeypatch.setattr(exact, "SubVP", Wrong)
+    run = new_run(identities)
+    measure_variances(run, 51)
+    assert run.estimates["variance_error:subvp"].value > 0.1
 
 
 def test_a_wrong_score_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,13 +176,15 @@ def test_a_wrong_score_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(self: MixtureDiffusion, x: Tensor, t: Tensor) -> Tensor:
         return 1.02 * right(self, x, t)
 
-    context = Context({"grid": 3, "steps": 40}, Streams("score-sde-identities", PAPER.key, 0), CPU)
-    assert flow_errors(context)["log_prob_error:vp"].value < 1e-2
+    run = new_run(identities)
+    measure_flow_errors(run, 3, 40)
+    assert run.estimates["log_prob_error:vp"].value < 1e-2
     monkeypatch.setattr(MixtureDiffusion, "score_at", wrong)
-    assert flow_errors(context)["log_prob_error:vp"].value > 2e-2
+    measure_flow_errors(run, 3, 40)
+    assert run.estimates["log_prob_error:vp"].value > 2e-2
 
 
-@pytest.mark.parametrize("experiment", [MIXTURE, DIGITS, IDENTITIES], ids=lambda e: e.name)
+@pytest.mark.parametrize("experiment", [exact_mixture, trained_digits, identities], ids=lambda e: e.name)
 def test_experiments_run_and_measure_what_claims_name(experiment: Experiment) -> None:
     found = outcome(experiment)
     drawn = {plot.name for plot in found.plots}

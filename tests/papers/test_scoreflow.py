@@ -9,19 +9,19 @@ import torch
 from scipy.integrate import quad
 from torch import Tensor
 
+from replicate.experiments import Run
 from replicate.ledger.claims import claims_of
-from replicate.papers import scoreflow
-from replicate.papers.scoreflow import (
+from replicate.papers.scoreflow import PAPER, digits
+from replicate.papers.scoreflow.digits import (
     ARMS,
-    DIGITS,
-    PAPER,
     SAMPLED,
     DiscreteTime,
     ImportanceTime,
     ddpm_levels,
     objective_spread,
+    objectives,
 )
-from replicate.runs.experiment import Context, Outcome
+from replicate.runs.experiment import Outcome
 from replicate.runs.seeds import Streams
 from replicate.score_based.bound import mean_error, prior_divergence, variational_bound
 from replicate.score_based.diffusion import UniformTime
@@ -171,7 +171,8 @@ def test_the_arms_objectives_are_the_paper_s() -> None:
 
 
 def outcome() -> Outcome:
-    return DIGITS.measure(Context(DIGITS.settings("smoke"), Streams(DIGITS.name, PAPER.key, 0), torch.device("cpu")))
+    run = Run(objectives.settings("smoke"), Streams(objectives.name, PAPER.key, 0), torch.device("cpu"))
+    return objectives.measure(run)
 
 
 def test_the_experiment_runs_and_repeats_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +183,7 @@ def test_the_experiment_runs_and_repeats_itself(monkeypatch: pytest.MonkeyPatch)
     found.plots[0].as_dict()
     assert all(math.isfinite(v) for v in first.values())
     assert len({first[f"nll:{name}"] for name in ARMS}) == len(ARMS)
-    monkeypatch.setattr(scoreflow, "ARMS", {name: ARMS[name] for name in SAMPLED})
+    monkeypatch.setattr(digits, "ARMS", {name: ARMS[name] for name in SAMPLED})
     again = outcome().estimates
     assert {name: e.value for name, e in again.items()} == {name: first[name] for name in again}
 
@@ -199,6 +200,6 @@ def test_claims_read_and_name_what_the_experiment_measures() -> None:
     }
     measured = {f"nll:{arm}" for arm in ARMS} | {f"frechet:{arm}" for arm in SAMPLED}
     measured |= {"objective_sd:likelihood", "objective_sd:importance"}
-    named = {m for c in claims if c.experiment == DIGITS.name for m in (c.measure, c.minus, c.over) if m}
+    named = {m for c in claims if c.experiment == objectives.name for m in (c.measure, c.minus, c.over) if m}
     assert named <= measured
     assert all(c.needs for c in claims if not c.experiment)

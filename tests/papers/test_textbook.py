@@ -6,32 +6,45 @@ import pytest
 import torch
 from scipy import integrate, stats
 
+from replicate.experiments import Experiment, Run
 from replicate.ledger.claims import claims_of
 from replicate.likelihood.dequantisation import DequantisedLogit
 from replicate.likelihood.importance import iw_bound
 from replicate.model import DataInfo
-from replicate.papers import textbook
-from replicate.runs.experiment import Context, Experiment
+from replicate.papers.textbook import PAPER, estimator
+from replicate.papers.textbook.estimator import cell_noise, uniform_reference
+from replicate.papers.textbook.notebooks import (
+    ARM,
+    HALF_CELL,
+    VAE,
+    WHOLE_CELL,
+    Loop,
+    RealNVP,
+    clamped_log_probability,
+    dequantisation,
+    early_stopped,
+    level_log_probability,
+)
 from replicate.runs.seeds import Streams
 from replicate.tasks.loading import load_task
 
 TINY = {"max_epochs": 1, "hidden": 8, "draws": 4, "channels": 4, "couplings": 2}
 
 
-def context(experiment: Experiment, seed: int = 0, **changes: object) -> Context:
+def new_run(experiment: Experiment, **changes: object) -> Run:
     settings = {**experiment.settings("standard"), **changes}
-    return Context(settings, Streams(experiment.name, "textbook", seed), torch.device("cpu"))
+    return Run(settings, Streams(experiment.name, "textbook", 0), torch.device("cpu"))
 
 
-def tiny(experiment: Experiment) -> Context:
-    return context(experiment, **{k: v for k, v in TINY.items() if k in experiment.params})
+def tiny(experiment: Experiment) -> Run:
+    return new_run(experiment, **{k: v for k, v in TINY.items() if k in experiment.params})
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-class HalfCellDensity(textbook.RealNVP):
+class HalfCellDensity(RealNVP):
     """The best density there is for noise U(0, 0.5]: P(x) 2^D on the half cells of the data, nothing elsewhere."""
 
     def __init__(self, p: torch.Tensor, width: float) -> None:
@@ -54,7 +67,7 @@ def levels_2d() -> tuple[torch.Tensor, torch.Tensor, float]:
 
 def test_the_printed_noise_violates_the_entropy_and_its_proper_weight_does_not() -> None:
     p, x, entropy = levels_2d()
-    flow = HalfCellDensity(p, textbook.HALF_CELL)
+    flow = HalfCellDensity(p, HALF_CELL)
     printed = float((p.flatten() * flow.printed_loss(x, generator())).sum())
     assert printed == pytest.approx(entropy - 2 * math.log(2), abs=1e-5)
     proper = -iw_bound(flow, x, 8, generator()).values
@@ -66,14 +79,14 @@ def test_noise_over_the_cell_never_falls_below_the_entropy(seed: int) -> None:
     p, x, entropy = levels_2d()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        flow = textbook.RealNVP(2, 4, 16, textbook.WHOLE_CELL)
+        flow = RealNVP(2, 4, 16, WHOLE_CELL)
     many = x.repeat_interleave(2000, 0)
     printed = flow.printed_loss(many, generator(seed)).view(9, -1).mean(1)
     assert float((p.flatten() * printed.detach()).sum()) >= entropy
 
 
 def test_a_trained_flow_falls_below_the_entropy_with_the_printed_noise_only() -> None:
-    found = textbook.dequantisation(context(textbook.DEQUANTISATION, max_epochs=8, draws=300)).estimates
+    found = dequantisation.measure(new_run(dequantisation, max_epochs=8, draws=300)).estimates
     assert found["excess_over_entropy:half_cell"].value < 0
     assert found["excess_over_entropy:whole_cell"].value >= 0
     assert found["total_probability:half_cell"].value > 1 >= found["total_probability:whole_cell"].value
@@ -82,7 +95,7 @@ def test_a_trained_flow_falls_below_the_entropy_with_the_printed_noise_only() ->
 def test_realnvp_density_integrates_to_one() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        flow = textbook.RealNVP(2, 4, 8, textbook.HALF_CELL).double()
+        flow = RealNVP(2, 4, 8, HALF_CELL).double()
     axis = torch.linspace(-9, 9, 301, dtype=torch.float64)
     density = flow.log_prob(torch.cartesian_prod(axis, axis)).exp().detach().view(301, 301).numpy()
     total = integrate.simpson(integrate.simpson(density, axis.numpy()), axis.numpy())
@@ -92,12 +105,12 @@ def test_realnvp_density_integrates_to_one() -> None:
 def test_bound_is_the_printed_number_plus_64_ln_2_at_the_same_noise() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        flow = textbook.RealNVP(64, 2, 8, textbook.HALF_CELL).double()
+        flow = RealNVP(64, 2, 8, HALF_CELL).double()
     x = load_task("digits").test[:100].double()
     printed = flow.printed_loss(x, generator(1)).mean()
     bound = -iw_bound(flow, x, 1, generator(1)).details["elbo"]
     assert bound.value - float(printed.detach()) == pytest.approx(64 * math.log(2), abs=1e-8)
-    flow.width = textbook.WHOLE_CELL
+    flow.width = WHOLE_CELL
     printed = flow.printed_loss(x, generator(1)).mean()
     bound = -iw_bound(flow, x, 1, generator(1)).details["elbo"]
     assert bound.value == pytest.approx(float(printed.detach()), abs=1e-8)
@@ -106,7 +119,7 @@ def test_bound_is_the_printed_number_plus_64_ln_2_at_the_same_noise() -> None:
 def test_clamp_changes_only_surprising_pixels() -> None:
     logits = torch.tensor([[0.0, 30.0], [0.0, 1.0]])
     x = torch.tensor([0.0, 1.0])
-    printed, exact = textbook.clamped_log_probability(logits, x), textbook.level_log_probability(logits, x)
+    printed, exact = clamped_log_probability(logits, x), level_log_probability(logits, x)
     assert printed[0] == pytest.approx(math.log(1e-5))
     assert exact[0] == pytest.approx(-30)
     assert printed[1] == exact[1] == pytest.approx(math.log(1 / (1 + math.exp(-1))))
@@ -117,12 +130,12 @@ def test_vae_weights_average_to_the_likelihood() -> None:
     info = DataInfo(2, "levels", 3)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = textbook.VAE(info, 1, 8).double()
+        model = VAE(info, 1, 8).double()
     x = torch.tensor([[0.0, 2.0]], dtype=torch.float64)
 
     def joint(z: float) -> float:
         logits = model.decode(torch.tensor([[z]], dtype=torch.float64)).view(1, 2, 3)
-        return float(textbook.level_log_probability(logits, x).sum().exp().detach()) * stats.norm.pdf(z)
+        return float(level_log_probability(logits, x).sum().exp().detach()) * stats.norm.pdf(z)
 
     exact = math.log(integrate.quad(joint, -8, 8)[0])
     bound = iw_bound(model, x, 20_000, generator())
@@ -135,8 +148,8 @@ def test_scaled_entropy_is_the_early_release() -> None:
     info = DataInfo(4, "levels", 3)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        right = textbook.VAE(info, 3, 8)
-    early = textbook.VAE(info, 3, 8, entropy_factor=3.0)
+        right = VAE(info, 3, 8)
+    early = VAE(info, 3, 8, entropy_factor=3.0)
     early.load_state_dict(right.state_dict())
     x = torch.tensor([[0.0, 2.0, 1.0, 1.0]])
     log_var = right.encode(x).chunk(2, 1)[1]
@@ -147,7 +160,7 @@ def test_scaled_entropy_is_the_early_release() -> None:
 def test_arm_is_causal_and_normalised() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = textbook.ARM(DataInfo(3, "levels", 3), 4, 7)
+        model = ARM(DataInfo(3, "levels", 3), 4, 7)
     every = torch.cartesian_prod(*[torch.arange(3)] * 3).float()
     assert float(model.log_prob(every).exp().sum().detach()) == pytest.approx(1, abs=1e-5)
 
@@ -163,15 +176,15 @@ def test_early_stopping_keeps_the_best_epoch() -> None:
         target = size.get(len(x), 1.0)
         return (model.weight.squeeze() - target).abs().expand(len(x))
 
-    settings = context(textbook.VARIATIONAL, patience=3, max_epochs=50)
-    history = textbook.early_stopped(model, loss, task, settings)
+    loop, streams = Loop(patience=3, max_epochs=50), Streams("textbook-vae", "textbook", 0)
+    history = early_stopped(model, loss, task, loop, streams, torch.device("cpu"))
     best = min(range(len(history)), key=history.__getitem__)
     assert len(history) == best + 1 + 4
     assert abs(float(model.weight.detach()) - 0.02) == pytest.approx(history[best], abs=1e-6)
 
 
 def test_uniform_reference_is_exact() -> None:
-    found = textbook.uniform_reference(context(textbook.REFERENCE)).estimates
+    found = uniform_reference.measure(new_run(uniform_reference)).estimates
     assert found["nll_uniform"].value == pytest.approx(64 * math.log(17), abs=1e-9)
     assert found["nll_uniform_error"].value < 1e-9
 
@@ -187,20 +200,20 @@ class HalfNoise(DequantisedLogit):
 
 
 def test_cell_noise_catches_a_planted_half_cell(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = textbook.cell_noise(context(textbook.CELL_NOISE, draws=2000)).estimates["excess_over_entropy"].value
+    right = cell_noise.measure(new_run(cell_noise, draws=2000)).estimates["excess_over_entropy"].value
     assert right == pytest.approx(0, abs=0.02)
-    monkeypatch.setattr(textbook, "DequantisedLogit", HalfNoise)
-    wrong = textbook.cell_noise(context(textbook.CELL_NOISE, draws=2000)).estimates["excess_over_entropy"].value
+    monkeypatch.setattr(estimator, "DequantisedLogit", HalfNoise)
+    wrong = cell_noise.measure(new_run(cell_noise, draws=2000)).estimates["excess_over_entropy"].value
     assert wrong == pytest.approx(-math.log(1.5), abs=0.02)
 
 
-@pytest.mark.parametrize("experiment", textbook.PAPER.experiments, ids=lambda e: e.name)
+@pytest.mark.parametrize("experiment", PAPER.experiments, ids=lambda e: e.name)
 def test_experiments_run_small_and_measure_what_claims_name(experiment: Experiment) -> None:
-    outcome = experiment.run(tiny(experiment))
-    again = experiment.run(tiny(experiment))
+    outcome = experiment.measure(tiny(experiment))
+    again = experiment.measure(tiny(experiment))
     assert {k: e.value for k, e in outcome.estimates.items()} == {k: e.value for k, e in again.estimates.items()}
     plots = {p.name for p in outcome.plots}
-    for claim in claims_of(textbook.PAPER).claims:
+    for claim in claims_of(PAPER).claims:
         if claim.experiment == experiment.name:
             assert claim.measure in outcome.estimates
             assert not claim.minus or "/" in claim.minus or claim.minus in outcome.estimates

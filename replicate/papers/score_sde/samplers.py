@@ -1,0 +1,207 @@
+"""Tables 1 and 2 and figure 3, with the exact score of a mixture and with one network trained on the 8x8 digits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
+import numpy as np
+import torch
+from scipy.integrate import solve_ivp
+from torch import Tensor
+
+from replicate.experiments import Run, experiment
+from replicate.experiments.image_scores import frechet_to_train
+from replicate.likelihood.dequantisation import Preprocessed
+from replicate.likelihood.ode import ode_log_prob
+from replicate.metrics.samples import mode_weight_error
+from replicate.model import Estimate
+from replicate.papers.score_sde.exact import MixtureDiffusion
+from replicate.runs.execute import run as run_spec
+from replicate.runs.spec import make_spec
+from replicate.sampling.predictor_corrector import ScoreAt, predictor_corrector
+from replicate.score_based.bound import variational_bound
+from replicate.score_based.diffusion import DiffusionModel
+from replicate.sde import SDE, VE, VP
+from replicate.tasks.densities import GaussianMixture, mixture
+
+#: tolerances of figure 3 (absolute and relative) and the evaluations that it prints for CIFAR-10
+PRINTED_NFE = {"1e-5": 548, "1e-3": 86, "1e-1": 14}
+#: VE and VP over the range of noise that the paper uses, for data of unit scale
+EXACT_SDES: dict[str, SDE] = {"ve": VE(0.01, 50.0), "vp": VP(t_min=1e-3)}
+#: rows of table 1: time steps per evaluation, corrector steps per noise level, whether a predictor leads to each level
+SAMPLERS = {"p": (1.0, 0, True), "pc": (0.5, 1, True), "c": (0.5, 2, False)}
+#: corrector signal-to-noise ratios among which PC and C take their best on the mixture, about the paper's 0.16
+SNRS = (0.08, 0.16, 0.32)
+SNR = 0.16
+
+
+def sample(
+    name: str, score_at: ScoreAt, sde: SDE, n: int, *, dim: int, nfe: int, snr: float, generator: torch.Generator
+) -> Tensor:
+    """Draw n samples (n, D) by a row of table 1 with `nfe` evaluations and a last one that denoises."""
+    share, corrector_steps, predict = SAMPLERS[name]
+    steps = max(1, int(nfe * share))
+    return predictor_corrector(score_at, sde, n, dim, steps, corrector_steps, snr, generator, predict=predict).samples
+
+
+@torch.no_grad()
+def adaptive_flow(score_at: ScoreAt, sde: SDE, x: Tensor, tolerance: float) -> tuple[Tensor, int]:
+    """Solve the probability flow (eq. 13) from t_max to t_min by RK45, absolute and relative tolerance alike.
+
+    As in the paper the batch is one system, whose error is a mean over it.
+
+    Args:
+        x: draws of the prior, shape (n, D).
+
+    Returns:
+        (states at t_min (n, D) in x's dtype, evaluations of the score).
+    """
+
+    def slope(t: float, flat: np.ndarray) -> np.ndarray:
+        state = torch.from_numpy(flat).to(x).view_as(x)
+        times = torch.tensor([t], dtype=torch.float64, device=x.device).expand(len(x))
+        g = sde.diffusion(times)[:, None]
+        dx = sde.drift(state.double(), times) - 0.5 * g.square() * score_at(state, times.to(x)).double()
+        return cast(np.ndarray, dx.cpu().numpy().ravel())
+
+    start = x.double().cpu().numpy().ravel()
+    solution = solve_ivp(slope, (sde.t_max, sde.t_min), start, method="RK45", rtol=tolerance, atol=tolerance)
+    return torch.from_numpy(solution.y[:, -1]).to(x).view_as(x), int(solution.nfev)
+
+
+def measure_tolerances(run: Run, score_at: ScoreAt, sde: SDE, x: Tensor, quality: Callable[[Tensor], Estimate]) -> None:
+    """Measure evaluations, sample quality and displacement from the finest solution at each tolerance of figure 3."""
+    finest: Tensor | None = None
+    for name in PRINTED_NFE:
+        samples, nfe = adaptive_flow(score_at, sde, x, float(name))
+        finest = samples if finest is None else finest
+        moved = (samples - finest).double().square().mean(-1).sqrt()
+        run.measure(f"nfe:{name}", Estimate.exact(nfe, "score evaluations"))
+        run.measure(f"frechet:{name}", quality(samples))
+        run.measure(f"displacement:{name}", Estimate.mean_of(moved, "estimate", "distance"))
+    ours = [run.estimates[f"nfe:{name}"].value for name in PRINTED_NFE]
+    x_axis = [float(name) for name in PRINTED_NFE]
+    curves = {"ours": (x_axis, ours), "printed, CIFAR-10": (x_axis, list(PRINTED_NFE.values()))}
+    title = "Evaluations of the probability flow by tolerance"
+    run.curves("tolerance", title, ("tolerance", "score evaluations"), curves, log="xy")
+
+
+def mixture_distance(truth: GaussianMixture, x: Tensor) -> Estimate:
+    """Frechet distance between residuals of x (n, D) from their modes, whitened, and N(0, I): 0 if the shape is right.
+
+    |m|^2 + tr(C + I - 2 C^1/2) for the mean m and covariance C of the residuals. Biased upwards by about
+    D / n + D (D + 1) / (8 n). The standard error is that of its first order.
+    """
+    x = x.double()
+    centres = truth.means.to(x.device)[truth.mode_of(x)]
+    factor = truth.factor.to(x.device)
+    residual = torch.linalg.solve_triangular(factor, (x - centres).T, upper=False).T
+    centred = residual - residual.mean(0)
+    values, basis = torch.linalg.eigh(torch.cov(residual.T))
+    root = values.clamp_min(0).sqrt()
+    distance = residual.mean(0).square().sum() + (root - 1).square().sum()
+    influence = 2 * centred @ residual.mean(0) + ((centred @ basis).square() * (1 - 1 / root)).sum(1)
+    stderr = float(influence.std()) / math.sqrt(len(x))
+    return Estimate(float(distance), stderr, "estimate", "squared standard deviations", len(x))
+
+
+def best_snr(truth: GaussianMixture, draw: Callable[..., Tensor], chains: int) -> float:
+    """Return the r whose samples are nearest, on chains of its own, so that the reported samples are not searched."""
+    pilots = {r: draw(chains // len(SNRS), snr=r) for r in SNRS}
+    return min(SNRS, key=lambda r: mixture_distance(truth, pilots[r]).value)
+
+
+def measure_samplers(run: Run, truth: GaussianMixture, nfe: int, chains: int) -> None:
+    """Compare P, PC and C on VE and VP with exact scores, at `nfe` evaluations and at a quarter of them."""
+    generator = run.stream("samplers")
+    curves = {}
+    for sde_name, sde in EXACT_SDES.items():
+        score_at = MixtureDiffusion(truth, sde, run.device).score_at
+        for name in SAMPLERS:
+            draw = partial(sample, name, score_at, sde, dim=truth.dim, generator=generator)
+            snr = SNR if name == "p" else best_snr(truth, partial(draw, nfe=nfe), chains)
+            x = draw(chains, nfe=nfe, snr=snr)
+            key, distance = f"{sde_name}-{name}", mixture_distance(truth, x)
+            run.measure(f"frechet:{key}", distance)
+            run.measure(f"snr:{key}", Estimate.exact(snr, "ratio"))
+            run.measure(f"mode_weight_error:{key}", mode_weight_error(truth.mode_of(x), truth.mode_weights()))
+            coarse = mixture_distance(truth, draw(chains, nfe=nfe // 4, snr=snr))
+            curves[f"{sde_name.upper()}, {name.upper()}"] = [nfe // 4, nfe], [coarse.value, distance.value]
+    exact = mixture_distance(truth, truth.sample(chains, generator))
+    run.measure("frechet:truth", exact)
+    title, axes = "Samplers with the exact score: distance of the modes' shape", ("score evaluations", exact.unit)
+    run.curves("samplers", title, axes, curves, log="xy", levels={"exact samples": exact.value})
+
+
+@experiment("score-sde-mixture", family="score", smoke={"nfe": 16, "chains": 200, "ode_chains": 100})
+def exact_mixture(run: Run, *, dim: int = 8, nfe: int = 200, chains: int = 20_000, ode_chains: int = 2_000) -> None:
+    """Predictor, corrector and adaptive ODE samplers with a mixture's exact score."""
+    truth, sde = mixture(dim), EXACT_SDES["vp"]
+    measure_samplers(run, truth, nfe, chains)
+    start = sde.prior_sample(ode_chains, dim, run.stream("latents"))
+    exact = MixtureDiffusion(truth, sde, run.device)
+    measure_tolerances(run, exact.score_at, sde, start, lambda x: mixture_distance(truth, x))
+
+
+def on_sde(model: DiffusionModel, sde: SDE) -> DiffusionModel:
+    """Return the same network on another SDE, whose noise levels must be among those that it was trained on."""
+    return DiffusionModel(model.net, model.dim, sde, model.proposal, model.weighting, model.sample_steps)
+
+
+def measure_likelihoods(run: Run, model: Preprocessed, x: Tensor, draws: int, ode_steps: int, levels: int) -> None:
+    """Measure -log P of images x (n, D) by the flow and by the variational bound, with one set of noise draws."""
+    inner, generator = cast(DiffusionModel, model.inner), run.stream("evaluation")
+    flow, bound = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)
+    for _ in range(draws):
+        z, logdet = model.transform(x, generator)
+        ode = ode_log_prob(inner, z, generator, steps=ode_steps)
+        elbo = variational_bound(inner, z, levels, generator)
+        flow += (ode.values + logdet).double() / draws
+        bound += (elbo.values + logdet) / draws
+    run.measure("nll:ode", Estimate.mean_of(-flow, "upper_bound", "nats"))
+    run.measure("nll:elbo", Estimate.mean_of(-bound, "upper_bound", "nats"))
+    run.measure("nll_gap", Estimate.mean_of(flow - bound, "estimate", "nats"))
+    run.measure("solver_error", ode.details["solver_error"])
+
+
+@experiment(
+    "score-sde-digits",
+    family="score",
+    seeds=3,
+    tasks=("digits",),
+    smoke={"steps": 10, "samples": 100, "nfe": 8, "test_images": 40, "draws": 1, "ode_steps": 4, "levels": 4},
+)
+def trained_digits(
+    run: Run,
+    *,
+    steps: int = 1000,
+    samples: int = 1000,
+    nfe: int = 200,
+    test_images: int = 447,
+    draws: int = 8,
+    ode_steps: int = 12,
+    levels: int = 32,
+) -> None:
+    """Samplers, likelihood against its bound, and ODE tolerance with one trained network on digits."""
+    spec = make_spec("sde-vp", "digits", run.streams.seed, settings={"steps": steps})
+    trained, task, _, _ = run_spec(spec, run.device)
+    model = cast(Preprocessed, trained)
+    inner = cast(DiffusionModel, model.inner)
+    vp: SDE = inner.sde
+
+    def quality(z: Tensor) -> Estimate:
+        return frechet_to_train(task, model.transform.inverse(z))
+
+    lowest = float(vp.log_ratio(torch.tensor(vp.t_min, dtype=torch.float64)).exp())
+    for sde_name, sde in {"ve": VE(lowest, 50.0), "vp": vp}.items():
+        score_at = on_sde(inner, sde).score_at
+        for name in SAMPLERS:
+            generator = run.stream(f"sample-{sde_name}-{name}")
+            z = sample(name, score_at, sde, samples, dim=task.info.dim, nfe=nfe, snr=SNR, generator=generator)
+            run.measure(f"frechet:{sde_name}-{name}", quality(z))
+    measure_likelihoods(run, model, task.test[:test_images].to(run.device), draws, ode_steps, levels)
+    start = vp.prior_sample(samples, task.info.dim, run.stream("latents"))
+    measure_tolerances(run, inner.score_at, vp, start, quality)
