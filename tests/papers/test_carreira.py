@@ -11,12 +11,21 @@ import torch
 from torch import Tensor
 
 from baselines.ebm import RBM
+from replicate.experiments import Experiment, Run
 from replicate.experiments.rbm import Machine, flat
 from replicate.ledger.claims import claims_of
 from replicate.likelihood.enumeration import rbm_log_z
-from replicate.papers import carreira
-from replicate.papers.carreira import PAPER, Enumerated, ascend, biases, monte_carlo_deviation, patches
-from replicate.runs.experiment import Context, Experiment
+from replicate.papers.carreira import PAPER
+from replicate.papers.carreira.divergence import (
+    Enumerated,
+    ascend,
+    biases,
+    fixed_points,
+    gradient_bias,
+    independent,
+    monte_carlo_deviation,
+    patches,
+)
 from replicate.runs.seeds import Streams
 from replicate.tasks.loading import load_task
 
@@ -37,10 +46,9 @@ def data(seed: int = 1) -> Tensor:
     return torch.rand(2**DIM, generator=seeded(seed), dtype=torch.float64).softmax(0)
 
 
-def context(experiment: Experiment, seed: int = 0, **params: object) -> Context:
-    return Context(
-        {**experiment.settings("smoke"), **params}, Streams(experiment.name, "carreira", seed), torch.device("cpu")
-    )
+def new_run(experiment: Experiment, **changes: object) -> Run:
+    settings = {**experiment.settings("smoke"), **changes}
+    return Run(settings, Streams(experiment.name, "carreira", 0), torch.device("cpu"))
 
 
 def brute_force_transitions(m: Machine) -> np.ndarray:
@@ -128,25 +136,25 @@ class TestMachine:
 
 class TestMonteCarlo:
     def test_the_suite_s_sampler_has_the_enumerated_statistics(self) -> None:
-        run = context(carreira.GRADIENT_BIAS)
+        run = new_run(gradient_bias)
         assert 0.4 < monte_carlo_deviation(STATES, machine(), data(), 2, 20_000, run) < 1.8
 
     def test_a_sampler_that_leaves_a_sweep_out_is_caught(self, monkeypatch: pytest.MonkeyPatch) -> None:
         right = RBM.gibbs_sweeps
         monkeypatch.setattr(RBM, "gibbs_sweeps", lambda model, x, sweeps, g: right(model, x, sweeps - 1, g))
-        assert monte_carlo_deviation(STATES, machine(), data(), 1, 20_000, context(carreira.GRADIENT_BIAS)) > 4
+        assert monte_carlo_deviation(STATES, machine(), data(), 1, 20_000, new_run(gradient_bias)) > 4
 
 
 class TestLearning:
     def test_exact_ascent_arrives_where_the_gradient_vanishes(self) -> None:
         target = STATES.distribution(machine(5)).exp()
-        start = carreira.independent(STATES, target, 0.1, seeded(6))
+        start = independent(STATES, target, 0.1, seeded(6))
         run = ascend(STATES, start, target, None, 3000, 0.5)
         assert STATES.kl(target, run.path[-1]) < 0.01 * STATES.kl(target, start)
         assert run.residual < 1e-3
 
     def test_long_chains_learn_as_exact_learning_does(self) -> None:
-        start = carreira.independent(STATES, data(), 0.1, seeded(6))
+        start = independent(STATES, data(), 0.1, seeded(6))
         exact, long = (ascend(STATES, start, data(), k, 50, 0.5).path[-1] for k in (None, 60))
         assert torch.allclose(flat(exact), flat(long), atol=1e-8)
 
@@ -159,20 +167,20 @@ class TestLearning:
 
 
 def test_gradient_bias_small() -> None:
-    outcome = carreira.GRADIENT_BIAS.measure(context(carreira.GRADIENT_BIAS))
+    outcome = gradient_bias.measure(new_run(gradient_bias))
     assert {"relative_bias:1", "relative_bias:25", "cosine:1", "bias_slope"} <= set(outcome.estimates)
     assert [plot.name for plot in outcome.plots] == ["bias", "cosine"]
     assert all(len(line.y) == 25 for line in outcome.plots[0].lines)
 
 
 def test_fixed_points_small() -> None:
-    outcome = carreira.FIXED_POINTS.measure(context(carreira.FIXED_POINTS, steps=40))
+    outcome = fixed_points.measure(new_run(fixed_points, steps=40))
     assert {"excess_kl:cd1", "excess_kl:cd10", "excess_fraction:cd1"} <= set(outcome.estimates)
     assert outcome.estimates["kl:cd1"].value < outcome.estimates["kl:start"].value
 
 
 def test_claims_read_and_measure_what_the_experiments_give() -> None:
     claims = claims_of(PAPER).claims
-    found = {e.name: set(e.measure(context(e, steps=20)).estimates) for e in PAPER.experiments}
+    found = {e.name: set(e.measure(new_run(e, steps=20)).estimates) for e in PAPER.experiments}
     for claim in claims:
         assert {m for m in (claim.measure, claim.over, claim.minus) if m} <= found[claim.experiment]

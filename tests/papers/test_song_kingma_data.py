@@ -14,7 +14,7 @@ from torch import Tensor
 from replicate.experiments.rbm import Data, Machine, flat
 from replicate.model import DataInfo
 from replicate.papers import song_kingma_bits, song_kingma_digits
-from replicate.papers.carreira import Enumerated
+from replicate.papers.carreira.divergence import Enumerated
 from replicate.papers.song_kingma_bits import ENERGIES_BITS, METHODS, CentredMachine, cd_biases, learn, model_statistics
 from replicate.papers.song_kingma_digits import ENERGIES_DIGITS, OPEN_BRACKET, gradients, objectives, scores
 from replicate.resume import Journal, State
