@@ -62,15 +62,6 @@ class Machine(NamedTuple):
             self.weights + size * step.weights, self.visible + flat * step.visible, self.hidden + flat * step.hidden
         )
 
-    def next_velocity(self, momentum: float, rate: float, gradient: Machine) -> Machine:
-        """Return momentum times this velocity plus the learning rate times a gradient."""
-        return self.map(lambda part: momentum * part).plus(gradient, rate)
-
-    def table(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the arguments of `replicate.likelihood.enumeration.rbm_log_z`: level 0 of a visible unit has zeros."""
-        w, b, c = self
-        return torch.stack([torch.zeros_like(w), w], 1), torch.stack([torch.zeros_like(b), b], 1), c
-
     def model(self, train: Tensor, generator: torch.Generator) -> RBM:
         """Return a model of the suite with the same distribution; its annealing starts at the rates of train (n, D).
 

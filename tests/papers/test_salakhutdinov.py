@@ -21,10 +21,10 @@ from replicate.model import Estimate
 from replicate.papers.carreira.divergence import Enumerated
 from replicate.papers.salakhutdinov import PAPER
 from replicate.papers.salakhutdinov.annealing import (
+    STATIC,
     Recipe,
     against_enumeration,
     anneal,
-    cd_1,
     centred,
     compared,
     measure_rbm,
@@ -44,6 +44,11 @@ def machine(dim: int = 6, hidden: int = 5, strength: float = 1.0) -> Machine:
     return Machine(*(strength * torch.randn(s, generator=g, dtype=torch.float64) for s in shapes))
 
 
+def table(m: Machine) -> tuple[Tensor, Tensor, Tensor]:
+    """The arguments of `rbm_log_z`: level 0 of a visible unit has zeros."""
+    return torch.stack([0 * m.weights, m.weights], 1), torch.stack([0 * m.visible, m.visible], 1), m.hidden
+
+
 def bits(n: int = 200, dim: int = 8) -> Tensor:
     """Two clusters, so that there is something to learn."""
     g = seeded(1)
@@ -57,7 +62,7 @@ def new_run(experiment: Experiment, **changes: object) -> Run:
 
 
 def measured(recipe: Recipe, rows: Tensor, test: Tensor) -> Mapping[str, Estimate]:
-    run = new_run(cd_1)
+    run = new_run(STATIC[0])
     measure_rbm(run, recipe, rows, test)
     return run.estimates
 
@@ -97,7 +102,7 @@ class TestEnumeration:
     def test_hidden_weights_sum_to_the_enumerated_z(self, hidden: int) -> None:
         m = machine(hidden=hidden)
         log_weights = hidden_log_weights(m)
-        assert float(torch.logsumexp(log_weights, 0)) == pytest.approx(float(rbm_log_z(*m.table())), abs=1e-11)
+        assert float(torch.logsumexp(log_weights, 0)) == pytest.approx(float(rbm_log_z(*table(m))), abs=1e-11)
         by_hidden = torch.logsumexp(Enumerated(6, hidden).log_joint(m), 0)
         assert torch.allclose(log_weights, by_hidden, atol=1e-11)
 
@@ -135,7 +140,7 @@ class TestAnnealing:
 class TestTraining:
     def nll(self, m: Machine, rows: Tensor) -> float:
         wide = to_float64(m)
-        return float(wide.free_energy(rows.double()).mean() + rbm_log_z(*wide.table()))
+        return float(wide.free_energy(rows.double()).mean() + rbm_log_z(*table(wide)))
 
     @pytest.mark.parametrize("variant", ["cd", "ramp", "pcd", "centred"])
     def test_every_variant_learns(self, variant: str) -> None:
@@ -146,7 +151,7 @@ class TestTraining:
             "pcd": replace(cd, persistent=True, nesterov=True, momentum=0.9, last_rate=0.01),
             "centred": replace(cd, persistent=True, momentum=0, late_momentum=0, rate=0.2, centred=True),
         }[variant]
-        rows, run = bits(), new_run(cd_1)
+        rows, run = bits(), new_run(STATIC[0])
         before, after = (self.nll(train(rows, r, run), rows) for r in (Recipe(hidden=4, epochs=0), recipe))
         assert before == pytest.approx(8 * math.log(2), abs=0.01)
         mean = rows.mean(0).double()
@@ -158,7 +163,7 @@ class TestTraining:
 
     def test_weight_cost_shrinks_the_weights_alone(self) -> None:
         recipes = (Recipe(hidden=4, epochs=100, batch=20, weight_cost=c) for c in (0.0, 2.0))
-        free, held = (train(bits(), recipe, new_run(cd_1)) for recipe in recipes)
+        free, held = (train(bits(), recipe, new_run(STATIC[0])) for recipe in recipes)
         assert float(held.weights.norm()) < 0.1 * float(free.weights.norm())
         assert float(held.visible.norm()) > 0.5  # biases are not held
 
@@ -192,7 +197,7 @@ class TestTraining:
     def test_nll_with_annealed_log_z_is_the_exact_one(self) -> None:
         rows, recipe = bits(), Recipe(hidden=6, epochs=30, chains=200, thinning=100)
         found = measured(recipe, rows[:150], rows[150:])
-        exact = self.nll(train(rows[:150], recipe, new_run(cd_1)), rows[150:])
+        exact = self.nll(train(rows[:150], recipe, new_run(STATIC[0])), rows[150:])
         for name in ("forward", "reverse", "middle"):
             assert found[f"nll:{name}"].value == pytest.approx(exact, abs=0.1)
         assert found["nll:forward"].kind == "lower_bound"  # log Z too low makes the NLL too good

@@ -68,7 +68,7 @@ def test_one_update_is_the_expected_cd_gradient_on_average(k: int) -> None:
     states, start = Enumerated(DIM, HIDDEN), single(before, 0)
     place = 2.0 ** torch.arange(DIM - 1, -1, -1)
     data = torch.bincount((rows() @ place).long(), minlength=2**DIM).double() / 40
-    expected = flat(states.cd_gradient(start, data, k))
+    expected = flat(states.direction(start, data, k))
     steps = torch.stack([(flat(single(after, i)) - flat(start)) / rate for i in range(copies)])
     z = (steps.mean(0) - expected) / (steps.std(0) / copies**0.5 + 1e-5)
     assert float(z.abs().max()) < 4.5

@@ -50,15 +50,10 @@ class Enumerated:
         h = machine.hidden_mean(self.v)
         return Machine(self.v.T @ (q[:, None] * h), q @ self.v, q @ h)
 
-    def ml_gradient(self, machine: Machine, data: Tensor) -> Machine:
-        """Return the gradient of sum_v data(v) log p(v)."""
-        model = self.statistics(machine, self.distribution(machine).exp())
-        return self.statistics(machine, data).plus(model, -1.0)
-
-    def cd_gradient(self, machine: Machine, data: Tensor, k: int) -> Machine:
-        """Return the expected CD-k direction: the data's statistics minus those after k sweeps."""
-        after = self.statistics(machine, self.after_sweeps(machine, data, k)[-1])
-        return self.statistics(machine, data).plus(after, -1.0)
+    def direction(self, machine: Machine, data: Tensor, k: int | None) -> Machine:
+        """Return the expected CD-k direction, or where k is None the gradient of sum_v data(v) log p(v)."""
+        negative = self.distribution(machine).exp() if k is None else self.after_sweeps(machine, data, k)[-1]
+        return self.statistics(machine, data).plus(self.statistics(machine, negative), -1.0)
 
     def kl(self, data: Tensor, machine: Machine) -> float:
         """KL(data || machine) in nats."""
@@ -93,8 +88,8 @@ def ascend(every_state: Enumerated, start: Machine, data: Tensor, k: int | None,
     """Follow the exact likelihood gradient (k = None) or the expected CD-k direction, with momentum 0.9."""
     machine, velocity, path = start, start.map(torch.zeros_like), [start]
     for i in range(steps):
-        step = every_state.ml_gradient(machine, data) if k is None else every_state.cd_gradient(machine, data, k)
-        velocity = velocity.next_velocity(0.9, rate, step)
+        step = every_state.direction(machine, data, k)
+        velocity = velocity.map(lambda part: 0.9 * part).plus(step, rate)
         machine = machine.plus(velocity)
         if (i + 1) % KEPT_EVERY == 0:
             path.append(machine)
@@ -111,7 +106,7 @@ def independent(every_state: Enumerated, data: Tensor, scale: float, generator: 
 
 def biases(every_state: Enumerated, machine: Machine, data: Tensor, k: int) -> tuple[list[float], list[float]]:
     """Return |CD-j - gradient| / |gradient| and the cosine between the two, for j = 1..k."""
-    exact = flat(every_state.ml_gradient(machine, data))
+    exact = flat(every_state.direction(machine, data, None))
     positive = every_state.statistics(machine, data)
     relative, cosine = [], []
     for q in every_state.after_sweeps(machine, data, k):
@@ -199,20 +194,15 @@ def gradient_bias(run: Run, s: Bias) -> None:
     shown = [k for k in (1, 2, 3, 5, 10, 25) if k <= s.k]
     run.measure_all({f"relative_bias:{k}": Estimate.exact(bias[k - 1], "ratio") for k in shown})
     run.measure_all({f"cosine:{k}": Estimate.exact(cosine[k - 1], "cosine") for k in shown})
-    run.measure("bias_slope", Estimate.exact(_slope(sweeps, [math.log(b) for b in bias]), "nats per sweep"))
+    x, y = (torch.tensor(values, dtype=torch.float64) for values in (sweeps, [math.log(b) for b in bias]))
+    x = x - x.mean()
+    run.measure("bias_slope", Estimate.exact((x @ y) / (x @ x), "nats per sweep"))
     for k in (1, s.k):
         deviation = monte_carlo_deviation(every_state, half, data, k, s.chains, run)
         run.measure(f"monte_carlo_deviation:{k}", Estimate(deviation, math.nan, "estimate", "ratio", s.chains))
-    title, x = "CD-k against the enumerated gradient", "Gibbs sweeps k"
-    run.curves("bias", title, (x, "|CD-k - gradient| / |gradient|"), bias_curves, log="y")
-    run.curves("cosine", title, (x, "cosine of the two directions"), cosine_curves)
-
-
-def _slope(x: list[int], y: list[float]) -> float:
-    """Return the slope of the least squares line."""
-    a, b = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
-    a = a - a.mean()
-    return float((a @ b) / (a @ a))
+    title, sweep_axis = "CD-k against the enumerated gradient", "Gibbs sweeps k"
+    run.curves("bias", title, (sweep_axis, "|CD-k - gradient| / |gradient|"), bias_curves, log="y")
+    run.curves("cosine", title, (sweep_axis, "cosine of the two directions"), cosine_curves)
 
 
 @experiment(

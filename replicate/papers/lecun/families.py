@@ -27,15 +27,7 @@ from torch import Tensor
 from replicate.energies.objectives import LogDensity
 from replicate.experiments import Run, experiment
 from replicate.model import DataInfo, Estimate, Model
-from replicate.papers.lecun.digits import (
-    COLUMNS,
-    HALF,
-    ROWS,
-    HalfDigits,
-    completion_metrics,
-    digits_plot,
-    half_digits,
-)
+from replicate.papers.lecun.digits import COLUMNS, HALF, ROWS, HalfDigits, completion_metrics, digits_plot, half_digits
 from replicate.resume import State, resumable
 from replicate.runs.execute import build_model
 from replicate.runs.seeds import Streams
@@ -44,6 +36,8 @@ from replicate.runs.training import Stopwatch, train
 from replicate.sampling.langevin import langevin_step, mala, standard_normal_like
 from replicate.tasks.base import Task
 from replicate.tasks.digits import LEVELS
+
+FAMILIES = ("causal-conv", "realnvp", "vae", "sde-vp")
 
 
 @dataclass(frozen=True)
@@ -193,14 +187,9 @@ def completions(run: Run, s: Settings) -> None:
     data = half_digits(run.device)
     whole = data.task.test.to(run.device)
     upper = whole[:, :HALF].repeat_interleave(s.draws, dim=0)
-    training_steps = {
-        "causal-conv": s.causal_conv_steps,
-        "realnvp": s.realnvp_steps,
-        "vae": s.vae_steps,
-        "sde-vp": s.sde_vp_steps,
-    }
+    training_steps = s.causal_conv_steps, s.realnvp_steps, s.vae_steps, s.sde_vp_steps
     shown: dict[str, Tensor] = {}
-    for name, steps in training_steps.items():
+    for name, steps in zip(FAMILIES, training_steps, strict=True):
         watch = Stopwatch()
         model = fitted(name, steps, data.task, run)
         trained = watch.seconds

@@ -138,6 +138,7 @@ class Study:
     """The images of one task, the classifier that judges samples, and the samples and long runs so far.
 
     Attributes:
+        levels: grey levels of the images.
         real: features of the test images.
         images: in levels, by variant.
         energies: by method, (steps, mean energy minus that of data in nats) along the long run.
@@ -146,6 +147,7 @@ class Study:
     run: Run
     s: Settings
     task: Task
+    levels: int
     judge: FeatureClassifier
     real: Tensor
     images: dict[str, Tensor] = field(default_factory=dict)
@@ -154,18 +156,13 @@ class Study:
     @staticmethod
     def of(run: Run, s: Settings, task: Task) -> Study:
         """Train the classifier, and measure the scores of a perfect sampler and of a Gaussian."""
-        judge = task_features(task)
-        study = Study(run, s, task, judge, judge.features(task.test))
+        judge, levels = task_features(task), task.info.levels
+        assert levels is not None
+        study = Study(run, s, task, levels, judge, judge.features(task.test))
         run.classifiers[task.name] = judge.sha256
         study.look("data", task.valid[: s.samples])
         study.look("gaussian", study.gaussian())
         return study
-
-    @property
-    def levels(self) -> int:
-        """Grey levels of the images."""
-        assert self.task.info.levels is not None
-        return self.task.info.levels
 
     def pixels(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Dequantise integers x (n, D) to [-1, 1]."""

@@ -15,18 +15,6 @@ temperatures with every tenth temperature.
 from pathlib import Path
 
 from replicate.experiments import Paper
-from replicate.papers.salakhutdinov.annealing import (
-    against_enumeration,
-    cd_1,
-    cd_3,
-    cd_25,
-    centred_3,
-    pcd_25,
-    pcd_25_long,
-)
+from replicate.papers.salakhutdinov.annealing import STATIC, against_enumeration
 
-PAPER = Paper(
-    "salakhutdinov",
-    Path(__file__).with_name("claims.toml"),
-    experiments=(against_enumeration, cd_1, centred_3, cd_3, cd_25, pcd_25, pcd_25_long),
-)
+PAPER = Paper("salakhutdinov", Path(__file__).with_name("claims.toml"), experiments=(against_enumeration, *STATIC))

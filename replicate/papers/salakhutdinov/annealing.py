@@ -109,7 +109,7 @@ def train(rows: Tensor, recipe: Recipe, run: Run) -> Machine:
         if recipe.centred:
             state["offset"] = (1 - SLIDING) * state["offset"] + SLIDING * positive.hidden
             step = centred(step, mean, state["offset"])
-        velocity = velocity.next_velocity(momentum, rate, step)
+        velocity = Machine(*(momentum * old + rate * new for old, new in zip(velocity, step, strict=True)))
         state |= {"machine": tuple(machine.plus(velocity)), "velocity": tuple(velocity), "chains": chains}
     return Machine(*state["machine"])
 
@@ -233,14 +233,15 @@ def _static(name: str, about: str, cuda_minutes: float = 0.0, **settings: Any) -
     )
 
 
-_PCD: dict[str, Any] = {"gibbs": 25, "persistent": True, "nesterov": True}
-_PCD |= {"rate": 0.01, "last_rate": 0.001, "momentum": 0.9}
-_CENTRED: dict[str, Any] = {"epochs": 200, "gibbs": 3, "persistent": True, "centred": True, "weight_cost": 1e-3}
+_PCD = {"gibbs": 25, "persistent": True, "nesterov": True, "rate": 0.01, "last_rate": 0.001, "momentum": 0.9}
+_CENTRED = {"epochs": 200, "gibbs": 3, "persistent": True, "centred": True, "weight_cost": 1e-3}
 _CENTRED |= {"rate": 0.2, "last_rate": 0.0003, "momentum": 0.0, "late_momentum": 0.0}
 
-cd_1 = _static("static-rbm-cd1", "CD-1", gibbs=1)
-cd_3 = _static("static-rbm-cd3", "CD-3", 2, gibbs=3)
-cd_25 = _static("static-rbm-cd25", "CD-k with k rising from 1 to 25", 4, gibbs=25, ramp=True)
-pcd_25 = _static("static-rbm-pcd25", "PCD-25", 6, **_PCD)
-pcd_25_long = _static("static-rbm-pcd25-long", "PCD-25, 1000 epochs", 24, **_PCD, epochs=1000)
-centred_3 = _static("static-rbm-centred", "PCD-3 by centred gradients", **_CENTRED)
+STATIC = (
+    _static("static-rbm-cd1", "CD-1", gibbs=1),
+    _static("static-rbm-centred", "PCD-3 by centred gradients", **_CENTRED),
+    _static("static-rbm-cd3", "CD-3", 2, gibbs=3),
+    _static("static-rbm-cd25", "CD-k with k rising from 1 to 25", 4, gibbs=25, ramp=True),
+    _static("static-rbm-pcd25", "PCD-25", 6, **_PCD),
+    _static("static-rbm-pcd25-long", "PCD-25, 1000 epochs", 24, **_PCD, epochs=1000),
+)
