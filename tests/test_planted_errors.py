@@ -13,9 +13,9 @@ from torch import Tensor
 
 from replicate.ledger.claims import claims_of
 from replicate.likelihood import importance
-from replicate.papers import salakhutdinov
 from replicate.papers.burda_bounds import LinearGaussian
 from replicate.papers.ncsn import langevin
+from replicate.papers.salakhutdinov import annealing
 from replicate.papers.textbook.notebooks import RealNVP
 from replicate.report.ledger import asked_of
 from replicate.report.records import MEASUREMENT_COLUMNS
@@ -91,14 +91,14 @@ def test_noise_over_half_the_cell_is_caught(monkeypatch: pytest.MonkeyPatch) -> 
 def test_inverse_temperatures_accumulated_in_float32_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"sizes": "10", "epochs": 1, "thinning": 50}
     assert verdict("salakhutdinov", "C3.10", **small).verdict == "reproduced"
-    right = salakhutdinov.paper_betas
+    right = annealing.paper_betas
 
     def accumulated(thinning: int = 1) -> Tensor:
         return right(thinning).diff().float().cumsum(0)
 
-    monkeypatch.setattr(salakhutdinov, "paper_betas", accumulated)
+    monkeypatch.setattr(annealing, "paper_betas", accumulated)
     with pytest.raises(ValueError, match="must be float64"):  # refused before it can become a number
         verdict("salakhutdinov", "C3.10", **small)
-    monkeypatch.setattr(salakhutdinov, "paper_betas", lambda thinning=1: accumulated(thinning).double())
+    monkeypatch.setattr(annealing, "paper_betas", lambda thinning=1: accumulated(thinning).double())
     with pytest.raises(ValueError, match="exactly 0 to exactly 1"):
         verdict("salakhutdinov", "C3.10", **small)

@@ -11,12 +11,21 @@ import torch
 from torch import Tensor
 
 from baselines.ebm import RBM
+from replicate.experiments import Experiment, Run
 from replicate.experiments.rbm import Machine, flat
 from replicate.ledger.claims import claims_of
 from replicate.likelihood.enumeration import rbm_log_z
-from replicate.papers import carreira
-from replicate.papers.carreira import PAPER, Enumerated, ascend, biases, monte_carlo_deviation, patches
-from replicate.runs.experiment import Context, Experiment
+from replicate.papers.carreira import PAPER
+from replicate.papers.carreira.divergence import (
+    Enumerated,
+    ascend,
+    biases,
+    fixed_points,
+    gradient_bias,
+    independent,
+    monte_carlo_deviation,
+    patches,
+)
 from replicate.runs.seeds import Streams
 from replicate.tasks.loading import load_task
 
@@ -33,14 +42,18 @@ def machine(seed: int = 0, dim: int = DIM, hidden: int = HIDDEN) -> Machine:
     return Machine(*(torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((dim, hidden), dim, hidden)))
 
 
+def table(m: Machine) -> tuple[Tensor, Tensor, Tensor]:
+    """The arguments of `rbm_log_z`: level 0 of a visible unit has zeros."""
+    return torch.stack([0 * m.weights, m.weights], 1), torch.stack([0 * m.visible, m.visible], 1), m.hidden
+
+
 def data(seed: int = 1) -> Tensor:
     return torch.rand(2**DIM, generator=seeded(seed), dtype=torch.float64).softmax(0)
 
 
-def context(experiment: Experiment, seed: int = 0, **params: object) -> Context:
-    return Context(
-        {**experiment.settings("smoke"), **params}, Streams(experiment.name, "carreira", seed), torch.device("cpu")
-    )
+def new_run(experiment: Experiment, **changes: object) -> Run:
+    settings = {**experiment.settings("smoke"), **changes}
+    return Run(settings, Streams(experiment.name, "carreira", 0), torch.device("cpu"))
 
 
 def brute_force_transitions(m: Machine) -> np.ndarray:
@@ -59,17 +72,17 @@ def brute_force_transitions(m: Machine) -> np.ndarray:
 class TestEnumerated:
     def test_distribution_is_normalised_by_the_enumerated_log_z(self) -> None:
         m = machine()
-        expected = -m.free_energy(STATES.v) - rbm_log_z(*m.table())
+        expected = -m.free_energy(STATES.v) - rbm_log_z(*table(m))
         assert torch.allclose(STATES.distribution(m), expected, atol=1e-12)
         joint = STATES.log_joint(m).flatten().softmax(0).view(2**DIM, -1).sum(1)
         assert torch.allclose(STATES.distribution(m).exp(), joint, atol=1e-12)
 
     def test_likelihood_gradient_is_autograd_s(self) -> None:
         m = Machine(*(part.requires_grad_() for part in machine()))
-        log_p = -m.free_energy(STATES.v) - rbm_log_z(*m.table())
+        log_p = -m.free_energy(STATES.v) - rbm_log_z(*table(m))
         expected = torch.cat([g.flatten() for g in torch.autograd.grad(data() @ log_p, m)])
         with torch.no_grad():
-            assert torch.allclose(flat(STATES.ml_gradient(m, data())), expected, atol=1e-12)
+            assert torch.allclose(flat(STATES.direction(m, data(), None)), expected, atol=1e-12)
 
     @pytest.mark.parametrize("k", [1, 2, 5])
     def test_chain_is_the_brute_force_transition_matrix(self, k: int) -> None:
@@ -78,11 +91,11 @@ class TestEnumerated:
         assert np.allclose(STATES.after_sweeps(m, data(), k)[-1].numpy(), after, atol=1e-13)
         v, h = STATES.v.numpy(), m.hidden_mean(STATES.v).numpy()
         expected = np.einsum("n,nd,nj->dj", data().numpy() - after, v, h)
-        assert np.allclose(STATES.cd_gradient(m, data(), k).weights.numpy(), expected, atol=1e-13)
+        assert np.allclose(STATES.direction(m, data(), k).weights.numpy(), expected, atol=1e-13)
 
     def test_cd_of_the_model_s_own_distribution_is_zero(self) -> None:
         m = machine()
-        assert float(flat(STATES.cd_gradient(m, STATES.distribution(m).exp(), 1)).abs().max()) < 1e-14
+        assert float(flat(STATES.direction(m, STATES.distribution(m).exp(), 1)).abs().max()) < 1e-14
 
     def test_bias_dies_out_at_the_rate_of_the_second_eigenvalue(self) -> None:
         m = machine(3)
@@ -90,7 +103,7 @@ class TestEnumerated:
         relative, cosine = biases(STATES, m, data(), 14)
         assert relative[13] / relative[12] == pytest.approx(second, rel=0.02)
         assert cosine[-1] == pytest.approx(1.0, abs=1e-6)
-        exact, cd = flat(STATES.ml_gradient(m, data())), flat(STATES.cd_gradient(m, data(), 3))
+        exact, cd = flat(STATES.direction(m, data(), None)), flat(STATES.direction(m, data(), 3))
         assert relative[2] == pytest.approx(float((cd - exact).norm() / exact.norm()))
 
     def test_kl_is_zero_at_the_model(self) -> None:
@@ -104,7 +117,7 @@ class TestMachine:
         with torch.random.fork_rng(devices=[]):
             model = m.model(torch.randint(2, (20, DIM), generator=seeded(2)).double(), seeded(2))
         assert torch.allclose(model.energy(STATES.v), m.free_energy(STATES.v), atol=1e-12)
-        assert float(rbm_log_z(*model.table()).detach()) == pytest.approx(float(rbm_log_z(*m.table())), abs=1e-12)
+        assert float(rbm_log_z(*model.table()).detach()) == pytest.approx(float(rbm_log_z(*table(m))), abs=1e-12)
 
     def test_gibbs_has_the_enumerated_distribution(self) -> None:
         m, n = machine(), 40_000
@@ -128,25 +141,25 @@ class TestMachine:
 
 class TestMonteCarlo:
     def test_the_suite_s_sampler_has_the_enumerated_statistics(self) -> None:
-        run = context(carreira.GRADIENT_BIAS)
+        run = new_run(gradient_bias)
         assert 0.4 < monte_carlo_deviation(STATES, machine(), data(), 2, 20_000, run) < 1.8
 
     def test_a_sampler_that_leaves_a_sweep_out_is_caught(self, monkeypatch: pytest.MonkeyPatch) -> None:
         right = RBM.gibbs_sweeps
         monkeypatch.setattr(RBM, "gibbs_sweeps", lambda model, x, sweeps, g: right(model, x, sweeps - 1, g))
-        assert monte_carlo_deviation(STATES, machine(), data(), 1, 20_000, context(carreira.GRADIENT_BIAS)) > 4
+        assert monte_carlo_deviation(STATES, machine(), data(), 1, 20_000, new_run(gradient_bias)) > 4
 
 
 class TestLearning:
     def test_exact_ascent_arrives_where_the_gradient_vanishes(self) -> None:
         target = STATES.distribution(machine(5)).exp()
-        start = carreira.independent(STATES, target, 0.1, seeded(6))
+        start = independent(STATES, target, 0.1, seeded(6))
         run = ascend(STATES, start, target, None, 3000, 0.5)
         assert STATES.kl(target, run.path[-1]) < 0.01 * STATES.kl(target, start)
         assert run.residual < 1e-3
 
     def test_long_chains_learn_as_exact_learning_does(self) -> None:
-        start = carreira.independent(STATES, data(), 0.1, seeded(6))
+        start = independent(STATES, data(), 0.1, seeded(6))
         exact, long = (ascend(STATES, start, data(), k, 50, 0.5).path[-1] for k in (None, 60))
         assert torch.allclose(flat(exact), flat(long), atol=1e-8)
 
@@ -159,20 +172,20 @@ class TestLearning:
 
 
 def test_gradient_bias_small() -> None:
-    outcome = carreira.GRADIENT_BIAS.measure(context(carreira.GRADIENT_BIAS))
+    outcome = gradient_bias.measure(new_run(gradient_bias))
     assert {"relative_bias:1", "relative_bias:25", "cosine:1", "bias_slope"} <= set(outcome.estimates)
     assert [plot.name for plot in outcome.plots] == ["bias", "cosine"]
     assert all(len(line.y) == 25 for line in outcome.plots[0].lines)
 
 
 def test_fixed_points_small() -> None:
-    outcome = carreira.FIXED_POINTS.measure(context(carreira.FIXED_POINTS, steps=40))
+    outcome = fixed_points.measure(new_run(fixed_points, steps=40))
     assert {"excess_kl:cd1", "excess_kl:cd10", "excess_fraction:cd1"} <= set(outcome.estimates)
     assert outcome.estimates["kl:cd1"].value < outcome.estimates["kl:start"].value
 
 
 def test_claims_read_and_measure_what_the_experiments_give() -> None:
     claims = claims_of(PAPER).claims
-    found = {e.name: set(e.measure(context(e, steps=20)).estimates) for e in PAPER.experiments}
+    found = {e.name: set(e.measure(new_run(e, steps=20)).estimates) for e in PAPER.experiments}
     for claim in claims:
         assert {m for m in (claim.measure, claim.over, claim.minus) if m} <= found[claim.experiment]

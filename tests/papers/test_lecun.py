@@ -13,20 +13,32 @@ from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsRegressor
 from torch import Tensor
 
+from replicate.experiments import Run
 from replicate.ledger.claims import claims_of
-from replicate.papers import lecun, lecun_families
-from replicate.papers.lecun import BouncingEnergy, Pairs, displaced
-from replicate.papers.lecun_families import HALF, HalfDigits, half_digits
+from replicate.papers.lecun import PAPER
+from replicate.papers.lecun.digits import (
+    HALF,
+    RIDGE,
+    HalfDigits,
+    Pairs,
+    completion_metrics,
+    half_digits,
+    ridge_answers,
+    simple_answers,
+    slopes,
+)
+from replicate.papers.lecun.families import Settings, flow_completions, inpainted, log_prob_given_upper, vae_completions
+from replicate.papers.lecun.inference import BouncingEnergy, displaced, rank_estimates
 from replicate.papers.ncsn.inpainting import Gaussian
 from replicate.registry import model_entry
-from replicate.runs.experiment import Context, Outcome
+from replicate.runs.experiment import Outcome
 from replicate.runs.seeds import Streams
 from replicate.tasks.bouncing import CANVAS, OBSERVED, bouncing
 from replicate.tasks.digits import textbook_split
 from replicate.tasks.loading import load_task
 
 CPU = torch.device("cpu")
-EXPERIMENTS = lecun.PAPER.experiments
+EXPERIMENTS = PAPER.experiments
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -74,7 +86,7 @@ def test_the_energy_of_frames_reads_motion_and_walls_and_not_brightness() -> Non
 
 
 def test_the_truth_is_as_sharp_as_itself_and_labelled_as_the_classifier_labels_it(data: HalfDigits) -> None:
-    found = lecun_families.completion_metrics(data.y.unsqueeze(1), data)
+    found = completion_metrics(data.test.y.unsqueeze(1), data)
     assert found["squared_error"].value == 0
     assert found["sharpness"].value == pytest.approx(1.0)
     whole = data.features.accuracy(data.task.test, data.labels)
@@ -83,9 +95,9 @@ def test_the_truth_is_as_sharp_as_itself_and_labelled_as_the_classifier_labels_i
 
 
 def test_errors_and_diversity_are_those_of_numpy(data: HalfDigits) -> None:
-    y = torch.rand(len(data.y), 3, HALF, generator=generator())
-    found = lecun_families.completion_metrics(y, data)
-    a, t = y.double().numpy(), data.y.double().numpy()
+    y = torch.rand(len(data.test.y), 3, HALF, generator=generator())
+    found = completion_metrics(y, data)
+    a, t = y.double().numpy(), data.test.y.double().numpy()
     error = ((a - t[:, None]) ** 2).mean(2)
     assert found["squared_error"].value == pytest.approx(error.mean(), rel=1e-5)
     assert found["squared_error_best"].value == pytest.approx(error.min(1).mean(), rel=1e-5)
@@ -97,13 +109,13 @@ def test_errors_and_diversity_are_those_of_numpy(data: HalfDigits) -> None:
 def test_slopes_are_counted_from_the_row_above_the_lower_half() -> None:
     image = torch.zeros(8, 8)
     image[:4] = 1.0  # one edge, between the fourth and the fifth row
-    assert float(lecun_families.slopes(image.flatten())) == pytest.approx(8 / (4 * 8 + 4 * 7))
+    assert float(slopes(image.flatten())) == pytest.approx(8 / (4 * 8 + 4 * 7))
 
 
 def test_baselines_are_those_of_scikit_learn(data: HalfDigits) -> None:
-    found = data.baselines()
-    x, y, new = data.known_x.double().numpy(), data.known_y.double().numpy(), data.x.double().numpy()
-    ridge = Ridge(alpha=lecun_families.RIDGE).fit(x, y).predict(new).clip(0, 1)
+    found = simple_answers(data.known, data.test) | {"ridge": ridge_answers(data.known, data.test.x)}
+    x, y, new = (part.double().numpy() for part in (*data.known, data.test.x))
+    ridge = Ridge(alpha=RIDGE).fit(x, y).predict(new).clip(0, 1)
     np.testing.assert_allclose(found["ridge"][:, 0].numpy(), ridge, atol=1e-5)
     nearest = KNeighborsRegressor(1).fit(x, y).predict(new)
     assert np.mean(np.abs(found["neighbour"][:, 0].numpy() - nearest).max(1) < 1e-6) > 0.99  # ties aside
@@ -111,7 +123,7 @@ def test_baselines_are_those_of_scikit_learn(data: HalfDigits) -> None:
 
 
 def test_the_ranking_bound_on_information_is_that_of_a_table() -> None:
-    found = lecun.rank_estimates(torch.tensor([[0.0, 1.0], [2.0, 0.5]]), generator())["mutual_information:ranking"]
+    found = rank_estimates(torch.tensor([[0.0, 1.0], [2.0, 0.5]]), generator())["mutual_information:ranking"]
     rows = [math.log(2) - math.log(1 + math.exp(-1.0)), math.log(2) - math.log(1 + math.exp(-1.5))]
     assert found.value == pytest.approx(sum(rows) / 2, rel=1e-5)
     assert found.kind == "lower_bound"
@@ -143,7 +155,7 @@ def test_log_p_of_the_lower_half_given_the_upper_is_what_a_change_of_it_changes(
     net, x = small_causal_conv(), load_task("digits").test[:6]
     other = torch.cat([x[:, :HALF], x[:, HALF:].flip(0)], dim=1)
     difference = net.log_prob(x) - net.log_prob(other)
-    given = lecun_families.log_prob_given_upper
+    given = log_prob_given_upper
     torch.testing.assert_close(given(net, x) - given(net, other), difference, rtol=1e-4, atol=1e-3)
 
 
@@ -180,13 +192,12 @@ def test_completion_in_a_continuous_space_has_the_conditional_law(family: str) -
     model: Any = GaussianWhole()
     observed = torch.linspace(-1, 1, HALF, dtype=torch.float64)
     upper = observed.expand(1000, HALF)
-    changes = {"langevin_steps": 150, "noise_levels": 60, "steps_per_level": 10, "noise_step_size": 0.2}
-    context = Context({**lecun.COMPLETIONS.settings("standard"), **changes}, Streams("t", "m", 0), CPU)
+    settings = Settings(langevin_steps=150, noise_levels=60, steps_per_level=10, noise_step_size=0.2)
     if family == "realnvp":
-        drawn, acceptance = lecun_families.flow_completions(model, upper, context)
+        drawn, acceptance = flow_completions(model, upper, settings, generator())
         assert 0.5 < acceptance < 1
     else:
-        drawn = lecun_families.inpainted(model, upper, context)
+        drawn = inpainted(model, upper, settings, generator())
     mean, covariance = model.law.conditional(observed)
     sd = covariance.diagonal().sqrt()
     assert float(((drawn.mean(0) - mean) / sd).abs().max()) < 0.2
@@ -210,9 +221,8 @@ def test_langevin_of_the_latent_finds_the_posterior_of_a_small_autoencoder() -> 
     level = torch.arange(17.0)
     expected = shares @ level
     sd = (shares @ level.square() - expected.square()).sqrt()
-    context = Context({**lecun.COMPLETIONS.settings("standard"), "langevin_steps": 60}, Streams("t", "m", 0), CPU)
-    many = upper.expand(400, HALF)
-    drawn, acceptance = lecun_families.vae_completions(vae, many, task.train[:, HALF:].mean(0), context)
+    many, mean = upper.expand(400, HALF), task.train[:, HALF:].mean(0)
+    drawn, acceptance = vae_completions(vae, many, mean, Settings(langevin_steps=60), generator())
     assert acceptance > 0.3
     off = (drawn.mean(0) - expected) * 400**0.5 / sd.clamp_min(0.1)
     assert float(off.abs().max()) < 4.5  # standard errors, the largest of 32
@@ -224,8 +234,8 @@ def test_langevin_of_the_latent_finds_the_posterior_of_a_small_autoencoder() -> 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=[e.name for e in EXPERIMENTS])
 def test_the_experiments_at_smoke_settings_measure_what_the_claims_ask(experiment: Any) -> None:
     def once() -> Outcome:
-        outcome: Outcome = experiment.run(
-            Context(experiment.settings("smoke"), Streams(experiment.name, "lecun", 0), CPU)
+        outcome: Outcome = experiment.measure(
+            Run(experiment.settings("smoke"), Streams(experiment.name, "lecun", 0), CPU)
         )
         return outcome
 
@@ -237,7 +247,7 @@ def test_the_experiments_at_smoke_settings_measure_what_the_claims_ask(experimen
     assert all(math.isfinite(v) for v in lasting(outcome).values())
     assert lasting(outcome) == lasting(again)
     asked = set()
-    for claim in claims_of(lecun.PAPER).claims:
+    for claim in claims_of(PAPER).claims:
         for measure in (claim.measure, claim.minus):
             task, _, metric = measure.rpartition("/lecun/")
             if measure and (task or claim.experiment) == experiment.name:

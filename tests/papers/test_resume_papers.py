@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from replicate.experiments.batches import Minibatches
+from replicate.experiments.rbm import BinaryRows, binary_rows
 from replicate.model import DataInfo
 from replicate.papers import burda, pixelcnn
 from replicate.papers.nce import gaussian as nce
+from replicate.papers.salakhutdinov import annealing
 from replicate.papers.ssm import kernel, tables
 from replicate.runs.checkpoint import pack, unpack
 from replicate.runs.experiment import Context, Outcome
@@ -49,7 +51,7 @@ class Case:
 #: of all steps, after which a sitting is killed; no simple fraction, so that two or three like loops are cut inside
 SHARE = 0.35
 SMALL_NET = {"max_epochs": 8, "hidden": 8, "draws": 2}
-PERSISTENT = {"persistent": True, "nesterov": True, "gibbs": 12, "ramp": True, "epochs": 11, "batch": 500}
+PERSISTENT = {"gibbs": 12, "ramp": True, "epochs": 11, "batch": 20, "hidden": 4, "chains": 10, "thinning": 1000}
 RING = {
     "samples": 40,
     "grid": 20,
@@ -82,7 +84,7 @@ CASES = (
     Case("ncsn", "ncsn-score-error"),
     Case("pixelcnn", "pixelcnn-gated", {"steps": 9, "batch_size": 4, "width": 8, "layers": 1, "validate_every": 3}),
     Case("salakhutdinov", "ais-against-enumeration", {"sizes": "4 5", "thinning": 1000}),
-    Case("salakhutdinov", "ais-against-enumeration", {**PERSISTENT, "sizes": "4", "thinning": 1000}, "-pcd"),
+    Case("salakhutdinov", "static-rbm-pcd25", PERSISTENT),
     Case("score_sde", "score-sde-digits", {"samples": 40, "test_images": 20}),
     Case("score_sde", "score-sde-mixture", {"nfe": 8}),
     Case("scoreflow", "scoreflow-digits", {"steps": 3, "samples": 40, "test_images": 10}),
@@ -104,7 +106,7 @@ CASES = (
 
 @pytest.fixture
 def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random data in place of the files that three papers read; fewer objectives and draws where these are many."""
+    """Random data in place of the files that four papers read; fewer objectives and draws where these are many."""
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(2, (90, 16), generator=generator).float()
     rows = torch.randn(90, 3, generator=generator, dtype=torch.float64)
@@ -112,6 +114,10 @@ def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
     table = tables.Table(rows[:50], rows[50:70], rows[70:])
     monkeypatch.setattr(burda, "training_and_test", lambda dynamic: (0.5 * bits[:50], bits[50:]))
     monkeypatch.setitem(pixelcnn.TASKS, "mnist-static", lambda: task)
+    static = BinaryRows(task.train, task.valid, task.test)
+    monkeypatch.setattr(
+        annealing, "binary_rows", lambda name, device: static if name == "mnist-static" else binary_rows(name, device)
+    )
     monkeypatch.setattr(tables, "load_table", lambda name, draws: table)
     two = {"ssm": kernel.sliced, "dsm": kernel.denoising(0.2)}
     monkeypatch.setattr(tables, "objectives", lambda sigma: two)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -11,15 +12,25 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from replicate.experiments import rbm
-from replicate.experiments.rbm import Machine, exact_samples, hidden_log_weights
+from replicate.experiments import Experiment, Run
+from replicate.experiments.rbm import Machine, exact_samples, hidden_log_weights, to_float64
 from replicate.ledger.claims import claims_of
 from replicate.likelihood.ais import Bracket, ais
 from replicate.likelihood.enumeration import rbm_log_z, states
-from replicate.papers import salakhutdinov
-from replicate.papers.carreira import Enumerated
-from replicate.papers.salakhutdinov import PAPER, Recipe, anneal, compared, paper_betas, train, trained_rbm
-from replicate.runs.experiment import Context, Experiment
+from replicate.model import Estimate
+from replicate.papers.carreira.divergence import Enumerated
+from replicate.papers.salakhutdinov import PAPER
+from replicate.papers.salakhutdinov.annealing import (
+    STATIC,
+    Recipe,
+    against_enumeration,
+    anneal,
+    centred,
+    compared,
+    measure_rbm,
+    paper_betas,
+    train,
+)
 from replicate.runs.seeds import Streams
 
 
@@ -33,6 +44,11 @@ def machine(dim: int = 6, hidden: int = 5, strength: float = 1.0) -> Machine:
     return Machine(*(strength * torch.randn(s, generator=g, dtype=torch.float64) for s in shapes))
 
 
+def table(m: Machine) -> tuple[Tensor, Tensor, Tensor]:
+    """The arguments of `rbm_log_z`: level 0 of a visible unit has zeros."""
+    return torch.stack([0 * m.weights, m.weights], 1), torch.stack([0 * m.visible, m.visible], 1), m.hidden
+
+
 def bits(n: int = 200, dim: int = 8) -> Tensor:
     """Two clusters, so that there is something to learn."""
     g = seeded(1)
@@ -40,9 +56,15 @@ def bits(n: int = 200, dim: int = 8) -> Tensor:
     return (torch.rand(n, dim, generator=g) < torch.where(which, 0.85, 0.2)).float()
 
 
-def context(experiment: Experiment, seed: int = 0, **params: object) -> Context:
-    settings = {**experiment.settings("smoke"), **params}
-    return Context(settings, Streams(experiment.name, "salakhutdinov", seed), torch.device("cpu"))
+def new_run(experiment: Experiment, **changes: object) -> Run:
+    settings = {**experiment.settings("smoke"), **changes}
+    return Run(settings, Streams(experiment.name, "salakhutdinov", 0), torch.device("cpu"))
+
+
+def measured(recipe: Recipe, rows: Tensor, test: Tensor) -> Mapping[str, Estimate]:
+    run = new_run(STATIC[0])
+    measure_rbm(run, recipe, rows, test)
+    return run.estimates
 
 
 class TestSchedule:
@@ -80,7 +102,7 @@ class TestEnumeration:
     def test_hidden_weights_sum_to_the_enumerated_z(self, hidden: int) -> None:
         m = machine(hidden=hidden)
         log_weights = hidden_log_weights(m)
-        assert float(torch.logsumexp(log_weights, 0)) == pytest.approx(float(rbm_log_z(*m.table())), abs=1e-11)
+        assert float(torch.logsumexp(log_weights, 0)) == pytest.approx(float(rbm_log_z(*table(m))), abs=1e-11)
         by_hidden = torch.logsumexp(Enumerated(6, hidden).log_joint(m), 0)
         assert torch.allclose(log_weights, by_hidden, atol=1e-11)
 
@@ -98,7 +120,7 @@ class TestAnnealing:
         m = machine(dim=8, strength=strength)
         log_weights = hidden_log_weights(m)
         start = exact_samples(m, log_weights, 300, seeded(3))
-        run = context(salakhutdinov.ENUMERATION)
+        run = new_run(against_enumeration)
         return anneal(m, bits().double(), 300, paper_betas(100), run, start), float(torch.logsumexp(log_weights, 0))
 
     def test_estimate_agrees_with_enumeration_and_brackets_it(self) -> None:
@@ -117,33 +139,31 @@ class TestAnnealing:
 
 class TestTraining:
     def nll(self, m: Machine, rows: Tensor) -> float:
-        wide = rbm.doubled(m)
-        return float(wide.free_energy(rows.double()).mean() + rbm_log_z(*wide.table()))
+        wide = to_float64(m)
+        return float(wide.free_energy(rows.double()).mean() + rbm_log_z(*table(wide)))
 
     @pytest.mark.parametrize("variant", ["cd", "ramp", "pcd", "centred"])
     def test_every_variant_learns(self, variant: str) -> None:
+        cd = Recipe(hidden=4, epochs=60, batch=50)
         recipe = {
-            "cd": Recipe(epochs=60, batch=50),
-            "ramp": Recipe(epochs=60, batch=50, gibbs=25, ramp=True),
-            "pcd": Recipe(epochs=60, batch=50, persistent=True, nesterov=True, momentum=0.9, last_rate=0.01),
-            "centred": Recipe(
-                epochs=60, batch=50, persistent=True, momentum=0, late_momentum=0, rate=0.2, centred=True
-            ),
+            "cd": cd,
+            "ramp": replace(cd, gibbs=25, ramp=True),
+            "pcd": replace(cd, persistent=True, nesterov=True, momentum=0.9, last_rate=0.01),
+            "centred": replace(cd, persistent=True, momentum=0, late_momentum=0, rate=0.2, centred=True),
         }[variant]
-        rows, run = bits(), context(salakhutdinov.CD_1)
-        before, after = (self.nll(train(rows, 4, r, run), rows) for r in (Recipe(epochs=0), recipe))
+        rows, run = bits(), new_run(STATIC[0])
+        before, after = (self.nll(train(rows, r, run), rows) for r in (Recipe(hidden=4, epochs=0), recipe))
         assert before == pytest.approx(8 * math.log(2), abs=0.01)
         mean = rows.mean(0).double()
         independent = -float((mean * mean.log() + (1 - mean) * (1 - mean).log()).sum())
         if recipe.centred:
-            start = self.nll(train(rows, 4, replace(recipe, epochs=0), run), rows)
+            start = self.nll(train(rows, replace(recipe, epochs=0), run), rows)
             assert start == pytest.approx(independent, abs=0.01)
         assert after < independent - 0.3
 
     def test_weight_cost_shrinks_the_weights_alone(self) -> None:
-        run = context(salakhutdinov.CD_1)
-        recipes = (Recipe(epochs=100, batch=20, weight_cost=c) for c in (0.0, 2.0))
-        free, held = (train(bits(), 4, recipe, run) for recipe in recipes)
+        recipes = (Recipe(hidden=4, epochs=100, batch=20, weight_cost=c) for c in (0.0, 2.0))
+        free, held = (train(bits(), recipe, new_run(STATIC[0])) for recipe in recipes)
         assert float(held.weights.norm()) < 0.1 * float(free.weights.norm())
         assert float(held.visible.norm()) > 0.5  # biases are not held
 
@@ -170,21 +190,21 @@ class TestTraining:
         p = torch.softmax(-plain.free_energy(v), 0)
         model = Machine((v * p[:, None]).T @ plain.hidden_mean(v), p @ v, p @ plain.hidden_mean(v))
         step = plain.statistics(data).plus(model, -1.0)
-        got = plain.plus(salakhutdinov.centred(step, mu, offset), 0.01)
+        got = plain.plus(centred(step, mu, offset), 0.01)
         for ours, theirs in zip(got, want, strict=True):
             torch.testing.assert_close(ours, theirs)
 
     def test_nll_with_annealed_log_z_is_the_exact_one(self) -> None:
-        rows, run = bits(), context(salakhutdinov.CD_1, hidden=6, epochs=30, chains=200, thinning=100)
-        found = trained_rbm(rows[:150], rows[150:], run).estimates
-        exact = self.nll(train(rows[:150], 6, Recipe.of(run.params), run), rows[150:])
+        rows, recipe = bits(), Recipe(hidden=6, epochs=30, chains=200, thinning=100)
+        found = measured(recipe, rows[:150], rows[150:])
+        exact = self.nll(train(rows[:150], recipe, new_run(STATIC[0])), rows[150:])
         for name in ("forward", "reverse", "middle"):
             assert found[f"nll:{name}"].value == pytest.approx(exact, abs=0.1)
         assert found["nll:forward"].kind == "lower_bound"  # log Z too low makes the NLL too good
 
 
 def test_against_enumeration_small() -> None:
-    outcome = salakhutdinov.ENUMERATION.measure(context(salakhutdinov.ENUMERATION, sizes="4 5"))
+    outcome = against_enumeration.measure(new_run(against_enumeration, sizes="4 5"))
     assert {"error_in_stderr:4", "error:5", "error:worst", "bracket_excess:worst"} <= set(outcome.estimates)
     assert outcome.estimates["error:worst"].value < 1
     assert len(outcome.plots[0].lines[0].x) == 2
@@ -194,8 +214,7 @@ def test_against_enumeration_small() -> None:
 def test_claims_read_and_their_metrics_exist() -> None:
     claims = claims_of(PAPER).claims
     assert {c.id for c in claims} >= {"C3.10", "C3.20", "C3.bracket", "RBM500.cd25"}
-    static = context(salakhutdinov.CD_1, hidden=3, epochs=1, chains=5, thinning=1000)
-    names = set(trained_rbm(bits(), bits(), static).estimates)
+    names = set(measured(Recipe(hidden=3, epochs=1, chains=5, thinning=1000), bits(), bits()))
     for claim in claims:
         if claim.experiment.startswith("static-rbm"):
             assert claim.measure in names

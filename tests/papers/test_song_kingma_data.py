@@ -14,7 +14,7 @@ from torch import Tensor
 from replicate.experiments import Experiment, Run
 from replicate.experiments.rbm import Data, Machine, flat
 from replicate.model import DataInfo
-from replicate.papers.carreira import Enumerated
+from replicate.papers.carreira.divergence import Enumerated
 from replicate.papers.song_kingma import bits, digits
 from replicate.papers.song_kingma.bits import METHODS, CentredMachine, cd_biases, learn, model_statistics
 from replicate.papers.song_kingma.bits import trained_on_bits as BITS
@@ -91,10 +91,10 @@ def test_cd_s_bias_is_that_of_enumerated_chains() -> None:
     data = rows().double()
     place = 2 ** torch.arange(DIM - 1, -1, -1)
     start = torch.bincount((data.long() * place).sum(1), minlength=2**DIM).double() / len(data)
-    likelihood = flat(every_state.ml_gradient(machine, start))
+    likelihood = flat(every_state.direction(machine, start, None))
     found = cd_biases(machine, data, 3, 2000, seeded(3))
     for k, bias in enumerate(found, 1):
-        exact = (flat(every_state.cd_gradient(machine, start, k)) - likelihood).square().mean().sqrt()
+        exact = (flat(every_state.direction(machine, start, k)) - likelihood).square().mean().sqrt()
         assert bias == pytest.approx(float(exact), rel=0.1, abs=1e-3)
     assert found[0] > found[2]
 

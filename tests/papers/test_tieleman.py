@@ -9,12 +9,13 @@ import torch
 from scipy.special import logsumexp
 from torch import Tensor
 
+from replicate.experiments import Run
+from replicate.experiments.batches import Minibatches
 from replicate.experiments.rbm import Machine, flat
 from replicate.ledger.claims import claims_of
-from replicate.papers import tieleman
-from replicate.papers.carreira import Enumerated
-from replicate.papers.tieleman import METHODS, PAPER, Method, learn, minibatches, nll, single
-from replicate.runs.experiment import Context
+from replicate.papers.carreira.divergence import Enumerated
+from replicate.papers.tieleman import PAPER
+from replicate.papers.tieleman.persistence import METHODS, Method, learn, nll, on_digits, single
 from replicate.runs.seeds import Streams
 
 DIM, HIDDEN = 4, 3
@@ -28,9 +29,13 @@ def rows(n: int = 40) -> Tensor:
     return torch.randint(2, (n, DIM), generator=seeded(0)).float()
 
 
-def context(seed: int = 0, **params: object) -> Context:
-    settings = {**tieleman.EQUAL_TIME.settings("smoke"), **params}
-    return Context(settings, Streams("pcd-equal-time", "tieleman", seed), torch.device("cpu"))
+def new_run() -> Run:
+    return Run(on_digits.settings("smoke"), Streams("pcd-equal-time", "tieleman", 0), torch.device("cpu"))
+
+
+def learnt(method: Method, rates: list[float], updates: int, batch: int = 10) -> Machine:
+    """The machines, side by side, after all updates on `rows()`."""
+    return learn(method, rows(), rates, updates, HIDDEN, batch, new_run())[0][-1]
 
 
 def test_nll_is_that_of_enumerated_visible_states() -> None:
@@ -48,7 +53,7 @@ def test_nll_is_that_of_enumerated_visible_states() -> None:
 
 
 def test_minibatches_are_full_and_go_through_all_rows() -> None:
-    batches = minibatches(torch.arange(7.0)[:, None], 3, seeded(0))
+    batches = Minibatches(torch.arange(7.0)[:, None], 3, seeded(0), whole=True)
     first = torch.cat([next(batches), next(batches)]).flatten().tolist()
     assert len(set(first)) == 6
     assert len(next(batches)) == 3
@@ -58,28 +63,26 @@ def test_minibatches_are_full_and_go_through_all_rows() -> None:
 def test_one_update_is_the_expected_cd_gradient_on_average(k: int) -> None:
     """Many machines side by side take one step each: their mean step is CD-k's enumerated expectation."""
     copies, rate = 6000, 2.0
-    run = context(batch=40)
-    before = learn(Method("cd", k, False), rows(), [0.0], 1, HIDDEN, run)[-1]
-    after = learn(Method("cd", k, False), rows(), [rate] * copies, 1, HIDDEN, run)[-1]
+    before = learnt(Method("cd", k, False), [0.0], 1, batch=40)
+    after = learnt(Method("cd", k, False), [rate] * copies, 1, batch=40)
     states, start = Enumerated(DIM, HIDDEN), single(before, 0)
     place = 2.0 ** torch.arange(DIM - 1, -1, -1)
     data = torch.bincount((rows() @ place).long(), minlength=2**DIM).double() / 40
-    expected = flat(states.cd_gradient(start, data, k))
+    expected = flat(states.direction(start, data, k))
     steps = torch.stack([(flat(single(after, i)) - flat(start)) / rate for i in range(copies)])
     z = (steps.mean(0) - expected) / (steps.std(0) / copies**0.5 + 1e-5)
     assert float(z.abs().max()) < 4.5
 
 
 def test_without_sweeps_cd_learns_nothing_and_pcd_keeps_its_negatives() -> None:
-    cd = learn(Method("cd", 0, False), rows(), [1.0], 5, HIDDEN, context(batch=10))
-    pcd = learn(Method("pcd", 0, True), rows(), [1.0], 5, HIDDEN, context(batch=10))
-    still = learn(Method("cd", 0, False), rows(), [0.0], 5, HIDDEN, context(batch=10))[-1]
-    assert torch.allclose(flat(single(cd[-1], 0)), flat(single(still, 0)))
-    assert not torch.allclose(flat(single(pcd[-1], 0)), flat(single(still, 0)))
+    cd, pcd = (learnt(Method(name, 0, name == "pcd"), [1.0], 5) for name in ("cd", "pcd"))
+    still = learnt(Method("cd", 0, False), [0.0], 5)
+    assert torch.allclose(flat(single(cd, 0)), flat(single(still, 0)))
+    assert not torch.allclose(flat(single(pcd, 0)), flat(single(still, 0)))
 
 
 def test_all_methods_start_alike_and_see_the_same_minibatches() -> None:
-    a, b = (learn(Method(n, 0, False), rows(), [0.0], 1, HIDDEN, context(batch=10))[-1] for n in ("pcd", "cd10"))
+    a, b = (learnt(Method(name, 0, False), [0.0], 1) for name in ("pcd", "cd10"))
     assert torch.equal(flat(single(a, 0)), flat(single(b, 0)))
 
 
@@ -88,7 +91,7 @@ def test_time_is_counted_in_products() -> None:
 
 
 def test_equal_time_small() -> None:
-    outcome = tieleman.EQUAL_TIME.measure(context())
+    outcome = on_digits.measure(new_run())
     values = {name: e.value for name, e in outcome.estimates.items()}
     assert values["updates:pcd"] == values["updates:cd1"] == 4 * values["updates:cd10"]
     assert values["nll:pcd"] < 64 * 0.6931  # better than 64 fair coins

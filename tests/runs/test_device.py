@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from replicate.model import Model
-from replicate.papers import burda, salakhutdinov, tieleman
+from replicate.papers import burda
+from replicate.papers.salakhutdinov.annealing import Recipe
+from replicate.papers.salakhutdinov.annealing import train as train_machine
+from replicate.papers.tieleman.persistence import METHODS, learn
 from replicate.registry import models
 from replicate.runs.execute import build_model
-from replicate.runs.experiment import Context
+from replicate.runs.experiment import Run
 from replicate.runs.seeds import Streams
 from replicate.runs.spec import make_spec
 from replicate.tasks.loading import load_task, unsupported
@@ -82,12 +85,12 @@ class NowhereStreams(Streams):
 
 
 def test_so_does_contrastive_divergence() -> None:
-    context = Context({"batch": 10}, NowhereStreams("device", "t", 0), META)
+    run = Run({}, NowhereStreams("device", "t", 0), META)
     rows = torch.ones(30, 9, device=META)
-    recipe = salakhutdinov.Recipe(epochs=2, batch=10, gibbs=2, ramp=True, nesterov=True, persistent=True)
-    machine = salakhutdinov.train(rows, 5, recipe, context)
+    recipe = Recipe(hidden=5, epochs=2, batch=10, gibbs=2, ramp=True, nesterov=True, persistent=True)
+    machine = train_machine(rows, recipe, run)
     assert all(part.device == META for part in machine)
-    for machines in tieleman.learn(tieleman.METHODS[0], rows, [0.1, 0.2], 20, 5, context):
+    for machines in learn(METHODS[0], rows, [0.1, 0.2], 20, 5, 10, run)[0]:
         assert all(part.device == META for part in machines)
 
 
