@@ -41,7 +41,6 @@ class FlowSettings(RowSettings):
         alpha: logits are those of alpha + (1 - 2 alpha) x.
         noise_once: dequantise the training and validation images once and for all, else afresh for every batch.
         draws: noise draws per test image.
-        hidden, blocks, dropout, bound: of the flow.
     """
 
     data: str = "mnist"
@@ -49,10 +48,6 @@ class FlowSettings(RowSettings):
     alpha: float = 1e-6
     noise_once: bool
     draws: int = 16
-    hidden: int
-    blocks: int
-    dropout: float = 0.0
-    bound: float
 
 
 #: A coupling at 14 x 14 and one at 7 x 7 are 81 million multiply-adds per image together, eight such pairs 3.9 GFLOP
@@ -68,11 +63,11 @@ class CouplingSettings(FlowSettings):
     depth: int = 8
     hidden: int = 128
     blocks: int = 2
+    dropout: float = 0.0
     positions: bool = False
     bound: float = 4.0
     steps: int = 18_000
     batch_size: int = 128
-    lr: float = 1e-3
     warmup: int = 500
     grad_clip: float = 200.0
     ema: float = 0.999
@@ -151,9 +146,7 @@ def image_row(run: Run, entry: ModelEntry, s: FlowSettings, mirror: bool = False
     """Train one flow on dequantised images and bound the bits per dimension of the test images.
 
     Args:
-        run: of the experiment.
         entry: of a model of continuous data; its parameters are among the settings.
-        s: the settings.
         mirror: use each training image twice, once with left and right exchanged.
     """
     task = TASKS[s.data]()

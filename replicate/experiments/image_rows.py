@@ -1,20 +1,20 @@
-"""Pieces that rows of several papers on images share: data on the device, training, exact scores, sheets of images."""
+"""Parts that rows of several papers on images share: declaration, data, training, exact scores, sheets of images."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from replicate.model import DataInfo, Estimate, LogLikelihood, Model, Training
-from replicate.runs.experiment import MAX_PIXELS, Line, Plot, Run
+from replicate.model import DataInfo, Estimate, Family, LogLikelihood, Model, Training
+from replicate.runs.experiment import MAX_PIXELS, Experiment, Line, Plot, Run, experiment
 from replicate.runs.training import train
 from replicate.tasks.base import Task
-from replicate.tasks.images import COLOUR_SHAPE
+from replicate.tasks.images import COLOUR_SHAPE, FILES
 
 STATIC_BITS = "mnist-static"
 #: images in a row of a sheet
@@ -22,18 +22,30 @@ IN_A_ROW = 5
 M = TypeVar("M", bound=Model)
 
 
+def full_row(
+    name: str,
+    minutes: float = 0.0,
+    about: str = "",
+    settings: Any = None,
+    family: Family = "autoregressive",
+    files: tuple[str, ...] = FILES[STATIC_BITS],
+) -> Callable[[Callable[..., None]], Experiment]:
+    """Declare a row of the full profile with three seeds that take so many minutes each on a GPU (0: on a CPU)."""
+    declared: dict[str, Any] = {"seeds": 3, "profiles": ("full",), "files": files, "cuda_minutes": minutes}
+    return experiment(name, family=family, about=about, settings=settings, **declared)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RowSettings:
-    """Settings of a row that the suite's loop trains; subclasses may add further fields of `Training`.
+    """Settings of a row that the suite's loop trains: fields of `Training`, to which subclasses may add others.
 
     Attributes:
-        steps, batch_size, lr, validate_every: of `Training`.
         rows: how many of each part of the data are used; 0 for all.
     """
 
     steps: int
-    batch_size: int
-    lr: float
+    batch_size: int = 100
+    lr: float = 1e-3
     validate_every: int
     rows: int = 0
 
@@ -53,10 +65,7 @@ def sheet(name: str, title: str, rows: Mapping[str, Tensor], info: DataInfo) -> 
     """Draw the first images of each row, unselected.
 
     Args:
-        name: of the plot.
-        title: of the plot.
         rows: grey values 0..levels-1 by label, shape (n, D); of colour images the mean of the colours is drawn.
-        info: of the images.
     """
     assert info.levels is not None
     planes, *image = (1, *info.image) if info.image else COLOUR_SHAPE

@@ -6,18 +6,20 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from replicate.experiments import Experiment, Run, experiment
+from replicate.experiments import Experiment, Run
+from replicate.experiments.image_rows import full_row
 from replicate.likelihood.importance import iw_bound
 from replicate.papers.burda.autoencoder import ImportanceWeightedAutoencoder
 from replicate.resume import State, resumable
 from replicate.tasks.images import FILES, TEST_BITS_SEED, binarise, grey_values, mnist_static
 
 STAGES = 8
+#: decay rates of Adam's moments
+BETA1, BETA2 = 0.99, 0.999
 #: minutes per seed of ten million steps of about a hundred kernels each, if a step takes 0.36 ms. Never measured: the
 #: loop launches each kernel by itself, and may take several times as long.
 GPU_MINUTES = 60
@@ -35,10 +37,8 @@ class Settings:
     """Settings of one cell.
 
     Attributes:
-        weighted, draws, doubly: of `ImportanceWeightedAutoencoder`.
-        layers: stochastic layers.
+        layers: stochastic ones.
         dynamic: draw the training bits afresh for every batch, else take static bits.
-        shortened, stages: of `schedule`.
         samples: importance samples of the test bound.
         rows: how many training and test images are used; 0 for all.
     """
@@ -64,45 +64,34 @@ def training_and_test(dynamic: bool) -> tuple[Tensor, Tensor]:
     return train[:-HELD_OUT], binarise(test, torch.Generator().manual_seed(TEST_BITS_SEED))
 
 
-class CodeAdam:
-    """Adam as the released code has it: second moments start at 1, and eps = 1e-4 is outside the bias correction."""
+@torch.no_grad()
+def code_adam_step(
+    parameters: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor], number: int, lr: float
+) -> None:
+    """Take a step of Adam as the released code has it, with eps = 1e-4 outside the bias correction.
 
-    def __init__(self, parameters: Sequence[Tensor], beta1: float = 0.99, beta2: float = 0.999) -> None:
-        self.parameters, self.beta1, self.beta2, self.step_number = list(parameters), beta1, beta2, 1
-        self.first = [torch.zeros_like(p) for p in self.parameters]
-        self.second = [torch.ones_like(p) for p in self.parameters]
-
-    @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Take a step against the gradients that the parameters hold."""
-        rate = lr * math.sqrt(1 - self.beta2**self.step_number) / (1 - self.beta1**self.step_number)
-        self.step_number += 1
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        torch._foreach_lerp_(self.first, gradients, 1 - self.beta1)
-        torch._foreach_mul_(self.second, self.beta2)
-        torch._foreach_addcmul_(self.second, gradients, gradients, 1 - self.beta2)
-        scale = torch._foreach_sqrt(self.second)
-        torch._foreach_add_(scale, 1e-4)
-        change = torch._foreach_mul(self.first, rate)
-        torch._foreach_div_(change, scale)
-        torch._foreach_sub_(self.parameters, change)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return both moments and the number of the next step."""
-        return {"first": self.first, "second": self.second, "step_number": self.step_number}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from such a state."""
-        for moment, saved in zip([*self.first, *self.second], [*state["first"], *state["second"]], strict=True):
-            moment.copy_(saved)
-        self.step_number = state["step_number"]
+    Args:
+        first: moments, changed in place, which start at 0.
+        second: moments, changed in place, which start at 1.
+        number: of the step; the first is 1.
+        lr: before the bias correction.
+    """
+    rate = lr * math.sqrt(1 - BETA2**number) / (1 - BETA1**number)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    torch._foreach_lerp_(first, gradients, 1 - BETA1)
+    torch._foreach_mul_(second, BETA2)
+    torch._foreach_addcmul_(second, gradients, gradients, 1 - BETA2)
+    scale = torch._foreach_sqrt(second)
+    torch._foreach_add_(scale, 1e-4)
+    change = torch._foreach_mul(first, rate)
+    torch._foreach_div_(change, scale)
+    torch._foreach_sub_(parameters, change)
 
 
 def schedule(stages: int, shortened: int = 1) -> Iterator[tuple[int, float]]:
     """Yield (epochs, learning rate) of each stage: 3^i at 1e-3 * 10^(-i/7), the rate to two digits as in the code.
 
     Args:
-        stages: how many.
         shortened: the divisor of every stage's epochs, of which at least one stays.
     """
     for i in range(stages):
@@ -113,11 +102,12 @@ def fit(model: ImportanceWeightedAutoencoder, train: Tensor, run: Run, s: Settin
     """Train through all stages, and return the mean training loss of every stage in nats."""
     noise, bits = run.stream("noise"), run.stream("bits")
     model.initialise(train, noise)
-    optimizer = CodeAdam(list(model.parameters()))
+    parameters = list(model.parameters())
     batches = train.split(s.batch_size)
     # of every epoch: its stage's epochs and learning rate, and whether the stage ends with it
     plan = [(n, lr, i + 1 == n) for n, lr in schedule(s.stages, s.shortened) for i in range(n)]
-    state: State = {"model": model, "optimizer": optimizer, "noise": noise, "bits": bits}
+    state: State = {"model": model, "noise": noise, "bits": bits}
+    state |= {"first": [torch.zeros_like(p) for p in parameters], "second": [torch.ones_like(p) for p in parameters]}
     state |= {"total": torch.zeros((), device=train.device), "losses": []}
     # an epoch may take minutes, a batch does not
     for step in resumable("training", len(plan) * len(batches), state):
@@ -126,7 +116,7 @@ def fit(model: ImportanceWeightedAutoencoder, train: Tensor, run: Run, s: Settin
         model.zero_grad(set_to_none=True)
         loss = model.loss(binarise(batches[i], bits) if s.dynamic else batches[i], noise)
         loss.backward()
-        optimizer.step(lr)
+        code_adam_step(parameters, state["first"], state["second"], step + 1, lr)
         state["total"] += loss.detach()
         if last_of_stage and i + 1 == len(batches):
             state["losses"].append(float(state["total"]) / (epochs * len(train)))
@@ -153,42 +143,24 @@ def train_and_score(run: Run, s: Settings) -> None:
 
 
 def cell(s: Settings) -> Experiment:
-    """Declare the experiment of one cell of the tables."""
+    """Declare the experiment of one cell of the tables; a shortened one is for machines without a GPU."""
     kind, data = ("dreg" if s.doubly else "iwae") if s.weighted else "vae", "dynamic" if s.dynamic else "static"
     words = "IWAE by doubly reparameterised gradients" if s.doubly else kind.upper()
     name = f"burda-{kind}-{s.layers}-k{s.draws}-{data}"
-    about = f"{words} with {s.layers} stochastic layer(s), k = {s.draws}, {data} bits of MNIST"
+    about, minutes = f"{words} with {s.layers} stochastic layer(s), k = {s.draws}, {data} bits of MNIST", GPU_MINUTES
     if s.shortened > 1:
         epochs = sum(n for n, _ in schedule(s.stages, s.shortened))
-        name, about = f"{name}-short", f"{about}, {epochs} of the paper's 3280 epochs"
-    return experiment(
-        name,
-        about=about,
-        family="vae",
-        settings=s,
-        seeds=3,
-        profiles=("full",),
-        files=FILES[f"mnist-{data}"],
-        cuda_minutes=0 if s.shortened > 1 else GPU_MINUTES,
-    )(train_and_score)
+        name, about, minutes = f"{name}-short", f"{about}, {epochs} of the paper's 3280 epochs", 0
+    return full_row(name, minutes, about, s, "vae", FILES[f"mnist-{data}"])(train_and_score)
 
 
-def shortened(weighted: bool, draws: int, doubly: bool = False) -> Settings:
-    """Return the settings of a cell for machines without a GPU."""
-    return Settings(weighted, draws, doubly=doubly, shortened=SHORTENED, samples=500)
-
-
-ROWS = tuple(
-    cell(s)
-    for s in (
-        *(
-            Settings(weighted, draws, layers)
-            for layers in (1, 2)
-            for weighted, draws in ((True, 1), (False, 5), (False, 50), (True, 5), (True, 50))
-        ),
-        *(Settings(True, draws, dynamic=False) for draws in (1, 5, 50)),
-        *(Settings(True, draws, doubly=True) for draws in (1, 5, 50)),
-        *(shortened(weighted, draws) for weighted, draws in ((True, 1), (False, 5), (True, 5))),
-        shortened(True, 5, doubly=True),
-    )
+_CELLS = ((True, 1), (False, 5), (False, 50), (True, 5), (True, 50))
+ROWS = (
+    *(cell(Settings(weighted, draws, layers)) for layers in (1, 2) for weighted, draws in _CELLS),
+    *(cell(Settings(True, draws, dynamic=False)) for draws in (1, 5, 50)),
+    *(cell(Settings(True, draws, doubly=True)) for draws in (1, 5, 50)),
+    *(
+        cell(Settings(weighted, draws, doubly=doubly, shortened=SHORTENED, samples=500))
+        for weighted, draws, doubly in ((True, 1, False), (False, 5, False), (True, 5, False), (True, 5, True))
+    ),
 )

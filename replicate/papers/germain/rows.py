@@ -6,53 +6,37 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from baselines.made import MaskedAutoencoder
-from replicate.experiments import Run, experiment
+from replicate.experiments import Run
 from replicate.experiments.image_rows import (
-    STATIC_BITS,
     RowSettings,
     exact_nll,
     exact_row,
+    full_row,
     log_prob,
     splits,
     validation_plot,
 )
 from replicate.model import DataInfo
 from replicate.resume import State, resumable
-from replicate.tasks.images import FILES, mnist_static
+from replicate.tasks.images import mnist_static
 
 #: rows scored at a time
 CHUNK = 5000
 
 
-class AdaGrad:
-    """AdaGrad as the released code has it: eps under the root."""
-
-    def __init__(self, parameters: Sequence[Tensor], lr: float, eps: float = 1e-6) -> None:
-        self.parameters, self.lr, self.eps = list(parameters), lr, eps
-        self.squares = [torch.zeros_like(p) for p in self.parameters]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Take a step against the gradients that the parameters hold."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        torch._foreach_addcmul_(self.squares, gradients, gradients, 1.0)
-        roots = torch._foreach_add(self.squares, self.eps)
-        torch._foreach_sqrt_(roots)
-        torch._foreach_addcdiv_(self.parameters, gradients, roots, -self.lr)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the sums of squared gradients."""
-        return {"squares": self.squares}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from these sums."""
-        self.squares = [s.clone() for s in state["squares"]]
+@torch.no_grad()
+def adagrad_step(parameters: Sequence[Tensor], squares: Sequence[Tensor], lr: float, eps: float = 1e-6) -> None:
+    """Take a step of AdaGrad as the released code has it, eps under the root; sum the squared gradients in place."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    torch._foreach_addcmul_(squares, gradients, gradients, 1.0)
+    roots = torch._foreach_add(squares, eps)
+    torch._foreach_sqrt_(roots)
+    torch._foreach_addcdiv_(parameters, gradients, roots, -lr)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +44,6 @@ class Settings:
     """Settings of a row of the paper.
 
     Attributes:
-        masks: sets of masks in turn, whose densities are averaged.
         epochs: at most.
         patience: epochs in a row without a better validation NLL that end training.
         rows: how many of each part of the data are used; 0 for all.
@@ -103,14 +86,14 @@ def fit(model: MaskedAutoencoder, train: Tensor, valid: Tensor, run: Run, s: Set
     """Train by the code's rule, leave the best epoch's weights, and return (epoch, validation NLL) of each epoch."""
     model.initialise(train, run.streams.get("initialise"))
     batches, noise = train.split(s.batch_size), run.streams.get("noise")
-    optimizer = AdaGrad(list(model.parameters()), s.lr)
-    state: State = {"model": model, "optimizer": optimizer, "noise": noise, "valid": [], "best": None}
-    state |= {"least": math.inf, "best_epoch": 0}
+    parameters = list(model.parameters())
+    state: State = {"model": model, "noise": noise, "squares": [torch.zeros_like(p) for p in parameters]}
+    state |= {"valid": [], "best": None, "least": math.inf, "best_epoch": 0}
     for step in resumable("training", s.epochs * len(batches), state):
         epoch, i = divmod(step, len(batches))
         model.zero_grad(set_to_none=True)
         model.loss(batches[i], noise).backward()
-        optimizer.step()
+        adagrad_step(parameters, state["squares"], s.lr)
         model.after_step(noise)
         if i + 1 == len(batches):
             nll = -float(log_prob(model, valid, CHUNK).mean())
@@ -137,21 +120,17 @@ def train_and_score(run: Run, s: Settings) -> None:
 
 
 ROWS = tuple(
-    experiment(
+    full_row(
         f"made-{layers}-{masks}",
-        about=f"MADE with {layers} hidden layer(s) of 8000 units and {masks} set(s) of masks on static bits",
-        family="autoregressive",
-        settings=Settings(layers=layers, masks=masks),
-        seeds=3,
-        profiles=("full",),
-        files=FILES[STATIC_BITS],
-        cuda_minutes=minutes,
+        minutes,
+        f"MADE with {layers} hidden layer(s) of 8000 units and {masks} set(s) of masks on static bits",
+        Settings(layers=layers, masks=masks),
     )(train_and_score)
     for layers, masks, minutes in ((1, 1, 5), (2, 1, 12), (1, 32, 10), (2, 32, 25))
 )
 
 
-@experiment("made-static-short", family="autoregressive", seeds=3, profiles=("full",), files=FILES[STATIC_BITS])
+@full_row("made-static-short")
 def train_short(run: Run, s: Short) -> None:
     """MADE with 500 hidden units and one set of masks on static bits, minutes of one CPU core."""
     task = mnist_static()

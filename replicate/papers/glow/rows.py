@@ -5,31 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baselines.image_flow import GLOW, IMAGE_SPLINE_FLOW
-from replicate.experiments import Experiment, Run, experiment
+from replicate.experiments import Run
 from replicate.experiments.image_flows import CouplingSettings, image_row
+from replicate.experiments.image_rows import full_row
 from replicate.tasks.images import FILES
 
 
-def train_and_bound(run: Run, s: CouplingSettings) -> None:
+def glow(run: Run, s: CouplingSettings) -> None:
     """Train Glow and bound the bits per dimension of the test images."""
     image_row(run, GLOW, s)
 
 
-def glow(data: str, title: str) -> Experiment:
-    """Declare Glow on one data set."""
-    return experiment(
+MNIST, FASHION = (
+    full_row(
         f"glow-{data}",
-        about=f"multi-scale affine couplings and 1x1 convolutions on dequantised {title}",
-        family="flow",
-        settings=CouplingSettings(data=data),
-        seeds=3,
-        profiles=("full",),
-        files=FILES[data],
-        cuda_minutes=9,
-    )(train_and_bound)
-
-
-MNIST, FASHION = glow("mnist", "MNIST"), glow("fashion-mnist", "Fashion-MNIST")
+        9,
+        f"multi-scale affine couplings and 1x1 convolutions on dequantised {title}",
+        CouplingSettings(data=data),
+        "flow",
+        FILES[data],
+    )(glow)
+    for data, title in (("mnist", "MNIST"), ("fashion-mnist", "Fashion-MNIST"))
+)
 
 
 #: 12 couplings in place of 16, batches of 256: 41 ms of arithmetic per step, and the launches of some 6,000 small
@@ -46,7 +43,7 @@ class SplineSettings(CouplingSettings):
     batch_size: int = 256
 
 
-@experiment("glow-spline-mnist", family="flow", seeds=3, profiles=("full",), files=FILES["mnist"], cuda_minutes=9)
+@full_row("glow-spline-mnist", 9, family="flow", files=FILES["mnist"])
 def splines(run: Run, s: SplineSettings) -> None:
     """Multi-scale spline couplings and 1x1 convolutions on dequantised MNIST."""
     image_row(run, IMAGE_SPLINE_FLOW, s)

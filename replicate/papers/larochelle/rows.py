@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baselines.nade import FixedOrderNADE
-from replicate.experiments import Run, experiment
-from replicate.experiments.image_rows import STATIC_BITS, RowSettings, exact_row
-from replicate.tasks.images import FILES, mnist_static
+from replicate.experiments import Run
+from replicate.experiments.image_rows import RowSettings, exact_row, full_row
+from replicate.tasks.images import mnist_static
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,21 +15,13 @@ class Settings(RowSettings):
     """Settings of NADE."""
 
     steps: int = 200_000
-    batch_size: int = 100
     lr: float = 0.05
     validate_every: int = 2000
     optimizer: str = "sgd"
     hidden: int = 500
 
 
-@experiment(
-    "nade-static",
-    family="autoregressive",
-    seeds=3,
-    profiles=("full",),
-    files=FILES[STATIC_BITS],
-    cuda_minutes=10,
-)
+@full_row("nade-static", 10)
 def static_bits(run: Run, s: Settings) -> None:
     """NADE with 500 hidden units on static bits."""
     task = mnist_static()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from baselines.maf import MAF
-from replicate.experiments import Experiment, Run, experiment
+from replicate.experiments import Run
 from replicate.experiments.image_flows import FlowSettings, image_row
+from replicate.experiments.image_rows import full_row
 from replicate.tasks.images import FILES
 
 
@@ -21,8 +21,9 @@ class Settings(FlowSettings):
     noise_once: bool = True
     hidden: int = 1024
     layers: int = 2
+    blocks: int
+    dropout: float = 0.0
     bound: float = 5.0
-    batch_size: int = 100
     schedule: str = "constant"
     validate_every: int = 500
 
@@ -47,24 +48,16 @@ def colour(run: Run, s: ColourSettings) -> None:
     image_row(run, MAF, s, s.mirror)
 
 
-def row(name: str, about: str, function: Callable[..., None], settings: Settings, minutes: float) -> Experiment:
-    """Declare the experiment of one row."""
-    return experiment(
-        name,
-        about=f"{about} in logit space",
-        family="flow",
-        settings=settings,
-        seeds=3,
-        profiles=("full",),
-        files=FILES[settings.data],
-        cuda_minutes=minutes,
-    )(function)
-
-
-_MADE, _MAF = "MADE with Gaussian conditionals on dequantised", "MAF of five networks on dequantised"
-ROWS = (
-    row("maf-made-mnist", f"{_MADE} MNIST", grey, Settings(blocks=1, lr=1e-3, steps=30_000), 2),
-    row("maf-mnist", f"{_MAF} MNIST", grey, Settings(blocks=5, lr=1e-4, steps=75_000), 8),
-    row("maf-made-cifar-10", f"{_MADE} CIFAR-10", colour, ColourSettings(blocks=1, lr=1e-3, steps=45_000), 4),
-    row("maf-cifar-10", f"{_MAF} CIFAR-10", colour, ColourSettings(blocks=5, lr=1e-4, steps=45_000), 9),
+#: name, what is trained, settings, minutes
+_ROWS: tuple[tuple[str, str, Settings, float], ...] = (
+    ("maf-made-mnist", "MADE with Gaussian conditionals", Settings(blocks=1, steps=30_000), 2),
+    ("maf-mnist", "MAF of five networks", Settings(blocks=5, lr=1e-4, steps=75_000), 8),
+    ("maf-made-cifar-10", "MADE with Gaussian conditionals", ColourSettings(blocks=1, steps=45_000), 4),
+    ("maf-cifar-10", "MAF of five networks", ColourSettings(blocks=5, lr=1e-4, steps=45_000), 9),
+)
+ROWS = tuple(
+    full_row(name, minutes, f"{what} on dequantised {s.data.upper()} in logit space", s, "flow", FILES[s.data])(
+        colour if isinstance(s, ColourSettings) else grey
+    )
+    for name, what, s, minutes in _ROWS
 )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from replicate.experiments import Run, experiment
-from replicate.experiments.image_rows import STATIC_BITS, exact_nll, splits
+from replicate.experiments import Run
+from replicate.experiments.image_rows import exact_nll, full_row, splits
 from replicate.registry import model_entry
-from replicate.tasks.images import FILES, mnist_static
+from replicate.tasks.images import mnist_static
 
 #: rows scored at a time
 CHUNK = 2000
@@ -32,14 +32,11 @@ def mixture_of_bernoullis(
 
 
 MIXTURES = tuple(
-    experiment(
-        f"mixture-k{components}",
-        about=f"mixture of {components} Bernoullis by EM on static bits",
+    full_row(
+        f"mixture-k{k}",
+        about=f"mixture of {k} Bernoullis by EM on static bits",
+        settings={"components": k},
         family="reference",
-        settings={"components": components},
-        seeds=3,
-        profiles=("full",),
-        files=FILES[STATIC_BITS],
     )(mixture_of_bernoullis)
-    for components in (10, 100, 500)
+    for k in (10, 100, 500)
 )

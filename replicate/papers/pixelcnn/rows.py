@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from replicate.experiments import Experiment, Run, experiment
-from replicate.experiments.image_rows import STATIC_BITS, RowSettings, exact_row
+from replicate.experiments import Run
+from replicate.experiments.image_rows import STATIC_BITS, RowSettings, exact_row, full_row
 from replicate.model import DataInfo, Model
 from replicate.registry import model_entry
 from replicate.tasks.base import Task
 from replicate.tasks.binary import SILHOUETTES_FILE, caltech_silhouettes
-from replicate.tasks.images import FILES, mnist_static
+from replicate.tasks.images import mnist_static
 
 #: rows scored at a time
 CHUNK = 500
@@ -104,7 +104,6 @@ class Settings(RowSettings):
     dropout: float = 0.3
     steps: int = 100_000
     batch_size: int = 64
-    lr: float = 1e-3
     grad_clip: float = 10.0
     ema: float = 0.999
     validate_every: int = 2000
@@ -128,35 +127,17 @@ def train_and_score(run: Run, s: Settings) -> None:
     exact_row(run, task, lambda: build(task.info, s), s, CHUNK)
 
 
-def row(name: str, about: str, settings: Settings, files: tuple[str, ...], minutes: float) -> Experiment:
-    """Declare the experiment of one row."""
-    return experiment(
-        name,
-        about=about,
-        family="autoregressive",
-        settings=settings,
-        seeds=3,
-        profiles=("full",),
-        files=files,
-        cuda_minutes=minutes,
-    )(train_and_score)
-
-
-MASKED = row(
-    "pixelcnn-masked",
-    "plain stack of masked convolutions on static bits",
-    Settings(gated=False, dropout=0.0),
-    FILES[STATIC_BITS],
-    10,
-)
-GATED = row(
-    "pixelcnn-gated", "gated PixelCNN with two stacks on static bits", Settings(gated=True), FILES[STATIC_BITS], 10
+MASKED = full_row(
+    "pixelcnn-masked", 10, "plain stack of masked convolutions on static bits", Settings(gated=False, dropout=0.0)
+)(train_and_score)
+GATED = full_row("pixelcnn-gated", 10, "gated PixelCNN with two stacks on static bits", Settings(gated=True))(
+    train_and_score
 )
 #: 4,100 silhouettes are soon learned by heart
-SILHOUETTES = row(
+SILHOUETTES = full_row(
     "pixelcnn-gated-silhouettes",
+    2,
     "gated PixelCNN with two stacks on Caltech silhouettes",
     Settings(gated=True, data="caltech-silhouettes", dropout=0.5, steps=20_000, validate_every=500),
-    (SILHOUETTES_FILE,),
-    2,
-)
+    files=(SILHOUETTES_FILE,),
+)(train_and_score)

@@ -39,10 +39,8 @@ def nll(run: Run, variant: str, steps: int, task: Task, *also: Task) -> list[Est
     """Train the model on a task, and return its exact mean NLL on the test rows of that task and of further ones.
 
     Args:
-        run: of the experiment.
         variant: names the random streams; batches are the same for all variants.
         steps: of training, at most.
-        task: one fold of a table.
         also: further tasks to score.
     """
     own, device = run.streams, run.device
@@ -55,11 +53,6 @@ def nll(run: Run, variant: str, steps: int, task: Task, *also: Task) -> list[Est
         log_likelihood(model, t.test.to(device), spec.evaluation, streams.fresh("evaluation")) for t in (task, *also)
     )
     return [-found.mean() for found in scored]
-
-
-def difference(a: Estimate, b: Estimate) -> Estimate:
-    """Return a - b of two exact numbers on one test part or two, in nats."""
-    return Estimate(a.value - b.value, math.nan, "exact", "nats", min(a.n, b.n))
 
 
 # -- copies
@@ -76,7 +69,7 @@ def copies(run: Run, *, table: str, steps: int = 1_000_000) -> None:
         task = tables.as_task(source.name, source.about, tables.cut(rows, fold_of(run), parts))
         (found[f"nll:{name}"],) = nll(run, name, steps, task)
     run.measure_all(found)
-    run.measure("cost", difference(found["nll:together"], found["nll:random"]))
+    run.measure("cost", replace(found["nll:together"] - found["nll:random"], stderr=math.nan))
 
 
 # -- rounding
@@ -91,7 +84,6 @@ def through_noise(task: Task, steps: Tensor) -> Task:
     """Add uniform noise, a rounding step wide, to every row of a task: drawn afresh in training, once elsewhere.
 
     Args:
-        task: the table.
         steps: in the task's units, shape (D,).
     """
 
@@ -112,7 +104,8 @@ def rounding(run: Run, *, table: str, steps: int = 1_000_000) -> None:
     run.measure("nll:as-given", as_given)
     run.measure("nll:as-given-scored-through-noise", scored_through_noise)
     run.measure("nll:through-noise", through)
-    run.measure("spikes", difference(through, as_given))
+    # both are of the same rows, so the error of the difference is not that of independent numbers
+    run.measure("spikes", replace(through - as_given, stderr=math.nan))
 
 
 def on_table(name: str, about: str, function: Callable[..., None], table: str, seeds: int = 5) -> Experiment:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from baselines.nade import OrderAgnosticNADE, log_mean_density
-from replicate.experiments import Run, experiment
-from replicate.experiments.image_rows import STATIC_BITS, RowSettings, trained
+from replicate.experiments import Run
+from replicate.experiments.image_rows import STATIC_BITS, RowSettings, full_row, trained
 from replicate.model import Estimate, LogLikelihood
 from replicate.resume import State, resumable
-from replicate.tasks.images import FILES, mnist_static
+from replicate.tasks.images import mnist_static
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,6 @@ class Settings(RowSettings):
     hidden: int = 500
     orderings: int = 128
     steps: int = 500_000
-    batch_size: int = 100
-    lr: float = 1e-3
     warmup: int = 1000
     validate_every: int = 5000
 
@@ -66,15 +64,11 @@ def score_ensembles(run: Run, s: Settings) -> None:
 
 
 DEPTHS = tuple(
-    experiment(
+    full_row(
         f"eonade-{layers}",
-        about=f"order-agnostic NADE with {layers} hidden layer(s), ensembles of 1 to 128 orderings, on static bits",
-        family="autoregressive",
-        settings=Settings(layers=layers),
-        seeds=3,
-        profiles=("full",),
-        files=FILES[STATIC_BITS],
-        cuda_minutes=minutes,
+        minutes,
+        f"order-agnostic NADE with {layers} hidden layer(s), ensembles of 1 to 128 orderings, on static bits",
+        Settings(layers=layers),
     )(score_ensembles)
     for layers, minutes in ((1, 12), (2, 15))
 )
