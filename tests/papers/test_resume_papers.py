@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from replicate.experiments.batches import Minibatches
 from replicate.model import DataInfo
-from replicate.papers import burda, nce, pixelcnn, ssm_kernel
+from replicate.papers import nce, ssm_kernel
+from replicate.papers.burda import rows as burda
+from replicate.papers.pixelcnn import rows as pixelcnn
 from replicate.runs.checkpoint import pack, unpack
 from replicate.runs.experiment import Context, Outcome
 from replicate.runs.paper import find_experiment

@@ -54,7 +54,7 @@ class LinearGaussian(Model):
 
 
 @experiment("burda-bounds", family="vae", profiles=("smoke", "standard"), precision="float64", smoke={"points": 500})
-def bounds(
+def measure_gaps(
     run: Run,
     *,
     dim: int = 6,
