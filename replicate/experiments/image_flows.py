@@ -20,7 +20,7 @@ from replicate.experiments.image_rows import IN_A_ROW, RowSettings, in_bits, she
 from replicate.likelihood.dequantisation import DequantisedGaussian, DequantisedLogit, Preprocessed
 from replicate.model import DataInfo, Estimate, LogLikelihood, Model, ModelEntry
 from replicate.resume import State, resumable
-from replicate.runs.experiment import Line, Plot, Run
+from replicate.runs.experiment import Run
 from replicate.runs.seeds import Streams
 from replicate.runs.training import History, train
 from replicate.tasks.base import Task
@@ -134,12 +134,12 @@ def bounds(log_p: Tensor) -> tuple[LogLikelihood, LogLikelihood]:
     return LogLikelihood(log_p.mean(1), "lower_bound", draws), LogLikelihood(tight, "lower_bound", draws)
 
 
-def validation_curve(history: History, model: Preprocessed, valid: Tensor, generator: torch.Generator) -> Plot:
+def draw_validation(run: Run, history: History, model: Preprocessed, valid: Tensor) -> None:
     """Draw bits per dimension on validation, by one noise draw, against the step."""
-    log_volume = float(model.transform(valid, generator)[1].mean())
+    log_volume = float(model.transform(valid, run.stream("volume"))[1].mean())
     bits = [(loss - log_volume) / (valid.shape[1] * math.log(2)) for _, loss in history.valid]
-    line = Line("validation", [step for step, _ in history.valid], bits)
-    return Plot("validation", "Bound on validation", "optimizer step", "bits/dim", (line,))
+    curve = [step for step, _ in history.valid], bits
+    run.curves("validation", "Bound on validation", ("optimizer step", "bits/dim"), {"validation": curve})
 
 
 def image_row(run: Run, entry: ModelEntry, s: FlowSettings, mirror: bool = False) -> None:
@@ -163,5 +163,5 @@ def image_row(run: Run, entry: ModelEntry, s: FlowSettings, mirror: bool = False
     run.measure("train_seconds", Estimate.exact(history.seconds, "seconds"))
     run.keep_examples(task.name, plain)
     samples = model.sample(IN_A_ROW, run.stream("samples"))
-    run.plot(validation_curve(history, model, valid_x, run.stream("volume")))
+    draw_validation(run, history, model, valid_x)
     run.plot(sheet("samples", "Samples of the flow", {"data": test_x, "samples": samples}, task.info))

@@ -37,9 +37,10 @@ def full_row(
 
 @dataclass(frozen=True, kw_only=True)
 class RowSettings:
-    """Settings of a row that the suite's loop trains: fields of `Training`, to which subclasses may add others.
+    """Settings of a row that the suite's loop trains.
 
     Attributes:
+        steps, batch_size, lr, validate_every: of `Training`; subclasses may add other fields of it.
         rows: how many of each part of the data are used; 0 for all.
     """
 

@@ -20,8 +20,8 @@ from replicate.tasks.images import FILES, TEST_BITS_SEED, binarise, grey_values,
 STAGES = 8
 #: decay rates of Adam's moments
 BETA1, BETA2 = 0.99, 0.999
-#: minutes per seed of ten million steps of about a hundred kernels each, if a step takes 0.36 ms. Never measured: the
-#: loop launches each kernel by itself, and may take several times as long.
+#: per seed, if each of ten million steps takes 0.36 ms. Never measured: a step launches about a hundred kernels one by
+#: one, which may take several times as long.
 GPU_MINUTES = 60
 #: rows for a CPU divide the epochs of every stage by this: 44 epochs are left
 SHORTENED = 81
@@ -37,7 +37,8 @@ class Settings:
     """Settings of one cell.
 
     Attributes:
-        layers: stochastic ones.
+        weighted, draws, doubly, shortened, stages: as in `ImportanceWeightedAutoencoder` and `schedule`.
+        layers: stochastic layers.
         dynamic: draw the training bits afresh for every batch, else take static bits.
         samples: importance samples of the test bound.
         rows: how many training and test images are used; 0 for all.

@@ -30,11 +30,11 @@ CHUNK = 5000
 
 
 @torch.no_grad()
-def adagrad_step(parameters: Sequence[Tensor], squares: Sequence[Tensor], lr: float, eps: float = 1e-6) -> None:
-    """Take a step of AdaGrad as the released code has it, eps under the root; sum the squared gradients in place."""
+def adagrad_step(parameters: Sequence[Tensor], squares: Sequence[Tensor], lr: float) -> None:
+    """Take a step of AdaGrad as the released code has it, 1e-6 under the root; add to the sums of squares in place."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     torch._foreach_addcmul_(squares, gradients, gradients, 1.0)
-    roots = torch._foreach_add(squares, eps)
+    roots = torch._foreach_add(squares, 1e-6)
     torch._foreach_sqrt_(roots)
     torch._foreach_addcdiv_(parameters, gradients, roots, -lr)
 
