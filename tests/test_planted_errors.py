@@ -13,7 +13,7 @@ from torch import Tensor
 
 from replicate.ledger.claims import claims_of
 from replicate.likelihood import importance
-from replicate.papers.burda_bounds import LinearGaussian
+from replicate.papers.burda.bounds import LinearGaussian
 from replicate.papers.ncsn import langevin
 from replicate.papers.salakhutdinov import annealing
 from replicate.papers.textbook.notebooks import RealNVP
@@ -74,7 +74,7 @@ def test_an_importance_weighted_bound_that_divides_by_the_wrong_count_is_caught(
 
     caught(
         lambda: verdict("burda", "IW-limit"),
-        lambda: monkeypatch.setattr("replicate.papers.burda_bounds.iw_bound", one_too_few),
+        lambda: monkeypatch.setattr("replicate.papers.burda.bounds.iw_bound", one_too_few),
     )
 
 

@@ -1,68 +1,124 @@
-"""What rows of several papers on images share: parts of static MNIST, settings, units, curves, sheets of images."""
+"""Parts that rows of several papers on images share: declaration, data, training, exact scores, sheets of images."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
-from replicate.model import DataInfo, Estimate, LogLikelihood, Training
-from replicate.runs.experiment import MAX_PIXELS, Context, Line, Outcome, Plot
+from replicate.model import DataInfo, Estimate, Family, LogLikelihood, Model, Training
+from replicate.runs.experiment import MAX_PIXELS, Experiment, Line, Plot, Run, experiment
+from replicate.runs.training import train
 from replicate.tasks.base import Task
-from replicate.tasks.images import COLOUR_SHAPE, mnist_static
+from replicate.tasks.images import COLOUR_SHAPE, FILES
 
 STATIC_BITS = "mnist-static"
 #: images in a row of a sheet
 IN_A_ROW = 5
-_TRAINING = {f.name for f in fields(Training)}
+M = TypeVar("M", bound=Model)
 
 
-def training(params: Mapping[str, Any]) -> Training:
-    """The training settings among an experiment's."""
-    return Training(**{key: value for key, value in params.items() if key in _TRAINING})
+def full_row(
+    name: str,
+    minutes: float = 0.0,
+    about: str = "",
+    settings: Any = None,
+    family: Family = "autoregressive",
+    files: tuple[str, ...] = FILES[STATIC_BITS],
+) -> Callable[[Callable[..., None]], Experiment]:
+    """Declare a row of the full profile with three seeds that take so many minutes each on a GPU (0: on a CPU)."""
+    declared: dict[str, Any] = {"seeds": 3, "profiles": ("full",), "files": files, "cuda_minutes": minutes}
+    return experiment(name, family=family, about=about, settings=settings, **declared)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSettings:
+    """Settings of a row that the suite's loop trains.
+
+    Attributes:
+        steps, batch_size, lr, validate_every: of `Training`; subclasses may add other fields of it.
+        rows: how many of each part of the data are used; 0 for all.
+    """
+
+    steps: int
+    batch_size: int = 100
+    lr: float = 1e-3
+    validate_every: int
+    rows: int = 0
+
+    @property
+    def training(self) -> Training:
+        """The training settings among these."""
+        return Training(**{f.name: getattr(self, f.name) for f in fields(Training) if hasattr(self, f.name)})
 
 
 def in_bits(log_p: LogLikelihood, dim: int, variant: str = "") -> dict[str, Estimate]:
-    """-log P in nats and in bits per dimension, as "nll" and "bits_per_dim" with the variant behind."""
+    """Return -log P in nats and in bits per dimension, as "nll" and "bits_per_dim", each followed by the variant."""
     nll = -log_p.mean()
     return {f"nll{variant}": nll, f"bits_per_dim{variant}": nll.times(1 / (dim * math.log(2)), "bits/dim")}
 
 
 def sheet(name: str, title: str, rows: Mapping[str, Tensor], info: DataInfo) -> Plot:
-    """The first images of each row, unselected; a row has grey values 0..levels-1, (n, D), or the mean of colours."""
+    """Draw the first images of each row, unselected.
+
+    Args:
+        rows: grey values 0..levels-1 by label, shape (n, D); of colour images the mean of the colours is drawn.
+    """
     assert info.levels is not None
     planes, *image = (1, *info.image) if info.image else COLOUR_SHAPE
     shown = min(IN_A_ROW, MAX_PIXELS // math.prod(image))
-    lines = []
-    for label, x in rows.items():
-        grey = x[:shown].cpu().unflatten(1, (planes, *image)).mean(1)
-        lines.append(Plot.row_of_images(label, grey / (info.levels - 1)))
-    return Plot(name, title, "pixel", "grey", tuple(lines), style="images", image=(image[0], image[1]))
+    grey = {label: x[:shown].cpu().unflatten(1, (planes, *image)).mean(1) for label, x in rows.items()}
+    lines = tuple(Plot.row_of_images(label, x / (info.levels - 1)) for label, x in grey.items())
+    return Plot(name, title, "pixel", "grey", lines, style="images", image=(image[0], image[1]))
+
+
+def splits(task: Task, rows: int, device: torch.device) -> list[Tensor]:
+    """Return training, validation and test rows on the device: the first `rows` of each, or all where that is 0."""
+    return [part[: rows or None].to(device) for part in (task.train, task.valid, task.test)]
 
 
 # -- bits
 
 
-def splits(context: Context, task: Task | None = None) -> list[Tensor]:
-    """Training, validation and test bits on the device: of each the first "rows", or all where that is 0.
+def trained(run: Run, task: Task, build: Callable[[], M], settings: RowSettings) -> tuple[M, Tensor, Plot]:
+    """Train a model by the suite's loop.
 
-    Args:
-        task: static MNIST without it.
+    Returns:
+        The model with its selected weights, the test rows, and the plot of its validation NLL.
     """
-    task, rows = task or mnist_static(), context.params["rows"] or None
-    return [part[:rows].to(context.device) for part in (task.train, task.valid, task.test)]
+    fit, valid, test = splits(task, settings.rows, run.device)
+    with run.initialisation():
+        model = build()
+    model = model.to(run.device)
+    history = train(model, fit, valid, settings.training, run.streams)
+    return model, test, validation_plot(history.valid)
 
 
 def validation_plot(valid: Sequence[tuple[int, float]], unit: str = "optimizer step") -> Plot:
-    """Validation NLL against steps or epochs."""
+    """Draw the validation NLL against steps or epochs."""
     line = Line("validation", [at for at, _ in valid], [nll for _, nll in valid])
     return Plot("validation", "NLL on validation", unit, "nats", (line,))
 
 
-def exact_nll(log_p: Tensor, plot: Plot, task: str = STATIC_BITS) -> Outcome:
-    """ "nll" from exact log p (n,) of a task's test bits."""
-    exact = LogLikelihood(log_p, "exact")
-    return Outcome({"nll": -exact.mean()}, (plot,), examples={task: exact})
+@torch.no_grad()
+def log_prob(model: Model, x: Tensor, chunk: int) -> Tensor:
+    """Return log p of rows x (n, D), shape (n,), computed `chunk` rows at a time."""
+    return torch.cat([model.log_prob(part) for part in x.split(chunk)])
+
+
+def exact_nll(run: Run, model: Model, test: Tensor, chunk: int, task: str = STATIC_BITS) -> None:
+    """Measure "nll" from exact log p of a task's test rows, `chunk` of them at a time, and keep log p of each."""
+    log_p = LogLikelihood(log_prob(model, test, chunk), "exact")
+    run.measure("nll", -log_p.mean())
+    run.keep_examples(task, log_p)
+
+
+def exact_row(run: Run, task: Task, build: Callable[[], Model], settings: RowSettings, chunk: int) -> None:
+    """Train a model by the suite's loop and measure its exact NLL, `chunk` test rows at a time."""
+    model, test, validation = trained(run, task, build, settings)
+    exact_nll(run, model, test, chunk, task.name)
+    run.plot(validation)

@@ -285,7 +285,6 @@ class Experiment:
     files: tuple[str, ...] = ()
     optional_files: tuple[str, ...] = ()
     cuda_minutes: float = 0.0
-    together: Callable[[Sequence[Context]], None] | None = None
 
     @property
     def needs(self) -> str:

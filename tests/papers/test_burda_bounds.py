@@ -6,8 +6,8 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from replicate.papers.burda_bounds import BOUNDS, LinearGaussian
-from replicate.runs.experiment import Context
+from replicate.experiments import Run
+from replicate.papers.burda.bounds import LinearGaussian, measure_gaps
 from replicate.runs.seeds import Streams
 
 
@@ -32,6 +32,6 @@ def test_with_the_true_posterior_every_weight_is_p_of_x() -> None:
 
 
 def test_the_bound_tightens_with_k() -> None:
-    context = Context({**BOUNDS.params, "points": 300}, Streams("t", "burda", 0), torch.device("cpu"))
-    gaps = [e.value for e in BOUNDS.run(context).estimates.values()]
+    run = Run({**measure_gaps.params, "points": 300}, Streams("t", "burda", 0), torch.device("cpu"))
+    gaps = [e.value for e in measure_gaps.measure(run).estimates.values()]
     assert gaps[0] > gaps[1] > gaps[2] > -0.02

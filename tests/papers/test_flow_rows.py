@@ -1,4 +1,4 @@
-"""Rows of flows of dequantised images: on a few made-up images, killed and gone on with, and held to their entropy."""
+"""Rows of flows of dequantised images: on a few made-up images, killed and resumed, and compared with their entropy."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from baselines.image_flow import GLOW, IMAGE_SPLINE_FLOW
 from baselines.maf import MAF, build_maf
-from replicate.experiments import image_flows
+from replicate.experiments import Experiment, Paper, Run, image_flows
 from replicate.experiments import image_rows as rows
+from replicate.ledger.claims import claims_of
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.model import DataInfo, LogLikelihood
-from replicate.papers import realnvp
-from replicate.runs.experiment import MAX_PIXELS, Context, Experiment, Outcome
-from replicate.runs.paper import Paper
+from replicate.papers.realnvp.rows import couplings
+from replicate.runs.experiment import MAX_PIXELS, Outcome
 from replicate.runs.seeds import Streams
 from replicate.tasks import images
 from replicate.tasks.base import Task
@@ -59,9 +59,9 @@ def fair(levels: int, dim: int, sizes: tuple[int, int, int]) -> tuple[Tensor, ..
     return torch.randint(levels, (sum(sizes), dim), generator=generator()).float().split(sizes)
 
 
-def context(experiment: Experiment, seed: int = 0, **changes: object) -> Context:
+def new_run(experiment: Experiment, seed: int = 0, **changes: object) -> Run:
     params = {k: TINY.get(k, v) for k, v in experiment.params.items()} | changes
-    return Context(params, Streams(experiment.name, "t", seed), torch.device("cpu"))
+    return Run(params, Streams(experiment.name, "t", seed), torch.device("cpu"))
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def small_images(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (images, rows):
         monkeypatch.setattr(module, "COLOUR_SHAPE", (3, 2, 2))
     loads = {"mnist": lambda: task, "fashion-mnist": lambda: task, "cifar-10": lambda: colour}
-    monkeypatch.setattr(realnvp, "TASKS", loads)
+    monkeypatch.setattr(image_flows, "TASKS", loads)
 
 
 @pytest.mark.usefixtures("small_images")
@@ -81,7 +81,7 @@ def test_a_row_is_measured_as_its_claims_name_it_and_killed_twice_ends_with_the_
     paper: Paper, experiment: Experiment
 ) -> None:
     def run() -> Outcome:
-        return experiment.measure(context(experiment))
+        return experiment.measure(new_run(experiment))
 
     undisturbed = Sitting()
     want = undisturbed.outcome(run)
@@ -99,7 +99,7 @@ def test_a_row_is_measured_as_its_claims_name_it_and_killed_twice_ends_with_the_
     assert torch.equal(outcome.examples[data].values, want.examples[data].values)
     assert first.count + second.count + rest.count == undisturbed.count
     check(want, data, 12 if data == "cifar-10" else 16)
-    for claim in paper.claims().claims:
+    for claim in claims_of(paper).claims:
         if claim.experiment == experiment.name:
             assert claim.measure in want.estimates
             assert set(claim.plots) <= {plot.name for plot in want.plots}
@@ -130,10 +130,10 @@ def check(outcome: Outcome, data: str, dim: int) -> None:
 def test_no_flow_beats_the_entropy_of_made_up_images(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """PITFALLS 1: trained on fair coins a flow needs a bit a pixel or more. Noise on half a bin would need none."""
     task = images_of(2, (4, 4), (400, 50, 200))
-    monkeypatch.setattr(realnvp, "TASKS", {"mnist": lambda: task, "fashion-mnist": lambda: task})
+    monkeypatch.setattr(image_flows, "TASKS", {"mnist": lambda: task, "fashion-mnist": lambda: task})
     experiment = EXPERIMENTS[LABELS.index(name)][1]
-    what = context(experiment, depth=1, steps=30, batch_size=50, validate_every=15, lr=5e-3, hidden=8)
-    estimates = experiment.run(what).estimates
+    what = new_run(experiment, depth=1, steps=30, batch_size=50, validate_every=15, lr=5e-3, hidden=8)
+    estimates = experiment.measure(what).estimates
     for metric in ("bits_per_dim", "bits_per_dim:iw_bound"):
         assert 1 - 2 * estimates[metric].stderr < estimates[metric].value < 2.5
 
@@ -193,16 +193,16 @@ def test_pooled_logits_have_one_mean_and_one_deviation_and_keep_the_volume() -> 
 @pytest.mark.usefixtures("small_images")
 def test_noise_drawn_once_stays_and_noise_drawn_afresh_does_not() -> None:
     """The training images that the flow itself sees."""
-    experiment = EXPERIMENTS[0][1]
+    experiment = couplings
     for once in (True, False):
-        what = context(experiment, noise_once=once)
+        what = new_run(experiment, noise_once=once)
         task, seen = image_flows.TASKS["mnist"](), list[Tensor]()
         with what.streams.initialisation():
             inner = build_maf(task.info, blocks=1, hidden=4)
         model = image_flows.preprocessed(inner, task.info, "logit", 1e-6)
         inner.layers[0].register_forward_hook(lambda m, args, out, seen=seen: seen.append(args[0]))
-        p = {**what.params, "steps": 9, "validate_every": 0}
-        image_flows.fitted(model, task.train, task.valid, p, what.streams)
+        settings = image_flows.CouplingSettings(**{**what.settings, "steps": 9, "validate_every": 0})
+        image_flows.fitted(model, task.train, task.valid, settings, what.streams)
         rows = torch.cat(seen[1:])  # the first is what the actnorm was initialised from
         assert len(rows) == 90  # three passes over 30 images
         assert len(rows.unique(dim=0)) == (30 if once else 90)
@@ -210,10 +210,10 @@ def test_noise_drawn_once_stays_and_noise_drawn_afresh_does_not() -> None:
 
 @pytest.mark.usefixtures("small_images")
 def test_rows_limits_every_part_and_the_seed_decides() -> None:
-    experiment = EXPERIMENTS[0][1]
-    seven = experiment.measure(context(experiment, rows=7, batch_size=7))
+    experiment = couplings
+    seven = experiment.measure(new_run(experiment, rows=7, batch_size=7))
     assert seven.estimates["nll"].n == 7
-    again, other = (experiment.measure(context(experiment, seed, rows=7, batch_size=7)) for seed in (0, 1))
+    again, other = (experiment.measure(new_run(experiment, seed, rows=7, batch_size=7)) for seed in (0, 1))
     assert found(again) == found(seven) != found(other)
 
 
@@ -228,7 +228,7 @@ def test_rows_are_of_the_full_profile_on_a_gpu_for_ten_minutes_at_most() -> None
 @pytest.mark.parametrize("paper", PAPERS, ids=lambda p: p.key)
 def test_claims_read_and_name_what_the_experiments_have(paper: Paper) -> None:
     names = {e.name for e in paper.experiments}
-    claims = paper.claims().claims
+    claims = claims_of(paper).claims
     assert names == {c.experiment for c in claims if c.experiment}
     for claim in claims:
         assert claim.profile == "full"

@@ -1,7 +1,7 @@
 """Theorem 1 of Burda, Grosse, Salakhutdinov 2016 (1509.00519): more importance samples, a tighter bound.
 
 log p(x) >= L_{k+1} >= L_k, measured where log p(x) is known: a linear Gaussian latent variable model with an
-approximate posterior that is off on purpose, in its mean and its width.
+approximate posterior whose mean and width are wrong on purpose.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
+from replicate.experiments import Run, experiment
 from replicate.likelihood.importance import iw_bound
 from replicate.model import Estimate, Model
-from replicate.runs.experiment import Context, Experiment, Line, Outcome, Plot
 
 
 class LinearGaussian(Model):
@@ -38,12 +38,12 @@ class LinearGaussian(Model):
         self.root = torch.linalg.cholesky(torch.linalg.inv(precision))
 
     def exact_log_prob(self, x: Tensor) -> Tensor:
-        """log p(x) of x (n, D), shape (n,), in closed form."""
+        """Return log p(x) of x (n, D), shape (n,), in closed form."""
         covariance = self.w @ self.w.T + self.noise**2 * torch.eye(len(self.w)).to(self.w)
         return MultivariateNormal(torch.zeros_like(x[0]), covariance).log_prob(x)
 
     def log_weights(self, x: Tensor, k: int, generator: torch.Generator) -> Tensor:
-        """log p(x, z) - log q(z | x) of k draws, shape (n, k)."""
+        """Return log p(x, z) - log q(z | x) of k draws, shape (n, k)."""
         mean = x @ self.w @ (self.root @ self.root.T) / self.noise**2
         eps = torch.randn(len(x), k, self.w.shape[1], generator=generator, device=x.device, dtype=x.dtype)
         z = mean[:, None] + (self.shift + self.widening * eps) @ self.root.T
@@ -53,32 +53,28 @@ class LinearGaussian(Model):
         return log_p - log_q
 
 
-def bounds(context: Context) -> Outcome:
-    """log p(x) less the importance-weighted bound, averaged over x from the model, for growing k."""
-    p, streams = context.params, context.streams
-    g = streams.fresh("model")
-    draw: dict[str, Any] = {"generator": g, "device": context.device, "dtype": torch.float64}
-    w = torch.randn(p["dim"], p["latent"], **draw)
-    model = LinearGaussian(w, p["noise"], p["shift"], p["widening"])
-    x = torch.randn(p["points"], p["latent"], **draw) @ w.T + p["noise"] * torch.randn(p["points"], p["dim"], **draw)
+@experiment("burda-bounds", family="vae", profiles=("smoke", "standard"), precision="float64", smoke={"points": 500})
+def measure_gaps(
+    run: Run,
+    *,
+    dim: int = 6,
+    latent: int = 3,
+    noise: float = 0.5,
+    shift: float = 0.5,
+    widening: float = 1.3,
+    points: int = 2000,
+) -> None:
+    """Importance-weighted bounds of a linear Gaussian model whose log p(x) is known."""
+    draw: dict[str, Any] = {"generator": run.stream("model"), "device": run.device, "dtype": torch.float64}
+    w = torch.randn(dim, latent, **draw)
+    model = LinearGaussian(w, noise, shift, widening)
+    x = torch.randn(points, latent, **draw) @ w.T + noise * torch.randn(points, dim, **draw)
     exact = model.exact_log_prob(x)
     gaps: dict[int, Estimate] = {}
     for k in (1, 5, 50, 500):
-        values = iw_bound(model, x, k, streams.fresh(f"draws-{k}")).values
+        values = iw_bound(model, x, k, run.stream(f"draws-{k}")).values
         gaps[k] = Estimate.mean_of(exact - values, "estimate", "nats")
-    line = Line("log p(x) - bound", list(gaps), [g.value for g in gaps.values()])
+    run.measure_all({f"gap:{k}": gap for k, gap in gaps.items()})
     title = "How far the importance-weighted bound lies below log p(x)"
-    plot = Plot("gap", title, "k", "nats", (line,), log_x=True, log_y=True)
-    return Outcome({f"gap:{k}": gap for k, gap in gaps.items()}, (plot,))
-
-
-BOUNDS = Experiment(
-    name="burda-bounds",
-    about="importance-weighted bounds of a linear Gaussian model whose log p(x) is known",
-    family="vae",
-    run=bounds,
-    params={"dim": 6, "latent": 3, "noise": 0.5, "shift": 0.5, "widening": 1.3, "points": 2000},
-    profiles=("smoke", "standard"),
-    precision="float64",
-    overrides={"smoke": {"points": 500}},
-)
+    curve = list(gaps), [g.value for g in gaps.values()]
+    run.curves("gap", title, ("k", "nats"), {"log p(x) - bound": curve}, log="xy")

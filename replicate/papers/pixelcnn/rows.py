@@ -1,34 +1,21 @@
-"""van den Oord et al. 2016: PixelCNN (1601.06759) and Gated PixelCNN (1606.05328) on static bits of MNIST.
-
-Replicated: test NLL of a plain stack of masked convolutions and of the gated model with a vertical and a horizontal
-stack, which is this suite's registered gated-pixelcnn; and of the gated model on Caltech silhouettes, beside the number
-that Chen et al. 2017 (1611.02731) print for a PixelCNN there.
-
-Deviations: Adam where 1601.06759 has RMSProp. Numbers of layers and channels on MNIST are not printed: the masked stack
-has the paper's CIFAR form (a 7x7 convolution of type A, then residual blocks h + W relu(3x3 type B relu(W relu(h))))
-at a smaller width. Weights are those of the best validation step, averaged, with dropout in the gated model.
-"""
+"""The plain masked stack, the gated model, and their rows on bits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from replicate.experiments.image_rows import STATIC_BITS, exact_nll, splits, training, validation_plot
+from replicate.experiments import Run
+from replicate.experiments.image_rows import STATIC_BITS, RowSettings, exact_row, full_row
 from replicate.model import DataInfo, Model
 from replicate.registry import model_entry
-from replicate.runs.experiment import Context, Experiment, Outcome
-from replicate.runs.paper import Paper
-from replicate.runs.training import train
 from replicate.tasks.base import Task
 from replicate.tasks.binary import SILHOUETTES_FILE, caltech_silhouettes
-from replicate.tasks.images import FILES, mnist_static
+from replicate.tasks.images import mnist_static
 
 #: rows scored at a time
 CHUNK = 500
@@ -100,71 +87,57 @@ class PixelCNN(Model):
         return -self.log_prob(batch).mean()
 
 
-def build(context: Context, info: DataInfo) -> Model:
-    """The untrained model that the settings name."""
-    p = context.params
+@dataclass(frozen=True, kw_only=True)
+class Settings(RowSettings):
+    """Settings of a PixelCNN.
+
+    Attributes:
+        data: a name in TASKS.
+        gated: the gated model, else the plain stack.
+        width, layers, dropout: of the model; the plain stack has no dropout.
+    """
+
+    data: str = STATIC_BITS
+    gated: bool
+    width: int = 64
+    layers: int = 12
+    dropout: float = 0.3
+    steps: int = 100_000
+    batch_size: int = 64
+    grad_clip: float = 10.0
+    ema: float = 0.999
+    validate_every: int = 2000
+
+
+def build(info: DataInfo, s: Settings) -> Model:
+    """Return the untrained model that the settings name."""
     assert info.image is not None
-    with context.streams.initialisation():
-        if p["gated"]:
-            return model_entry("gated-pixelcnn").build(info, width=p["width"], layers=p["layers"], dropout=p["dropout"])
-        return PixelCNN(info.image, p["width"], p["layers"])
+    if s.gated:
+        return model_entry("gated-pixelcnn").build(info, width=s.width, layers=s.layers, dropout=s.dropout)
+    return PixelCNN(info.image, s.width, s.layers)
 
 
 #: what the settings may name as "data"
 TASKS: dict[str, Callable[[], Task]] = {STATIC_BITS: mnist_static, "caltech-silhouettes": caltech_silhouettes}
 
 
-def train_and_score(context: Context) -> Outcome:
+def train_and_score(run: Run, s: Settings) -> None:
     """Train on bits, keep the best validation step, and score the test bits exactly."""
-    task = TASKS[context.params["data"]]()
-    fit, valid, test = splits(context, task)
-    model = build(context, task.info).to(context.device)
-    history = train(model, fit, valid, training(context.params), context.streams)
-    with torch.no_grad():
-        log_p = torch.cat([model.log_prob(part) for part in test.split(CHUNK)])
-    return exact_nll(log_p, validation_plot(history.valid), task.name)
+    task = TASKS[s.data]()
+    exact_row(run, task, lambda: build(task.info, s), s, CHUNK)
 
 
-_TRAINING: dict[str, Any] = {
-    "data": STATIC_BITS,
-    "steps": 100_000,
-    "batch_size": 64,
-    "lr": 1e-3,
-    "grad_clip": 10.0,
-    "ema": 0.999,
-    "validate_every": 2000,
-    "rows": 0,
-}
-MASKED = Experiment(
-    "pixelcnn-masked",
-    "plain stack of masked convolutions on static bits",
-    "autoregressive",
-    train_and_score,
-    {**_TRAINING, "gated": False, "width": 64, "layers": 12, "dropout": 0.0},
-    seeds=3,
-    profiles=("full",),
-    files=FILES["mnist-static"],
-    cuda_minutes=10,
-)
-GATED = Experiment(
-    "pixelcnn-gated",
-    "gated PixelCNN with two stacks on static bits",
-    "autoregressive",
-    train_and_score,
-    {**_TRAINING, "gated": True, "width": 64, "layers": 12, "dropout": 0.3},
-    seeds=3,
-    profiles=("full",),
-    files=FILES["mnist-static"],
-    cuda_minutes=10,
+MASKED = full_row(
+    "pixelcnn-masked", 10, "plain stack of masked convolutions on static bits", Settings(gated=False, dropout=0.0)
+)(train_and_score)
+GATED = full_row("pixelcnn-gated", 10, "gated PixelCNN with two stacks on static bits", Settings(gated=True))(
+    train_and_score
 )
 #: 4,100 silhouettes are soon learned by heart
-SILHOUETTES = replace(
-    GATED,
-    name="pixelcnn-gated-silhouettes",
-    about="gated PixelCNN with two stacks on Caltech silhouettes",
-    params={**GATED.params, "data": "caltech-silhouettes", "dropout": 0.5, "steps": 20_000, "validate_every": 500},
+SILHOUETTES = full_row(
+    "pixelcnn-gated-silhouettes",
+    2,
+    "gated PixelCNN with two stacks on Caltech silhouettes",
+    Settings(gated=True, data="caltech-silhouettes", dropout=0.5, steps=20_000, validate_every=500),
     files=(SILHOUETTES_FILE,),
-    cuda_minutes=2,
-)
-
-PAPER = Paper("pixelcnn", Path(__file__).with_suffix(".toml"), experiments=(MASKED, GATED, SILHOUETTES))
+)(train_and_score)

@@ -1,0 +1,42 @@
+"""Mixtures of Bernoullis, fitted by EM to static bits of MNIST."""
+
+from __future__ import annotations
+
+import torch
+
+from replicate.experiments import Run
+from replicate.experiments.image_rows import exact_nll, full_row, splits
+from replicate.registry import model_entry
+from replicate.tasks.images import mnist_static
+
+#: rows scored at a time
+CHUNK = 2000
+
+
+@torch.no_grad()
+def mixture_of_bernoullis(
+    run: Run, *, components: int, strength: float = 2.0, iterations: int = 200, rows: int = 0
+) -> None:
+    """Fit K Bernoullis by EM and score the test bits exactly."""
+    task = mnist_static()
+    train, _, test = splits(task, rows, run.device)
+    entry = model_entry("mixture-em")
+    model = entry.build(task.info, components=components, strength=strength, iterations=iterations).to(run.device)
+    model.initialise(train, run.stream("initialise"))
+    exact_nll(run, model, test, CHUNK)
+    objective = (-torch.as_tensor(model.objective)).tolist()
+    curve = range(1, len(objective) + 1), objective
+    run.curves(
+        "em", "what EM minimises, a training example", ("EM step", "nats"), {f"K = {components}": curve}, log="x"
+    )
+
+
+MIXTURES = tuple(
+    full_row(
+        f"mixture-k{k}",
+        about=f"mixture of {k} Bernoullis by EM on static bits",
+        settings={"components": k},
+        family="reference",
+    )(mixture_of_bernoullis)
+    for k in (10, 100, 500)
+)
