@@ -14,7 +14,6 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ import numpy as np
 import pandas as pd
 
 from replicate.errors import ReportError
-from replicate.ledger.claims import PaperClaims
-from replicate.ledger.tables import Claims, MeasureTable
+from replicate.ledger.tables import Claims
 from replicate.report import ledger as claims_ledger
 from replicate.report.drawing import Drawing, save, style
 from replicate.report.figures import all_figures

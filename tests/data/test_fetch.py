@@ -175,9 +175,7 @@ def test_a_file_arrives_as_it_is_packed_and_is_found(
     assert files.find(NAME) == path
 
 
-def test_interrupted_download_is_resumed_within_one_call(
-    site: Site, tmp_path: Path
-) -> None:
+def test_interrupted_download_is_resumed_within_one_call(site: Site, tmp_path: Path) -> None:
     url = site.put("/file", CONTENT, "cut", "cut", "")
     assert get(entry(url), tmp_path).read_bytes() == CONTENT
     assert [asked for _, asked in site.asked] == ["", "bytes=150000-", "bytes=225000-"]
@@ -241,9 +239,7 @@ def test_a_server_with_odd_ranges_or_lengths_still_gives_the_right_bytes(
         assert [asked for _, asked in site.asked] == ["bytes=1000-", ""]
 
 
-def test_wrong_checksum_is_refused_with_both_values_and_the_next_mirror_is_tried(
-    site: Site, tmp_path: Path
-) -> None:
+def test_wrong_checksum_is_refused_with_both_values_and_the_next_mirror_is_tried(site: Site, tmp_path: Path) -> None:
     other = CONTENT[:-1] + b"x"
     wrong, right = site.put("/wrong", other), site.put("/right", CONTENT)
     assert get(entry(wrong, right), tmp_path).read_bytes() == CONTENT

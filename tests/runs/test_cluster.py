@@ -277,9 +277,7 @@ def test_killed_scheduler_keeps_finished_runs_and_a_new_one_resumes(
 
 
 @pytest.mark.slow
-def test_run_that_kills_every_worker_is_a_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_that_kills_every_worker_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES", "0")
     with dask(tmp_path, workers=1) as found:
 

@@ -317,9 +317,7 @@ def test_full_disk_under_the_runs_is_reported_and_the_next_call_resumes(
 
 
 @pytest.mark.slow
-def test_full_disk_under_the_report_loses_neither_runs_nor_earlier_results(
-    tmp_path: Path, undisturbed: str
-) -> None:
+def test_full_disk_under_the_report_loses_neither_runs_nor_earlier_results(tmp_path: Path, undisturbed: str) -> None:
     with mounted(tmp_path / "results", "size=50m") as again:
         assert here(tmp_path, GOOD).returncode == 0
         before = untimed(tmp_path)
