@@ -18,7 +18,7 @@ from replicate.errors import RecordError, UsageError
 from replicate.report.records import read_measurements
 from replicate.runs.record import check_record, content_sha256, parse_failure, parse_record, seal
 from replicate.validation import (
-    MOST_TOLD,
+    MOST_LISTED,
     Problems,
     Range,
     Rule,
@@ -122,12 +122,12 @@ def test_one_message_tells_every_problem_with_its_place_and_no_endless_list() ->
     with pytest.raises(UsageError) as caught:
         problems.refuse(UsageError)
     assert str(caught.value) == "toy.toml, line 3: it is wrong\nit is missing"
-    for _ in range(MOST_TOLD):
+    for _ in range(MOST_LISTED):
         problems.add("again")
     with pytest.raises(UsageError) as caught:
         problems.refuse(UsageError)
     assert str(caught.value).splitlines()[-1] == "and 2 more"
-    assert len(str(caught.value).splitlines()) == MOST_TOLD + 1
+    assert len(str(caught.value).splitlines()) == MOST_LISTED + 1
 
 
 @given(

@@ -126,7 +126,3 @@ def binary_rows(name: str, device: torch.device) -> BinaryRows:
     """Load the rows of a task of bits, such as "digits-binary" or "mnist-static"."""
     task = load_task(name)
     return BinaryRows(*(part.to(device) for part in (task.train, task.valid, task.test)))
-
-
-# the former names, until every paper has moved
-doubled, Data, bits = to_float64, BinaryRows, binary_rows

@@ -12,7 +12,7 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from replicate.experiments import Experiment, Run
-from replicate.experiments.rbm import Data, Machine, flat
+from replicate.experiments.rbm import BinaryRows, Machine, flat
 from replicate.model import DataInfo
 from replicate.papers.carreira.divergence import Enumerated
 from replicate.papers.song_kingma import bits, digits
@@ -101,7 +101,7 @@ def test_cd_s_bias_is_that_of_enumerated_chains() -> None:
 
 @pytest.mark.parametrize("name", [name for name in METHODS if not name.startswith("nce")])
 def test_every_method_finds_that_neighbouring_bits_agree(name: str) -> None:
-    data = Data(rows(400), rows(400), rows(400))
+    data = BinaryRows(rows(400), rows(400), rows(400))
     settings = bits.Settings(hidden=3, updates=80, checks=4, lr=0.1, batch=100, flip_rate=0.2)
     fit = learn(name, data, new_run(BITS), settings)
     independent = torch.distributions.Bernoulli(data.train.mean(0)).log_prob(data.train).sum(1).mean()
@@ -112,7 +112,7 @@ def test_every_method_finds_that_neighbouring_bits_agree(name: str) -> None:
 
 
 def test_interrupted_learning_resumes_to_the_same_machine() -> None:
-    data, settings = Data(rows(), rows(), rows()), bits.Settings(hidden=3, updates=8, checks=2, batch=10)
+    data, settings = BinaryRows(rows(), rows(), rows()), bits.Settings(hidden=3, updates=8, checks=2, batch=10)
     whole = learn("pcd", data, new_run(BITS), settings).machine.state_dict()
     saves: list[State] = []
     with Journal(saves.append, every=0).active():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from replicate.experiments import Experiment, Run
 from replicate.experiments.image_rows import full_row
@@ -66,9 +66,7 @@ def training_and_test(dynamic: bool) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def code_adam_step(
-    parameters: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor], number: int, lr: float
-) -> None:
+def code_adam_step(parameters: list[nn.Parameter], first: list[Tensor], second: list[Tensor], number: int, lr: float) -> None:
     """Take a step of Adam as the released code has it, with eps = 1e-4 outside the bias correction.
 
     Args:

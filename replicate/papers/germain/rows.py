@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from baselines.made import MaskedAutoencoder
 from replicate.experiments import Run
@@ -30,7 +29,7 @@ CHUNK = 5000
 
 
 @torch.no_grad()
-def adagrad_step(parameters: Sequence[Tensor], squares: Sequence[Tensor], lr: float) -> None:
+def adagrad_step(parameters: list[nn.Parameter], squares: list[Tensor], lr: float) -> None:
     """Take a step of AdaGrad as the released code has it, 1e-6 under the root; add to the sums of squares in place."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     torch._foreach_addcmul_(squares, gradients, gradients, 1.0)

@@ -84,7 +84,7 @@ def measure_tolerances(run: Run, score_at: ScoreAt, sde: SDE, x: Tensor, quality
         run.measure(f"displacement:{name}", Estimate.mean_of(moved, "estimate", "distance"))
     ours = [run.estimates[f"nfe:{name}"].value for name in PRINTED_NFE]
     x_axis = [float(name) for name in PRINTED_NFE]
-    curves = {"ours": (x_axis, ours), "printed, CIFAR-10": (x_axis, list(PRINTED_NFE.values()))}
+    curves = {"ours": (x_axis, ours), "printed, CIFAR-10": (x_axis, [float(nfe) for nfe in PRINTED_NFE.values()])}
     title = "Evaluations of the probability flow by tolerance"
     run.curves("tolerance", title, ("tolerance", "score evaluations"), curves, log="xy")
 

@@ -24,7 +24,15 @@ from replicate.energies import objectives
 from replicate.energies.bits import BitFlipContrastive, FactorisedBernoulli, RatioMatching, block_gibbs
 from replicate.experiments import Check, Run, experiment, fit
 from replicate.experiments.batches import Minibatches
-from replicate.experiments.rbm import Data, Machine, bits, doubled, exact_samples, flat, hidden_log_weights
+from replicate.experiments.rbm import (
+    BinaryRows,
+    Machine,
+    binary_rows,
+    exact_samples,
+    flat,
+    hidden_log_weights,
+    to_float64,
+)
 from replicate.likelihood.enumeration import states
 from replicate.model import DataInfo, Estimate, Model
 from replicate.registry import model_entry
@@ -148,7 +156,7 @@ class Trained(NamedTuple):
     seconds: float
 
 
-def learn(name: str, data: Data, run: Run, s: Settings) -> Trained:
+def learn(name: str, data: BinaryRows, run: Run, s: Settings) -> Trained:
     """Train a machine by one method, without the test rows."""
     with run.initialisation():
         machine = CentredMachine(data.train, s.hidden).to(run.device)
@@ -211,9 +219,9 @@ SMOKE = {"hidden": 6, "updates": 12, "checks": 3, "samples": 200, "sweeps": 2, "
 @experiment("energies-bits", family="ebm", seeds=3, tasks=("digits-binary",), smoke=SMOKE)
 def trained_on_bits(run: Run, s: Settings) -> None:
     """One RBM with exact log Z on thresholded digits, trained by maximum likelihood and eight ways without."""
-    data = bits("digits-binary", run.device)
+    data = binary_rows("digits-binary", run.device)
     fits = {name: learn(name, data, run, s) for name in METHODS}
-    best = doubled(Machine(*(part.detach() for part in fits["ml"].machine.machine())))
+    best = to_float64(Machine(*(part.detach() for part in fits["ml"].machine.machine())))
     fresh = exact_samples(best, hidden_log_weights(best), s.samples, run.stream("samples")).float()
     at_best = fits["ml"].machine.log_prob(fresh)
     cost = products(data.train.shape[1], s)

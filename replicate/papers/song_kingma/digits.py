@@ -106,7 +106,7 @@ def gradients(dim: int, s: Settings) -> dict[str, float]:
     A Metropolis-adjusted move is four: its start and its proposal, with gradients.
     """
     chains, short, contrast = 4 + 4 * s.k, 4 + 4 * s.short_k, 2 + 2 * s.ratio
-    cost = {"cd": chains, "pcd": chains, "short-run": short, "ism": 4 + 4 * dim, "dsm": 8, "ssm": 8}
+    cost: dict[str, float] = {"cd": chains, "pcd": chains, "short-run": short, "ism": 4 + 4 * dim, "dsm": 8, "ssm": 8}
     return cost | {"nce": contrast, "cnce": contrast, "ksd": 4, "flow-nce": contrast}
 
 
