@@ -1,4 +1,4 @@
-"""How many score evaluations Langevin dynamics, parallel tempering and annealing need to mix two modes or eight."""
+"""Score evaluations that Langevin dynamics, parallel tempering and annealing need to mix two modes or eight."""
 
 from __future__ import annotations
 

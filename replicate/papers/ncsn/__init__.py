@@ -9,9 +9,9 @@ Replicated, by module, with the section of each experiment and the claims that i
   how long a chain takes to change modes; ncsn-annealed, annealed Langevin on the same mixture (4.3, Fig 3c; N3, N4);
 - inpainting, on Gaussians: ncsn-inpainting (Algorithm 2; N7) and ncsn-step (Algorithm 1).
 
-Deviations: a plane of Gaussian coordinates in 10 dimensions stands for CIFAR-10 in 3.1, with the toy's network; 8x8
-digits stand for the images of 4.2; inpainting is that of a Gaussian vector with an image's scale. The main text leaves
-T and eps of the annealed chain open; `langevin.READINGS` lists what is run in their place.
+Deviations: a plane of Gaussian coordinates in 10 dimensions replaces CIFAR-10 in 3.1, with the toy's network; 8x8
+digits replace the images of 4.2; inpainting is that of a Gaussian vector with an image's scale. The main text leaves T
+and eps of the annealed chain open; `langevin.READINGS` lists the values that are run.
 """
 
 from pathlib import Path

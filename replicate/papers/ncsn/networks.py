@@ -1,4 +1,4 @@
-"""What score networks learn: on a plane, near two modes and away from them, and from noise level to noise level."""
+"""Score networks trained on data in a plane, on two separated modes, and on digits at several noise levels."""
 
 from __future__ import annotations
 

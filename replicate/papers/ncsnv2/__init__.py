@@ -12,7 +12,7 @@ Replicated:
 Deviations. Technique 1: no text that we have read gives the noise levels of figure 2; we take the paper's CIFAR-10
 sampler (last level 0.01, ratio of the 232 levels from 50, T = 5, step size 6.2e-6) for both, so that the levels from 1
 are the end of those from 50, and as a variant NCSN's ten levels from 1 (T = 100, step size 2e-5). Table 1: 8x8 digits
-of 17 levels and the features of a small digit classifier stand for CIFAR-10 and Inception; both kinds of samples are
+of 17 levels and the features of a small digit classifier replace CIFAR-10 and Inception; both kinds of samples are
 the same chains before and after the step.
 
 Convention: the paper's step x + alpha s + sqrt(2 alpha) z is the suite's with step size 2 alpha; step sizes here are

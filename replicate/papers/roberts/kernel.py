@@ -1,6 +1,6 @@
 """The laws that ULA and MALA converge to, from their transition kernels on a grid.
 
-The kernel's columns are normal densities times the spacing h, and sums stand for integrals. For smooth functions that
+The kernel's columns are normal densities times the spacing h, and sums replace integrals. For smooth functions that
 decay this is exact but for exp(-2 pi^2 eps / h^2), which is why h is a share of sqrt(eps).
 """
 
