@@ -349,7 +349,7 @@ def compare(
 ) -> None:
     """Compare models on every task they share, paired by seed."""
     from replicate.registry import unknown
-    from replicate.report.compare import compare_models
+    from replicate.report.compare import compare_models, comparison_table
     from replicate.sweeps.reproduce import read_reference
 
     measured = read_reference(results / profile)
@@ -370,10 +370,7 @@ def compare(
     if as_json:
         print(frame.to_json(orient="records", indent=1))
         return
-    table = Table(*frame.columns)
-    for row in frame.itertuples(index=False):
-        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row))
-    console.print(table)
+    console.print(comparison_table(frame).rich())
 
 
 @app.command()
@@ -406,15 +403,9 @@ def claims(
 
 
 def _print_claims(rows: list[dict[str, str]]) -> None:
-    from replicate.report.ledger import asked_from, ours_text, summary_line, wanted
+    from replicate.report.ledger import claims_table, summary_line
 
-    table = Table("claim", "paper", "quantity", "as printed", "band", "ours, 90 % interval", "verdict")
-    for row in rows:
-        why = f": {row['reason']}" if row["verdict"] in ("not run", "not comparable") else ""
-        quantity, printed = f"{row['quantity']} [{row['unit']}]", f"{row['published']} ({row['source_quality']})"
-        cells = (quantity, printed, wanted(asked_from(row)), ours_text(row), row["verdict"] + why)
-        table.add_row(row["claim_id"], row["paper"], *cells)
-    console.print(table)
+    console.print(claims_table(rows).rich())
     if rows:
         say(summary_line(rows).replace("*", ""))
 

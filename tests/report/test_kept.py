@@ -198,7 +198,7 @@ def test_a_run_that_was_measured_otherwise_may_not_join(results: Path, tmp_path:
     path = folder / write_run(folder, "my-flow", "flow", "digits", 0) / "record.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(seal(record | {"spec": spec, "run_id": run_id_of(spec)})))
-    with pytest.raises(ReportError, match=f"my-flow on digits, seed 0, cannot join .* its {key} is another"):
+    with pytest.raises(ReportError, match=f"my-flow on digits, seed 0, cannot be added to .* its {key} differs"):
         build(folder, results, "smoke", keep=None)
     assert content(results) == before
 
