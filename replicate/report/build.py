@@ -30,7 +30,7 @@ from replicate.report.drawing import Figure, save, style
 from replicate.report.figures import all_figures
 from replicate.report.kept import carried, carry, combined, kept_runs, read_index, write_index
 from replicate.report.labels import TIMING_METRICS, short
-from replicate.report.page import Contents, render
+from replicate.report.page import render
 from replicate.report.pairs import paired_table
 from replicate.report.plots import experiment_figures
 from replicate.report.records import (
@@ -113,8 +113,8 @@ def _write_all(runs: RecordedRuns, profile: str, folder: Path, claims: Claims, e
     old = carried(earlier, runs, [f.name for f in drawn])
     write_index(drawn, old, folder)
     figures += [carry(name, entry, runs, earlier, folder / "figures") for name, entry in old.items()]
-    contents = Contents(profile, runs, results, summary(compared), tables, figures, ledger, printed)
-    _write(folder / "report.html", render(contents))
+    page = render(runs, results, summary(compared), tables, figures, profile, ledger, printed)
+    _write(folder / "report.html", page)
 
 
 def _printed(frame: pd.DataFrame, runs: Iterable[RecordedRun], claims: Claims, profile: str) -> list[TextTable]:

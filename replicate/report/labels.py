@@ -202,18 +202,14 @@ _LATEX = {
     **{"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "|": r"\textbar{}"},
     **{"<": r"\textless{}", ">": r"\textgreater{}", '"': r"\textquotedbl{}", "\n": " ", "\r": " "},
 }
-_LATEX_SYMBOLS = {"=": "$=$", ">=": r"$\geq$", "<=": r"$\leq$", "~": r"$\sim$", "?": "?"}
+#: the signs of kinds as LaTeX
+LATEX_SYMBOLS = {"=": "$=$", ">=": r"$\geq$", "<=": r"$\leq$", "~": r"$\sim$", "?": "?"}
 
 
 def latex(text: str) -> str:
     """Escape plain text for LaTeX's text mode."""
     head = "{}" if text[:1] in ("[", "*") else ""  # else the line break before it would take it for its option
     return head + "".join(_LATEX.get(c, c) for c in text)
-
-
-def latex_symbol(sign: str) -> str:
-    """Return a kind's sign as LaTeX."""
-    return _LATEX_SYMBOLS[sign]
 
 
 def markdown(text: str) -> str:

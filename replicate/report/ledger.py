@@ -39,6 +39,23 @@ class Entry:
     criterion: Criterion
     judgement: Judgement
 
+    @property
+    def printed(self) -> str:
+        """The published value."""
+        value = self.claim.published
+        return value if isinstance(value, str) else significant(value)
+
+    @property
+    def band(self) -> str:
+        """The band in words."""
+        return wanted(self.criterion)
+
+    @property
+    def ours(self) -> str:
+        """Our number with its kind and 90 % interval."""
+        j = self.judgement
+        return _number_text(j.number_kind, j.mean, j.ci_low, j.ci_high)
+
     def row(self, profile: str) -> Row:
         """Return the claim as a row of claims.csv."""
         stated = stated_columns(self.paper, self.claim)
@@ -183,11 +200,6 @@ def summary_line(rows: Sequence[Row]) -> str:
     return text + (f" Not reproduced: {', '.join(lost)}." if lost else "")
 
 
-def ours(j: Judgement) -> str:
-    """Write our number with its kind and 90 % interval."""
-    return _number_text(j.number_kind, j.mean, j.ci_low, j.ci_high)
-
-
 def ours_text(row: Row) -> str:
     """Write our number with its kind and 90 % interval, from a row of claims.csv."""
     mean, low, high = (float(row[k]) if row[k] else math.nan for k in ("mean", "ci_low", "ci_high"))
@@ -199,11 +211,6 @@ def _number_text(kind: str, mean: float, low: float, high: float) -> str:
         return "-"
     low = math.nan if low == high else low
     return f"{symbol(kind)} {with_interval(significant, mean, low, high)}"
-
-
-def printed(claim: Claim) -> str:
-    """Write the published value."""
-    return claim.published if isinstance(claim.published, str) else significant(claim.published)
 
 
 def wanted(criterion: Criterion) -> str:
@@ -224,7 +231,7 @@ def ledger_table(ledger: Sequence[Entry]) -> TextTable:
         p = "" if math.isnan(j.probability) else f"{j.probability:.2f}"
         source = f"{e.paper.cite}, {c.place}"
         verdict = j.verdict if j.verdict not in ("not comparable", "not run") else f"{j.verdict}: {j.reason}"
-        line = (c.id, source, c.quantity, c.unit, printed(c), c.source_quality, wanted(e.criterion), ours(j), p)
+        line = (c.id, source, c.quantity, c.unit, e.printed, c.source_quality, e.band, e.ours, p)
         rows.append((*line, str(len(j.seeds) or ""), verdict))
     marks = "; ".join(f"{k}: {v}" for k, v in SOURCES.items())
     caption = (

@@ -124,7 +124,9 @@ def _peak(maps: Sequence[Map]) -> float:
 
 
 def _map_rows(maps: Sequence[Map], floor: float) -> Iterator[list[str]]:
+    """Return each model's rows of values, and before them one with its x1 axis."""
     for m in maps:
+        yield [m.picture.model, "x1", "", *(significant(float(x)) for x in m.axis)]
         for y, line in zip(m.axis, m.values, strict=True):
             numbers = ["0" if v < floor else significant(float(v)) for v in line]
             yield [m.picture.model, m.source, significant(float(y)), *numbers]
@@ -168,12 +170,9 @@ def _half_width(maps: Sequence[Map]) -> float:
     return max(float(np.abs(m.axis).max()) for m in maps if m.source == "density" or len(maps) == 1)
 
 
-def _kl_note(results: Results, task: str, picture: Picture, source: str) -> str:
-    if picture.model == "truth":
-        return "the truth"
-    number = results.number(task, picture.model, "kl")
-    text = f"KL {symbol(number.kind)} {number.mean:.3f}" if number else "no density"
-    return text if source == "density" else f"{text}; samples"
+def _note(number: Number | None, label: str, form: str, otherwise: str) -> str:
+    """Write a number with its label and kind; the words `otherwise` where there is none."""
+    return f"{label} {symbol(number.kind)} {number.mean:{form}}" if number else otherwise
 
 
 def density_figure(results: Results, task: str, pictured: Sequence[Picture]) -> Figure | None:
@@ -186,7 +185,7 @@ def density_figure(results: Results, task: str, pictured: Sequence[Picture]) -> 
     def make(points: int) -> str:
         maps = [pooled(m, points) for m in full]
         widest = max(len(m.axis) for m in maps)
-        return csv_text(["model", "source", "x2", *(f"x1_{i}" for i in range(widest))], _axis_and_rows(maps, floor))
+        return csv_text(["model", "source", "x2", *(f"x1_{i}" for i in range(widest))], _map_rows(maps, floor))
 
     points, text = fitting(make, (120, 100, 80, 60, 50, 40, 30))
     maps = [pooled(m, points) for m in full]
@@ -195,7 +194,10 @@ def density_figure(results: Results, task: str, pictured: Sequence[Picture]) -> 
     for i, (ax, m) in enumerate(zip(axes, maps, strict=True)):
         _show(ax, m, peak)
         _square(ax, half, i == _corner(len(maps)))
-        panel_title(ax, m.picture.model, _kl_note(results, task, m.picture, m.source), m.picture.family)
+        model = m.picture.model
+        note = _note(results.number(task, model, "kl"), "KL", ".3f", "no density")
+        note += "" if m.source == "density" else "; samples"
+        panel_title(ax, model, "the truth" if model == "truth" else note, m.picture.family)
     _colour_bar(canvas, peak)
     family_legend(canvas, [m.picture.family for m in maps])
     caption = (
@@ -204,13 +206,6 @@ def density_figure(results: Results, task: str, pictured: Sequence[Picture]) -> 
         "mean over seeds. Where a model gives no density, a histogram of its samples."
     )
     return Figure(f"density-{slug(task)}", f"Densities: {task}", caption, canvas, text)
-
-
-def _axis_and_rows(maps: Sequence[Map], floor: float) -> Iterator[list[str]]:
-    """Return each model's rows, and before them one with its x1 axis."""
-    for m in maps:
-        yield [m.picture.model, "x1", "", *(significant(float(x)) for x in m.axis)]
-        yield from _map_rows([m], floor)
 
 
 def _colour_bar(canvas: Canvas, peak: float) -> None:
@@ -254,8 +249,8 @@ def score_figure(results: Results, task: str, pictured: Sequence[Picture]) -> Fi
         _quiver(ax, axis[::stride], score[::stride, ::stride], typical, p.family)
         _square(ax, half, i == _corner(len(fields)))
         number = results.number(task, p.model, "fisher_divergence")
-        note = "the truth" if p.model == "truth" else "score of the model"
-        panel_title(ax, p.model, note if number is None or p.model == "truth" else _fisher(number), p.family)
+        note = _note(number, "Fisher div.", ".3g", "score of the model")
+        panel_title(ax, p.model, "the truth" if p.model == "truth" else note, p.family)
     family_legend(canvas, [p.family for p, *_ in fields])
     caption = (
         f"Score grad log p of every model that has one on {task}, seed 0, over its density (the truth's where it gives "
@@ -263,10 +258,6 @@ def score_figure(results: Results, task: str, pictured: Sequence[Picture]) -> Fi
     )
     name = f"score-{slug(task)}"
     return Figure(name, f"Scores: {task}", caption, canvas, text, (f"density-{slug(task)}",) if maps else ())
-
-
-def _fisher(number: Number) -> str:
-    return f"Fisher div. {symbol(number.kind)} {number.mean:.3g}"
 
 
 def _field_rows(fields: Sequence[tuple[Picture, Array, Array]], stride: int) -> Iterator[list[str]]:
@@ -324,8 +315,7 @@ def path_figure(results: Results, task: str, pictured: Sequence[Picture]) -> Fig
         _draw_paths(ax, path[:, :chains], p.family)
         _square(ax, half, i == _corner(len(walks)))
         number = results.number(task, p.model, "w2:ula")
-        note = f"2-Wasserstein {symbol(number.kind)} {number.mean:.3g}" if number else "unadjusted Langevin"
-        panel_title(ax, p.model, note, p.family)
+        panel_title(ax, p.model, _note(number, "2-Wasserstein", ".3g", "unadjusted Langevin"), p.family)
     family_legend(canvas, [p.family for p, _ in walks])
     caption = (
         f"{chains} chains of unadjusted Langevin dynamics on each model's own score on {task}, seed 0, over the "
@@ -380,7 +370,7 @@ def samples_figure(results: Results, task: str, pictured: Sequence[Picture]) -> 
         if not sheets and reference is not None:
             sheets.append(Sheet("test data", "reference", "real data", reference))
         number = results.number(task, p.model, "nll")
-        note = f"NLL {symbol(number.kind)} {number.mean:.1f} nats" if number else "NLL n/a"
+        note = _note(number, "NLL", ".1f", "NLL n/a") + (" nats" if number else "")
         sheets.append(Sheet(p.model, p.family, note, samples))
     if not sheets:
         return None

@@ -19,7 +19,7 @@ from replicate.ledger.claims import SOURCES
 from replicate.model import FAMILIES
 from replicate.report.drawing import Figure
 from replicate.report.labels import FAMILY_COLOURS, FAMILY_LABELS, METRICS, base_metric, family_key, slug
-from replicate.report.ledger import Entry, by_verdict, ours, printed, wanted
+from replicate.report.ledger import Entry, by_verdict
 from replicate.report.plots import figure_name
 from replicate.report.readme import headline_best, headline_rows, row_label, seeds_line, winner
 from replicate.report.records import RecordedRun, RecordedRuns
@@ -29,30 +29,6 @@ from replicate.report.text_table import TextTable
 #: total of all pictures of a page, in bytes before base64
 PICTURES = 4_000_000
 
-KIND_LEGEND = (
-    ("=", "exact", "The number itself, up to the sampling error of a finite test set."),
-    ("<=", "upper bound", "The truth is at most this. An NLL with this sign can only be better than it looks."),
-    (">=", "lower bound", "The truth is at least this. An NLL with this sign may look better than it is."),
-    ("~", "estimate", "No side is known: an estimate of log Z or the solution of an ODE stands behind it."),
-)
-FAMILY_TABLE = (
-    ("autoregressive", "restricts the architecture: a product of conditionals needs no Z", "exact", "autograd"),
-    (
-        "flow",
-        "restricts the architecture: an invertible map carries Z along",
-        "exact; a bound on discrete data",
-        "autograd",
-    ),
-    ("vae", "approximates by variational inference", "ELBO and importance-weighted bounds", "autograd of the bound"),
-    (
-        "ebm",
-        "approximates by Markov chains while training",
-        "unnormalised, and an estimate of log Z: annealed importance sampling from both sides, quadrature in 2-D",
-        "-grad f, exact",
-    ),
-    ("score", "models grad log p, where Z drops out", "probability-flow ODE", "the model itself"),
-    ("reference", "needs none: closed forms and kernels, and the truth itself where it is known", "exact", "autograd"),
-)
 #: the notebooks in reading order: file name and title
 NOTEBOOKS = (
     ("1-energies-and-z", "Energies and Z"),
@@ -258,9 +234,6 @@ class LedgerRow:
     """
 
     entry: Entry
-    band: str
-    ours: str
-    printed: str
     figures: list[Figure]
     elsewhere: list[Figure]
     specs: dict[str, str]
@@ -279,7 +252,7 @@ def ledger_rows(ledger: Sequence[Entry], figures: Sequence[Figure], runs: Record
         pictures = [figure[n] for n in names if n in figure]
         new, old = ([f for f in pictures if (f.name in seen) == known] for known in (False, True))
         seen.update(f.name for f in new)
-        out.append(LedgerRow(e, wanted(e.criterion), ours(e.judgement), printed(e.claim), new, old, specs))
+        out.append(LedgerRow(e, new, old, specs))
     return out
 
 
@@ -296,54 +269,46 @@ def _settings(spec: Mapping[str, Any]) -> str:
     return json.dumps(kept, indent=1, sort_keys=True)
 
 
-@dataclass(frozen=True)
-class Contents:
-    """Everything on the page.
+def render(
+    runs: RecordedRuns,
+    results: Results,
+    summary: pd.DataFrame,
+    tables: Sequence[TextTable],
+    figures: Sequence[Figure],
+    profile: str,
+    ledger: Sequence[Entry] = (),
+    printed: Sequence[TextTable] = (),
+) -> str:
+    """Return the whole page as HTML text.
 
-    Attributes:
-        profile: named in the title.
+    Args:
         runs: for failures, models and provenance.
         results: the measurements behind `tables`.
         summary: for the headline.
-        tables, figures: of the comparison, as written beside the page.
+        tables, figures: as written beside the page.
+        profile: named in the title.
         ledger: every claim with its verdict.
         printed: tables of print beside our numbers.
     """
-
-    profile: str
-    runs: RecordedRuns
-    results: Results
-    summary: pd.DataFrame
-    tables: Sequence[TextTable]
-    figures: Sequence[Figure]
-    ledger: Sequence[Entry] = ()
-    printed: Sequence[TextTable] = ()
-
-
-def render(page: Contents) -> str:
-    """Return the whole page as HTML text."""
-    runs, results = page.runs, page.results
-    pictures = shrunk(page.figures)
-    placed, claimed = sections(results, page.tables, pictures), ledger_rows(page.ledger, pictures, runs)
+    pictures = shrunk(figures)
+    placed, claimed = sections(results, tables, pictures), ledger_rows(ledger, pictures, runs)
     measured = {base_metric(m) for m in results.metrics()}
     return (
         environment()
         .get_template("template.html")
         .render(
-            profile=page.profile,
+            profile=profile,
             sections=[*placed, *further(pictures, placed, claimed)],
             ledger=claimed,
-            verdicts=by_verdict(e.judgement.verdict for e in page.ledger),
-            ledger_papers=list({e.paper.key: e.paper for e in page.ledger}.values()),
+            verdicts=by_verdict(e.judgement.verdict for e in ledger),
+            ledger_papers=list({e.paper.key: e.paper for e in ledger}.values()),
             sources=SOURCES,
-            printed=page.printed,
-            headline=headline(results, page.summary),
-            seeds=seeds_line(page.summary),
+            printed=printed,
+            headline=headline(results, summary),
+            seeds=seeds_line(summary),
             families=FAMILIES,
-            family_table=FAMILY_TABLE,
             family_labels=FAMILY_LABELS,
             family_colours=FAMILY_COLOURS,
-            kinds=KIND_LEGEND,
             metrics=[(m, info) for m, info in METRICS.items() if m in measured],
             failures=runs.failed,
             models=models(runs.comparison),
@@ -353,7 +318,7 @@ def render(page: Contents) -> str:
                 "models": len(results.models()),
                 "tasks": len(results.tasks),
                 "runs": len(runs.done),
-                "claims": len(page.ledger),
+                "claims": len(ledger),
                 "failed": len(runs.failed),
             },
         )

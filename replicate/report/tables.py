@@ -149,21 +149,9 @@ def _by_family(results: Results, tasks: Iterable[str], columns: Sequence[Measure
 
 
 def _overview(results: Results, name: str, title: str, caption: str, columns: Sequence[Measured]) -> list[TextTable]:
-    if not columns:
-        return []
+    rows = _by_family(results, [task for task, *_ in columns], columns) if columns else ()
     heads = (FAMILY, MODEL, *(c for *_, c in columns))
-    rows = _by_family(results, [task for task, *_ in columns], columns)
-    return [TextTable(name, title, caption, heads, rows, grouped=True)]
-
-
-def quality_metrics(results: Results, task: str) -> list[str]:
-    """Return the metrics of quality in a task's table: those the suite knows, under the model's own sampler."""
-    return [m for m in results.metrics(task) if m in METRICS and not METRICS[m].cost]
-
-
-def check_metrics(results: Results, task: str) -> list[str]:
-    """Return the estimators' metrics of themselves: effective sample sizes, brackets of log Z, solver errors."""
-    return [m for m in results.metrics(task) if base_metric(m) not in METRICS and not sampler_of(m)]
+    return [TextTable(name, title, caption, heads, rows, grouped=True)] if rows else []
 
 
 def task_table(results: Results, task: str) -> TextTable:
@@ -171,7 +159,7 @@ def task_table(results: Results, task: str) -> TextTable:
     models = results.models(task)
     metrics: list[str] = []
     without: dict[str, list[str]] = {}  # labels by reasons
-    for m in quality_metrics(results, task):
+    for m in (m for m in results.metrics(task) if m in METRICS and not METRICS[m].cost):
         cells = [results.cell(task, model, m) for model in models]
         if any(c.numbers or not c.reason for c in cells):
             metrics.append(m)
@@ -186,34 +174,30 @@ def task_table(results: Results, task: str) -> TextTable:
     return TextTable(f"task-{slug(task)}", task, caption, heads, rows, grouped=True)
 
 
-def kl_table(results: Results) -> list[TextTable]:
-    """Make the table of KL(truth || model) of every model on every density in two dimensions."""
-    columns = [(t, "kl", Column(t, t, "nats", measured=True)) for t in planar_tasks(results)]
-    caption = "KL(truth || model) in nats on densities in two dimensions; 0 is perfect."
-    return _overview(results, "kl", "KL on two-dimensional densities", caption, columns)
-
-
-def likelihood_table(results: Results) -> list[TextTable]:
-    """Make the table of test NLL and bits per dimension of every model on every data task."""
+def model_tables(results: Results) -> list[TextTable]:
+    """Make the tables with one row per model: its likelihood on data, its KL in two dimensions, both as D grows."""
     infos = {m: metric_info(m) for m in ("nll", "bits_per_dim")}
-    columns = [
+    likelihood = [
         (t, m, Column(f"{t}:{m}", f"{t}: {info.label}", info.unit, measured=True))
         for t in data_tasks(results)
         for m, info in infos.items()
     ]
-    caption = "Negative log-likelihood of the test split; a bound (<=) may only overstate it."
-    return _overview(results, "likelihood", "Likelihood of data", caption, columns)
-
-
-def dimension_table(results: Results) -> list[TextTable]:
-    """Make the table of KL and training time on mixture-D as D grows."""
-    columns = [
+    kl = [(t, "kl", Column(t, t, "nats", measured=True)) for t in planar_tasks(results)]
+    dimension = [
         (t, m, Column(f"{t}:{m}", f"{label}, D = {task_dimension(t)}", metric_info(m).unit, measured=True))
         for m, label in (("kl", "KL"), ("train_seconds", "training"))
         for t in dimension_tasks(results)
     ]
-    caption = "Error and cost against the dimension D of a mixture whose truth is known."
-    return _overview(results, "dimension", "Error against dimension", caption, columns)
+    captions = {
+        "likelihood": "Negative log-likelihood of the test split; a bound (<=) may only overstate it.",
+        "kl": "KL(truth || model) in nats on densities in two dimensions; 0 is perfect.",
+        "dimension": "Error and cost against the dimension D of a mixture whose truth is known.",
+    }
+    return [
+        *_overview(results, "likelihood", "Likelihood of data", captions["likelihood"], likelihood),
+        *_overview(results, "kl", "KL on two-dimensional densities", captions["kl"], kl),
+        *_overview(results, "dimension", "Error against dimension", captions["dimension"], dimension),
+    ]
 
 
 def samplers_table(results: Results) -> list[TextTable]:
@@ -236,11 +220,9 @@ def samplers_table(results: Results) -> list[TextTable]:
     return [TextTable("samplers", "Samplers", caption, columns, tuple(rows), grouped=True)] if rows else []
 
 
-def _long_table(
-    results: Results, name: str, title: str, caption: str, choose: Callable[[str], list[str]]
-) -> list[TextTable]:
-    """Make a table with one row per task and model and one column per metric."""
-    metrics = sorted({m for t in results.tasks for m in choose(t)}, key=metric_key)
+def _long_table(results: Results, name: str, title: str, caption: str, shows: Callable[[str], bool]) -> list[TextTable]:
+    """Make a table with one row per task and model and one column per metric that it shows."""
+    metrics = [m for m in results.metrics() if shows(m)]
     rows = []
     for task in results.tasks:
         for model in results.models(task):
@@ -248,26 +230,24 @@ def _long_table(
             if any(c.numbers or c.lost for c in cells):
                 rows.append(Row((task, model, *cells), results.family[model]))
     columns = (TASK, MODEL, *(column(m, results, results.tasks) for m in metrics))
-    return [TextTable(name, title, caption, columns, tuple(rows), grouped=True)] if rows else []
+    return [TextTable(name, title, caption, columns, tuple(rows), grouped=True)] if rows and metrics else []
 
 
-def cost_table(results: Results) -> list[TextTable]:
-    """Make the table of parameters, time, network evaluations and memory of every model on every task."""
-    caption = "What each model costs: one process, one thread or one device a run."
-    return _long_table(
-        results, "cost", "Cost", caption, lambda t: [m for m in results.metrics(t) if m in METRICS and METRICS[m].cost]
-    )
+def cost_tables(results: Results) -> list[TextTable]:
+    """Make the tables with one row per task and model: its cost, and the estimators' checks of themselves."""
 
+    def is_check(metric: str) -> bool:
+        return base_metric(metric) not in METRICS and not sampler_of(metric)
 
-def checks_table(results: Results) -> list[TextTable]:
-    """Make the table of what the likelihood estimators report of their own error."""
-    caption = "What the likelihood estimators report of themselves."
-    return _long_table(
-        results, "estimator-checks", "Estimators' own checks", caption, lambda t: check_metrics(results, t)
-    )
+    costs = "What each model costs: one process, one thread or one device a run."
+    checks = "What the likelihood estimators report of themselves."
+    return [
+        *_long_table(results, "cost", "Cost", costs, lambda m: m in METRICS and METRICS[m].cost),
+        *_long_table(results, "estimator-checks", "Estimators' own checks", checks, is_check),
+    ]
 
 
 def all_tables(results: Results) -> list[TextTable]:
     """Make every table of the comparison, the overviews first."""
-    overviews = (likelihood_table, kl_table, dimension_table, samplers_table, cost_table, checks_table)
-    return [*(t for make in overviews for t in make(results)), *(task_table(results, t) for t in results.tasks)]
+    overviews = [*model_tables(results), *samplers_table(results), *cost_tables(results)]
+    return [*overviews, *(task_table(results, t) for t in results.tasks)]

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import rich.table
 
 from replicate.report.labels import (
+    LATEX_SYMBOLS,
     decimals_for,
     fixed,
     latex,
-    latex_symbol,
     markdown,
     short,
     significant,
@@ -179,9 +179,7 @@ class TextTable:
 
     def renderings(self) -> dict[str, str]:
         """Return the text of each of its files, by file name."""
-        return {
-            f"{self.name}.{e}": write() for e, write in zip(ENDINGS, (self.csv, self.markdown, self.latex), strict=True)
-        }
+        return {f"{self.name}.csv": self.csv(), f"{self.name}.md": self.markdown(), f"{self.name}.tex": self.latex()}
 
     def csv(self) -> str:
         """Write CSV: text as it is, and plain numbers with their interval, kind, number of seeds and a note."""
@@ -245,14 +243,10 @@ class TextTable:
         return table
 
 
-#: of the files of a table
-ENDINGS = ("csv", "md", "tex")
-
-
 def _latex_cell(cell: str | Cell, notes: list[str]) -> str:
     if isinstance(cell, str):
         return latex(cell)
-    parts = "; ".join(f"{latex_symbol(sign)} {latex(number)}" for sign, number in cell.parts())
+    parts = "; ".join(f"{LATEX_SYMBOLS[sign]} {latex(number)}" for sign, number in cell.parts())
     remark = latex(cell.remark())
     if remark == "n/a":
         remark += rf"\textsuperscript{{{notes.index(cell.reason) + 1}}}"
