@@ -41,7 +41,7 @@ def test_text_that_is_no_packed_likelihood_is_refused(values: str) -> None:
         unpack_examples({"low": 0.0, "span": 1.0, "values": values})
 
 
-def test_seeds_are_averaged_and_folds_put_one_after_the_other() -> None:
+def test_seeds_are_averaged_and_folds_concatenated() -> None:
     a, b = np.arange(4.0), np.arange(4.0) + 2
     (averaged,) = scored([run("m", a, 0), run("m", b, 1)])["t"]
     assert np.allclose(averaged.nll, -(a + b) / 2, atol=1e-3)
@@ -81,7 +81,7 @@ def test_resampling_is_the_bootstrap_of_the_mean() -> None:
         ("estimate", "exact", "~"),
     ],
 )
-def test_a_difference_says_from_which_side_it_is_known(first: str, second: str, sign: str) -> None:
+def test_the_sign_of_a_difference_is_that_of_its_kind(first: str, second: str, sign: str) -> None:
     """The second's NLL minus the first's, where a lower bound on log p is an upper bound of the NLL."""
     x = np.linspace(0, 1, 50)
     (table,) = paired_table([run("better", x + 1, kind=first), run("worse", x, kind=second)])
@@ -95,7 +95,7 @@ def test_one_model_alone_or_of_fewer_examples_is_not_paired() -> None:
     assert [row.cells[1] for row in table.rows] == ["a", "b"]
 
 
-def test_a_run_on_data_leaves_the_likelihood_of_every_test_example_and_what_judged_its_samples() -> None:
+def test_a_record_on_data_has_the_likelihood_of_every_test_example_and_the_classifier_of_its_samples() -> None:
     found = execute(make_spec("marginals", "digits-binary", 0, "smoke"), None, torch.device("cpu"))
     packed = found["examples"]["digits-binary"]
     (nll,) = [m["value"] for m in found["measurements"] if m["metric"] == "nll"]

@@ -77,7 +77,7 @@ def copy(built: Path, tmp_path: Path) -> Path:
 # -- measurements and summary
 
 
-def test_measurements_have_the_contracts_columns_in_an_order_the_records_decide(
+def test_measurements_have_the_contracts_columns_in_an_order_given_by_the_records(
     runs_folder: Path, tmp_path: Path
 ) -> None:
     frame = measurements(load_runs(runs_folder))
@@ -124,7 +124,7 @@ def test_below_three_seeds_there_is_no_interval_anywhere(tmp_path: Path) -> None
     assert all("[" not in cell.text() for r in table.rows for cell in r.measured())
 
 
-def test_numbers_that_are_learnt_from_or_missing_do_not_enter_the_summary(frame: pd.DataFrame) -> None:
+def test_numbers_of_training_splits_and_missing_ones_are_not_in_the_summary(frame: pd.DataFrame) -> None:
     extra = frame[(frame.model == "realnvp") & (frame.metric == "nll") & (frame.task == "digits")].copy()
     extra["split"], extra["value"] = "train", 0.0
     assert summary(pd.concat([frame, extra])).equals(summary(frame))
@@ -196,7 +196,7 @@ def test_every_cell_shows_its_kind_and_interval(kind: str, text: str) -> None:
     assert "seed 0: 92.31 (run aaaaaaaa)" in cell.tip()
 
 
-def test_cells_without_numbers_say_why() -> None:
+def test_cells_without_numbers_show_the_reason() -> None:
     assert Cell("kl", reason="no density").text() == "n/a"
     assert Cell("kl", lost=2, tried=5).text() == "failed (2 of 5)"
     assert Cell("kl").text() == "-"
@@ -413,7 +413,7 @@ def test_measurements_survive_the_csv_bit_for_bit(built: Path, small_runs: Path)
     assert (written.value.dropna().to_numpy() == measurements(load_runs(small_runs)).value.dropna().to_numpy()).all()
 
 
-def test_a_second_build_removes_what_is_no_longer_made_and_keeps_what_is_not_ours(
+def test_a_second_build_removes_figures_it_does_not_make_and_keeps_a_readers_files(
     copy: Path, small_runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(builder, "all_figures", lambda *_: iter(()))
@@ -627,7 +627,7 @@ def test_differences_from_the_reference_are_classed() -> None:
     assert any("a on digits, seed 2, nll" in line for line in lines)
 
 
-def test_a_number_far_off_is_drawn_at_the_edge_and_squeezes_no_other() -> None:
+def test_a_number_off_the_scale_is_drawn_at_the_edge_and_squeezes_no_other() -> None:
     from replicate.report.figures import _far
 
     assert _far([80.0, 92.0, 105.0, 130.0]) == math.inf
@@ -636,7 +636,7 @@ def test_a_number_far_off_is_drawn_at_the_edge_and_squeezes_no_other() -> None:
 
 
 @pytest.mark.parametrize("high", [0.11, 0.3, 3.0, 300.0])
-def test_a_logarithmic_axis_has_numbers_to_read_it_by_and_none_on_another(high: float) -> None:
+def test_a_logarithmic_axis_has_two_numbers_and_none_overlaps_another(high: float) -> None:
     lines = [{"label": "error", "x": [1, 2, 3], "y": [0.06, 0.08, high]}]
     plot = {"name": "p", "title": "A title", "x_label": "x", "y_label": "y", "style": "line", "lines": lines}
     plot |= {"log_x": False, "log_y": True, "levels": {}}
