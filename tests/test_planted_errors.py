@@ -17,15 +17,15 @@ from replicate.papers.burda.bounds import LinearGaussian
 from replicate.papers.ncsn import langevin
 from replicate.papers.salakhutdinov import annealing
 from replicate.papers.textbook.notebooks import RealNVP
-from replicate.report.ledger import asked_of
+from replicate.report.ledger import criterion_of
 from replicate.report.records import MEASUREMENT_COLUMNS
-from replicate.report.verdicts import Judged, Measured, judge
+from replicate.report.verdicts import Judgement, Measured, judge
 from replicate.runs.experiment import Context
 from replicate.runs.paper import find_experiment, papers
 from replicate.runs.seeds import Streams
 
 
-def verdict(paper: str, claim_id: str, seeds: int = 3, **settings: Any) -> Judged:
+def verdict(paper: str, claim_id: str, seeds: int = 3, **settings: Any) -> Judgement:
     """Run a claim's experiment over seeds, at other settings where given, and judge the claim on it alone."""
     claim = next(c for c in claims_of(papers()[paper]).claims if c.id == claim_id)
     experiment = find_experiment(paper, claim.experiment)
@@ -37,10 +37,10 @@ def verdict(paper: str, claim_id: str, seeds: int = 3, **settings: Any) -> Judge
             head = (str(seed), experiment.name, paper, experiment.family, seed, "test", metric)
             rows.append((*head, e.value, e.stderr, e.kind, e.unit, e.n, "ok", "cpu", ""))
     frame = pd.DataFrame(rows, columns=list(MEASUREMENT_COLUMNS))
-    return judge(asked_of(claim, paper), Measured(frame), "standard")
+    return judge(criterion_of(claim, paper), Measured(frame), "standard")
 
 
-def caught(claim: Callable[[], Judged], plant: Callable[[], None]) -> None:
+def caught(claim: Callable[[], Judgement], plant: Callable[[], None]) -> None:
     """The claim holds, and with the error planted it does not."""
     assert claim().verdict == "reproduced"
     plant()

@@ -68,7 +68,7 @@ def compare(
 ) -> None:
     """Compare models on every task they share, paired by seed."""
     from replicate.registry import unknown
-    from replicate.report.compare import compare_models
+    from replicate.report.compare import compare_models, comparison_table
     from replicate.sweeps.reproduce import read_reference
 
     folder = results / profile
@@ -86,8 +86,7 @@ def compare(
     if as_json:
         print(frame.to_json(orient="records", indent=1))
         return
-    rows = frame.itertuples(index=False)
-    print_table(list(frame.columns), ([f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in rows))
+    console.print(comparison_table(frame).rich())
 
 
 def claims(
@@ -120,14 +119,8 @@ def claims(
 
 def print_claims(rows: list[dict[str, str]]) -> None:
     """Print claims as a table, with one line that sums them up."""
-    from replicate.report.ledger import asked_from, ours_text, summary_line, wanted
+    from replicate.report.ledger import claims_table, summary_line
 
-    lines = []
-    for row in rows:
-        why = f": {row['reason']}" if row["verdict"] in ("not run", "not comparable") else ""
-        quantity, printed = f"{row['quantity']} [{row['unit']}]", f"{row['published']} ({row['source_quality']})"
-        cells = (quantity, printed, wanted(asked_from(row)), ours_text(row), row["verdict"] + why)
-        lines.append([row["claim_id"], row["paper"], *cells])
-    print_table(("claim", "paper", "quantity", "as printed", "band", "ours, 90 % interval", "verdict"), lines)
+    console.print(claims_table(rows).rich())
     if rows:
         say(summary_line(rows).replace("*", ""))

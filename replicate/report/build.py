@@ -1,7 +1,7 @@
-"""From a folder of runs to results/PROFILE, and the check that such a folder still agrees with itself.
+"""From a folder of runs to results/PROFILE, and the check that such a folder agrees with itself.
 
-`build` is a pure function of the records: the same records give the same bytes. It writes beside the results first
-and moves files into place when all are there, so that a failure half-way leaves the earlier results whole.
+`build` is a pure function of the records: the same records give the same bytes. It writes beside the results first and
+moves files into place when all are there, so that a failure leaves the earlier results whole.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -24,47 +25,49 @@ import pandas as pd
 from replicate.errors import ReportError
 from replicate.ledger.tables import Claims
 from replicate.report import ledger as claims_ledger
-from replicate.report.drawing import Drawing, save, style
+from replicate.report.drawing import Figure, save, style
 from replicate.report.figures import all_figures
-from replicate.report.kept import carried, carry, joined, kept_runs, read_index, write_index
+from replicate.report.kept import carried, carry, combined, kept_runs, read_index, write_index
 from replicate.report.labels import TIMING_METRICS, short
-from replicate.report.ledger import Plain
-from replicate.report.page import Shown, render
+from replicate.report.page import render
 from replicate.report.pairs import paired_table
-from replicate.report.plots import experiment_drawings
+from replicate.report.plots import experiment_figures
 from replicate.report.records import (
     SUMMARY_COLUMNS,
-    Run,
-    Runs,
+    RecordedRun,
+    RecordedRuns,
+    commit_of,
     load_runs,
     measurements,
     read_measurements,
     read_records,
     read_summary,
     record_problems,
+    recorded_line,
     summary,
     write_measurements,
     write_summary,
 )
-from replicate.report.tables import Results, Table, all_tables, to_csv, to_latex, to_markdown
+from replicate.report.tables import Results, all_tables
+from replicate.report.text_table import TextTable
 from replicate.runs.orphan import die_with_parent
 
 __all__ = ["MANIFEST", "TIMING_METRICS", "build", "remarks", "verify", "write_manifest"]
 
 MANIFEST = "MANIFEST.json"
-#: folders whose earlier files are ours to remove
+#: folders whose earlier files a build removes
 OWNED = ("tables", "figures")
-#: numbers of summary.csv must be recomputed to this relative precision: they are written with ten digits
+#: relative precision to which numbers of summary.csv, written with ten digits, are recomputed
 PRECISION = 1e-8
 
 
 def sha256(path: Path) -> str:
-    """sha256 of a file's bytes."""
+    """Return the sha256 of a file's bytes."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def results_files(folder: Path) -> list[str]:
-    """Every file below a results folder but the manifest, as sorted relative paths with forward slashes."""
+    """Return every file below a results folder but the manifest, as sorted relative paths with forward slashes."""
     files = (p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
     return sorted(p.relative_to(folder).as_posix() for p in files)
 
@@ -77,76 +80,70 @@ def write_manifest(folder: Path) -> Path:
     return path
 
 
-def _write_records(runs: Runs, path: Path) -> None:
-    lines = (json.dumps(run.as_record(), sort_keys=True, allow_nan=False) for run in runs.runs)
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8", newline="\n")
 
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _write_all(runs: Runs, profile: str, folder: Path, claims: Claims, earlier: Path) -> None:
-    frame = measurements(runs)
-    compared = measurements(runs.comparison)
-    results, totals = Results(compared), summary(compared)
+def _write_all(runs: RecordedRuns, profile: str, folder: Path, claims: Claims, earlier: Path) -> None:
+    frame, compared = measurements(runs), measurements(runs.comparison)
+    results, tables = Results(compared), all_tables(Results(compared))
     write_measurements(frame, folder / "measurements.csv")
     write_summary(summary(frame), folder / "summary.csv")
-    _write_records(runs, folder / "records.jsonl")
-    judged = claims_ledger.entries(claims.papers, frame, profile)
-    if judged:
-        _write(folder / "claims.csv", claims_ledger.to_csv(judged, profile))
-    tables = all_tables(results)
-    plain = _plain(frame, [run.as_record() for run in runs.runs], claims, profile)
+    lines = (json.dumps(run.as_record(), sort_keys=True, allow_nan=False) + "\n" for run in runs.runs)
+    _write(folder / "records.jsonl", "".join(lines))
+    ledger = claims_ledger.entries(claims.papers, frame, profile)
+    if ledger:
+        _write(folder / "claims.csv", claims_ledger.to_csv(ledger, profile))
+    printed = _printed(frame, runs.runs, claims, profile)
     (folder / "tables").mkdir()
-    for name, text in _table_texts(tables, judged, plain).items():
+    for name, text in _renderings(tables, ledger, printed).items():
         _write(folder / "tables" / name, text)
     with style():
-        drawings = [*all_figures(results, runs.comparison), *experiment_drawings(runs.runs)]
-        shown = _saved(drawings, folder / "figures")
-    old = carried(earlier, runs, [d.name for d in drawings])
-    shown += [carry(name, entry, runs, earlier, folder / "figures") for name, entry in old.items()]
-    write_index(drawings, old, folder)
-    _write(folder / "report.html", render(runs, results, totals, tables, shown, profile, judged, plain))
+        drawn = [*all_figures(results, runs.comparison), *experiment_figures(runs.runs)]
+        figures = _saved(drawn, folder / "figures")
+    old = carried(earlier, runs, [f.name for f in drawn])
+    write_index(drawn, old, folder)
+    figures += [carry(name, entry, runs, earlier, folder / "figures") for name, entry in old.items()]
+    page = render(runs, results, summary(compared), tables, figures, profile, ledger, printed)
+    _write(folder / "report.html", page)
 
 
-def _plain(frame: pd.DataFrame, records: list[dict[str, Any]], claims: Claims, profile: str) -> list[Plain]:
-    """The tables of print beside our numbers, and that of models paired by test example."""
-    pairs = paired_table(records)
-    return [*claims_ledger.filled_tables(claims.tables, frame, claims.papers, profile), *([pairs] if pairs else [])]
+def _printed(frame: pd.DataFrame, runs: Iterable[RecordedRun], claims: Claims, profile: str) -> list[TextTable]:
+    """Return the tables of print beside our numbers, and that of models paired by test example."""
+    return [*claims_ledger.filled_tables(claims.tables, frame, claims.papers, profile), *paired_table(runs)]
 
 
-def _table_texts(tables: list[Table], judged: list[claims_ledger.Entry], plain: list[Plain]) -> dict[str, str]:
-    """The text of every file in tables/, by name."""
-    out = {}
-    for table in tables:
-        for ending, write in (("csv", to_csv), ("md", to_markdown), ("tex", to_latex)):
-            out[f"{table.name}.{ending}"] = write(table)
-    for text in [claims_ledger.ledger_table(judged), *plain] if judged else plain:
-        out |= {f"{text.name}.csv": text.csv(), f"{text.name}.md": text.markdown(), f"{text.name}.tex": text.latex()}
-    return out
+def _renderings(
+    tables: Iterable[TextTable], ledger: list[claims_ledger.Entry], printed: Iterable[TextTable]
+) -> dict[str, str]:
+    """Return the text of every file in tables/, by name."""
+    every = [*tables, *([claims_ledger.ledger_table(ledger)] if ledger else []), *printed]
+    return {name: text for table in every for name, text in table.renderings().items()}
 
 
-#: drawings that forked workers inherit: figures are costly to send
-_DRAWINGS: list[Drawing] = []
+#: figures that forked workers inherit: drawings are costly to send
+_FIGURES: list[Figure] = []
 
 
 def _save_one(index: int, folder: Path) -> bytes:
-    return save(_DRAWINGS[index], folder)
+    return save(_FIGURES[index], folder)
 
 
-def _saved(drawings: list[Drawing], folder: Path) -> list[Shown]:
-    """Write every figure, side by side on the cores there are; a figure's bytes depend on it alone."""
-    workers = min(len(os.sched_getaffinity(0)), len(drawings))
+def _saved(figures: list[Figure], folder: Path) -> list[Figure]:
+    """Write every figure, in parallel on all cores; a figure's bytes depend on it alone."""
+    workers = min(len(os.sched_getaffinity(0)), len(figures))
     if workers < 2 or "fork" not in multiprocessing.get_all_start_methods():
-        return [Shown.of(d, save(d, folder)) for d in drawings]
-    _DRAWINGS[:] = drawings
-    try:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), die_with_parent) as pool:
-            pngs = list(pool.map(_save_one, range(len(drawings)), repeat(folder)))
-    finally:
-        _DRAWINGS.clear()
-    return [Shown.of(d, png) for d, png in zip(drawings, pngs, strict=True)]
+        pngs = [save(f, folder) for f in figures]
+    else:
+        _FIGURES[:] = figures
+        try:
+            with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), die_with_parent) as pool:
+                pngs = list(pool.map(_save_one, range(len(figures)), repeat(folder)))
+        finally:
+            _FIGURES.clear()
+    return [replace(f, canvas=None, png=png) for f, png in zip(figures, pngs, strict=True)]
 
 
 def build(
@@ -159,26 +156,26 @@ def build(
 ) -> Path:
     """Write measurements, summary, records, tables, figures, report and manifest of a folder of runs.
 
-    Other files in the results folder stay and enter the manifest; earlier tables and figures that are no longer made
-    are removed.
+    Other files in the results folder stay and are added to the manifest; a build removes earlier tables and figures
+    that it does not write.
 
     Args:
         runs_folder: its sub-folders are runs.
         out_folder: results/PROFILE; made if missing.
         profile: named in the report.
-        run_ids: the runs to report on; all in the folder by default.
+        run_ids: the runs of the report; all in the folder by default.
         claims: judged on these runs; without any there is no ledger.
-        keep: ids of runs that the results folder tells of and that stay in it, None for all; the others join them.
+        keep: ids of runs to keep of those that the results folder records, None for all; the new runs are added.
 
     Returns:
         The path of report.html.
 
     Raises:
-        ReportError: there are no runs, or one cannot be read.
+        ReportError: there are no runs, one cannot be read, or a new one cannot be added to those kept.
     """
     earlier = kept_runs(out_folder, keep)
-    new = Runs(()) if earlier.runs and not runs_folder.is_dir() else load_runs(runs_folder, run_ids)
-    runs = joined(new, earlier)
+    new = RecordedRuns(()) if earlier.runs and not runs_folder.is_dir() else load_runs(runs_folder, run_ids)
+    runs = combined(new, earlier)
     if not runs.runs:
         raise ReportError(f"there are no finished runs in {runs_folder}; `replicate reproduce` makes them")
     out_folder.mkdir(parents=True, exist_ok=True)
@@ -201,12 +198,12 @@ def build(
 
 
 def verify(out_folder: Path, claims: Claims = Claims()) -> list[str]:
-    """What is wrong with a results folder, one line a problem; an empty list where everything agrees.
+    """List what is wrong with a results folder, one line per problem.
 
-    Checks that every file is the one that the manifest names, that summary.csv follows from measurements.csv, that
-    every run id is the sha256 of its spec, that measurements and records speak of the same runs and numbers, that
-    every verdict follows from claims.csv and measurements.csv alone, that every record says where and with what it was
-    made, and, where all that agrees, that every table is the one that the measurements give.
+    Check that every file is the one in the manifest, that summary.csv follows from measurements.csv, that every run id
+    is the sha256 of its spec, that measurements and records have the same runs and numbers, that every verdict follows
+    from claims.csv and measurements.csv alone, that every record has its provenance, and, where all that agrees, that
+    every table follows from the measurements.
 
     Args:
         claims: where given, claims.csv must also judge what they state, and the ledger's tables are checked too.
@@ -228,17 +225,17 @@ def verify(out_folder: Path, claims: Claims = Claims()) -> list[str]:
 
 
 def remarks(out_folder: Path) -> list[str]:
-    """What a reader of a results folder should know although nothing in it is wrong, one line each.
+    """List what a reader of a results folder should know although nothing in it is wrong, one line each.
 
-    Results that were just made from a changed working tree are of this kind: they agree with themselves, and the commit
-    they name does not give them back.
+    Results of a changed working tree are of this kind: they agree with themselves, but a rerun at the commit that they
+    name may differ.
 
     Raises:
         ReportError: records.jsonl cannot be read.
     """
     done = [_provenance(r) for r in read_records(out_folder / "records.jsonl") if "error" not in r]
     counts = {
-        "were made with uncommitted changes: the commit that they name does not give them back": sum(
+        "were made with uncommitted changes: the commit that they name does not reproduce them": sum(
             p.get("dirty") not in ("", None, "unknown") for p in done
         ),
         "were made outside a repository and name no commit": sum(
@@ -250,14 +247,14 @@ def remarks(out_folder: Path) -> list[str]:
 
 
 def _table_problems(folder: Path, frame: pd.DataFrame, records: list[dict[str, Any]], claims: Claims) -> list[str]:
-    experiments = {r["run_id"] for r in records if r["spec"].get("kind") == "experiment"}
-    judged: list[claims_ledger.Entry] = []
+    runs = RecordedRuns(tuple(map(recorded_line, records)))
+    compared = frame[frame["run_id"].isin([r.run_id for r in runs.comparison.runs])]
+    ledger: list[claims_ledger.Entry] = []
     profile = ""  # of claims, where there are any
     if claims.papers:
         profile = claims_ledger.read_claims_csv(folder / "claims.csv")[0]["profile"]
-        judged = claims_ledger.entries(claims.papers, frame, profile)
-    plain = _plain(frame, records, claims, profile)
-    right = _table_texts(all_tables(Results(frame[~frame["run_id"].isin(experiments)])), judged, plain)
+        ledger = claims_ledger.entries(claims.papers, frame, profile)
+    right = _renderings(all_tables(Results(compared)), ledger, _printed(frame, runs.runs, claims, profile))
     return [
         f"tables/{name} is not the table that the measurements give"
         for name, text in right.items()
@@ -294,7 +291,7 @@ def _summary_problems(computed: pd.DataFrame, written: pd.DataFrame) -> list[str
 
 
 def _by_key(frame: pd.DataFrame) -> dict[tuple[Any, ...], tuple[Any, ...]]:
-    """The numbers of each row of a summary by its six names."""
+    """Return the numbers of each row of a summary by its six names."""
     return {row[:6]: row[6:] for row in frame[list(SUMMARY_COLUMNS)].itertuples(index=False, name=None)}
 
 
@@ -305,7 +302,7 @@ def _agree(a: Any, b: Any) -> bool:
 
 
 def _figure_problems(folder: Path, known: set[str]) -> list[str]:
-    """Figures without texts, texts without a figure, and figures of runs that have no record."""
+    """List figures without texts, texts without a figure, and figures of runs that have no record."""
     try:
         index = read_index(folder)
     except ReportError as error:
@@ -317,7 +314,7 @@ def _figure_problems(folder: Path, known: set[str]) -> list[str]:
     return problems + [f"figures.json: {name} shows a run that has no record" for name in strange]
 
 
-#: what the provenance of a record says: the code, the libraries, the machine, the settings of the kernels, the times
+#: keys of a record's provenance: the code, the libraries, the machine, the settings of the kernels, the times
 PROVENANCE = frozenset(
     {
         *("format", "commit", "dirty", "source_sha256", "lock_sha256"),
@@ -336,25 +333,24 @@ def _provenance(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _provenance_problems(records: list[dict[str, Any]], frame: pd.DataFrame) -> list[str]:
-    """What records lack of their provenance, and where measurements.csv tells another story.
+    """List what records lack of their provenance, and where measurements.csv contradicts it.
 
-    Results from before provenance had a format are not asked for keys that nobody wrote then (`remarks` names them).
-    One record with a format is enough to ask them all.
+    Results from before provenance had a format need not have its keys (`remarks` lists them). As soon as one record has
+    a format, all must have the keys.
     """
     done = [r for r in records if "error" not in r]
-    asked = any("format" in _provenance(r) for r in done)
-    told = {row[0]: row[1:] for row in frame[["run_id", "device", "commit"]].itertuples(index=False, name=None)}
+    required = PROVENANCE if any("format" in _provenance(r) for r in done) else frozenset()
+    written = {row[0]: row[1:] for row in frame[["run_id", "device", "commit"]].itertuples(index=False, name=None)}
     weighed = set(frame.loc[frame["metric"] == "peak_memory_mb", "run_id"])
     problems = []
     for record in done:
         run_id, found = str(record.get("run_id")), _provenance(record)
         name = f"records.jsonl: run {short(run_id)}"
-        if asked and PROVENANCE - set(found):
-            problems.append(f"{name} does not say its {', '.join(sorted(PROVENANCE - set(found)))}")
-        if asked and run_id not in weighed:
+        if required - set(found):
+            problems.append(f"{name} does not say its {', '.join(sorted(required - set(found)))}")
+        if required and run_id not in weighed:
             problems.append(f"{name} has no peak memory among its measurements")
-        commit = Run(run_id, record.get("spec") or {}, Path(), provenance=found).commit
-        device = str(found.get("device") or "")
-        if told.get(run_id, (device, commit)) != (device, commit):
-            problems.append(f"{name} was made on {device!r} at {commit!r}, measurements.csv says {told[run_id]}")
+        here = str(found.get("device") or ""), commit_of(found)
+        if written.get(run_id, here) != here:
+            problems.append(f"{name} was made on {here[0]!r} at {here[1]!r}, measurements.csv says {written[run_id]}")
     return problems

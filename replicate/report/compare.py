@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -18,30 +18,20 @@ import pandas as pd
 from replicate.model import kind_of_difference
 from replicate.report.labels import is_timing, metric_info, short, symbol, task_key
 from replicate.report.records import good_rows, interval
+from replicate.report.text_table import TextTable
 
 COMPARISON_COLUMNS = (
-    "task",
-    "metric",
-    "model_a",
-    "model_b",
-    "mean_a",
-    "mean_b",
-    "kind",
-    "difference",
-    "ci_low",
-    "ci_high",
-    "unit",
-    "n_seeds",
-    "verdict",
+    *("task", "metric", "model_a", "model_b", "mean_a", "mean_b"),
+    *("kind", "difference", "ci_low", "ci_high", "unit", "n_seeds", "verdict"),
 )
 #: differences below this share of the number are the rounding of another machine or library
 ROUNDING = 1e-6
-#: a number recomputed elsewhere may move by so many standard errors and seed-to-seed standard deviations
+#: a number from another machine may differ by so many standard errors and seed-to-seed standard deviations
 SIGMAS = 4.0
 
 
 def _verdict(metric: str, a: str, b: str, kind: str, low: float, high: float) -> str:
-    """Which model is better, as far as interval and kind allow to say."""
+    """Name the better model, as far as interval and kind decide."""
     better = metric_info(metric).better
     if better is None:
         return ""
@@ -50,14 +40,15 @@ def _verdict(metric: str, a: str, b: str, kind: str, low: float, high: float) ->
     if low <= 0 <= high:
         return "no difference seen"
     below = high < 0
+    winner = a if below == (better == "lower") else b
     # an upper bound below 0 and a lower bound above 0 are conclusive; the other way round they say nothing
     if kind == "estimate" or (kind == "lower_bound" and below) or (kind == "upper_bound" and not below):
-        return f"{a if below == (better == 'lower') else b} looks better, but the kinds do not decide"
-    return f"{a if below == (better == 'lower') else b} is better"
+        return f"{winner} looks better, but the kinds do not decide"
+    return f"{winner} is better"
 
 
 def compare_models(measurements: pd.DataFrame, models: Sequence[str], metric: str = "nll") -> pd.DataFrame:
-    """Differences between models on every task that they share, paired by seed, with a 95 % t-interval.
+    """Return differences between models on every task that they share, paired by seed, with a 95 % t-interval.
 
     Args:
         measurements: as in measurements.csv.
@@ -65,7 +56,7 @@ def compare_models(measurements: pd.DataFrame, models: Sequence[str], metric: st
         metric: as in measurements.csv.
 
     Returns:
-        One row a task and pair, with the columns COMPARISON_COLUMNS. `kind` is the sign of the difference's kind.
+        One row per task and pair, with the columns COMPARISON_COLUMNS. `kind` is the sign of the difference's kind.
 
     Raises:
         ValueError: fewer than two models.
@@ -78,35 +69,39 @@ def compare_models(measurements: pd.DataFrame, models: Sequence[str], metric: st
     for task in sorted(set(rows["task"]), key=task_key):
         here = rows[rows["task"] == task]
         for a, b in combinations(dict.fromkeys(models), 2):
-            left, right = here[here["model"] == a], here[here["model"] == b]
-            for kind_a in sorted(set(left["kind"])):
-                for kind_b in sorted(set(right["kind"])):
-                    pair = _pair(left[left["kind"] == kind_a], right[right["kind"] == kind_b])
-                    if len(pair):
-                        out.append(_comparison(task, metric, a, b, kind_a, kind_b, pair))
+            sides = (here[here["model"] == m].groupby("kind") for m in (a, b))
+            for (kind_a, left), (kind_b, right) in product(*sides):
+                pair = left[_PAIR].merge(right[_PAIR], on=["seed", "unit"], suffixes=("_a", "_b")).sort_values("seed")
+                if len(pair):
+                    kind = kind_of_difference(str(kind_a), str(kind_b))
+                    out.append((task, metric, a, b, *_comparison(metric, a, b, kind, pair)))
     return pd.DataFrame(out, columns=list(COMPARISON_COLUMNS))
 
 
-def _pair(left: pd.DataFrame, right: pd.DataFrame) -> pd.DataFrame:
-    columns = ["seed", "unit", "value"]
-    return left[columns].merge(right[columns], on=["seed", "unit"], suffixes=("_a", "_b")).sort_values("seed")
+_PAIR = ["seed", "unit", "value"]
 
 
-def _comparison(
-    task: str, metric: str, a: str, b: str, kind_a: str, kind_b: str, pair: pd.DataFrame
-) -> tuple[object, ...]:
+def _comparison(metric: str, a: str, b: str, kind: str, pair: pd.DataFrame) -> tuple[object, ...]:
     difference = (pair["value_a"] - pair["value_b"]).to_numpy(dtype=np.float64)
     low, high = interval(difference)
-    kind = kind_of_difference(kind_a, kind_b)
     means = float(pair["value_a"].mean()), float(pair["value_b"].mean())
     verdict = _verdict(metric, a, b, kind, low, high)
     unit = str(pair["unit"].iat[0])
-    return (task, metric, a, b, *means, symbol(kind), float(difference.mean()), low, high, unit, len(pair), verdict)
+    return (*means, symbol(kind), float(difference.mean()), low, high, unit, len(pair), verdict)
+
+
+def comparison_table(frame: pd.DataFrame) -> TextTable:
+    """Make a text table of what `compare_models` returns."""
+    rows = (
+        [f"{v:.4g}" if isinstance(v, float) else str(v) for v in row]
+        for row in frame.itertuples(index=False, name=None)
+    )
+    return TextTable.of_text("comparison", "Models compared", "", frame.columns, rows)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One number that is not the same bits as in the reference.
+    """One number whose bits differ from the reference.
 
     Attributes:
         label: "rounding" (relative 1e-6), "within error" (4 standard errors and seed-to-seed deviations),
@@ -134,13 +129,13 @@ _KEY = ["run_id", "metric", "split"]
 def _comparable(frame: pd.DataFrame) -> pd.DataFrame:
     rows = frame[~frame["metric"].map(is_timing)].copy()
     rows[["split", "kind"]] = rows[["split", "kind"]].fillna("").astype(object)
-    # the same metric may stand twice under one key (two kinds): number them
+    # one key may have two rows of a kind: number them
     rows["nth"] = rows.groupby([*_KEY, "kind"]).cumcount()
     return rows
 
 
 def _tolerances(rows: pd.DataFrame) -> dict[tuple[str, str, str], float]:
-    """Seed-to-seed standard deviation of each number of the reference that has two seeds or more."""
+    """Return the seed-to-seed standard deviation of each number of the reference that has two seeds or more."""
     values: dict[tuple[str, str, str], list[float]] = {}
     for task, model, metric, value in zip(rows["task"], rows["model"], rows["metric"], rows["value"], strict=True):
         if math.isfinite(value):
@@ -149,9 +144,9 @@ def _tolerances(rows: pd.DataFrame) -> dict[tuple[str, str, str], float]:
 
 
 def differences(new: pd.DataFrame, reference: pd.DataFrame) -> list[Difference]:
-    """Every number that is not bit for bit as in the reference, times and memory left out.
+    """Return every number whose bits differ from the reference, times and memory left out.
 
-    Runs are matched by id, which names all that may change a number but the machine.
+    Runs are matched by id, which covers all that can change a number but the machine.
 
     Args:
         new, reference: as in measurements.csv.
@@ -172,7 +167,7 @@ def differences(new: pd.DataFrame, reference: pd.DataFrame) -> list[Difference]:
 
 
 def _label(row: Mapping[Any, Any], spread: dict[tuple[str, str, str], float]) -> str:
-    """The class of a pair of values; "" where they are the same bits."""
+    """Return the class of a pair of values; "" where they are the same bits."""
     a, b = float(row["value"]), float(row["value_old"])
     if math.isnan(a) or math.isnan(b):
         return "" if math.isnan(a) and math.isnan(b) else "status"
@@ -186,14 +181,14 @@ def _label(row: Mapping[Any, Any], spread: dict[tuple[str, str, str], float]) ->
     return "within error" if abs(a - b) <= SIGMAS * scale else "differs"
 
 
-#: so many differences are spelled out; the rest are counted
+#: so many differences are listed, all others counted
 SHOWN = 20
 
 
 def compare_with_reference(new: pd.DataFrame, reference: pd.DataFrame) -> list[str]:
-    """What `differences` finds, in lines for a reader: the counts, then the worst, at most 20.
+    """Describe the `differences` in lines for a reader: the counts, then the worst, at most 20.
 
-    The first line always says how many numbers were compared and how many are the same bits.
+    The first line always has the numbers compared and those with the same bits.
     """
     found = differences(new, reference)
     matched = _comparable(new).merge(_comparable(reference), on=[*_KEY, "kind", "nth"])

@@ -1,17 +1,17 @@
-"""What all figures share: style, panels, legends, and files that come out the same byte for byte.
+"""Figures: style, panels, legends, and files that are the same bytes each time.
 
-Figures are made without pyplot: no global state, no window, no figure left open. Dense artists are rasterised in
-the SVG; ids in it come from a fixed salt and no date is written.
+The report draws without pyplot: no global state, no window, no open figure. Dense artists are rasterised in the SVG;
+ids in it come from a fixed salt, and it has no date.
 """
 
 from __future__ import annotations
 
-import csv
+import base64
 import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib as mpl
@@ -20,7 +20,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from PIL import Image
@@ -28,7 +28,7 @@ from PIL import Image
 from replicate.report.labels import FAMILY_COLOURS, FAMILY_LABELS, family_key
 
 DPI = 100
-#: a picture above this many bytes is reduced to a palette; one still above MAX_PNG is drawn smaller
+#: a picture above MAX_FULL bytes is reduced to a palette; one that is still above MAX_PNG is drawn smaller
 MAX_FULL, MAX_PNG = 180_000, 250_000
 #: largest CSV beside a figure, in bytes
 MAX_CSV = 580_000
@@ -42,31 +42,51 @@ DENSITY = LinearSegmentedColormap.from_list(
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """A finished figure and the data it was drawn from.
+class Figure:
+    """A figure with its texts: drawn first, then saved.
 
     Attributes:
         name: file name without ending.
-        title: of the section it stands in.
+        title: of its section.
         caption: what the reader sees and how to read it.
-        figure: drawn.
-        csv: the data, as CSV text.
-        also: names of further figures' CSV files that this one was drawn from.
+        canvas: the drawing; None once it is saved.
+        csv: the data that it shows, as CSV text.
+        also: names of further figures whose CSV files have data that it shows.
         runs: ids of the runs whose arrays or plots it shows; none where the records' numbers are enough to draw it.
+        png: the saved picture.
     """
 
     name: str
     title: str
     caption: str
-    figure: Figure
-    csv: str
+    canvas: Canvas | None = None
+    csv: str = ""
     also: tuple[str, ...] = ()
     runs: tuple[str, ...] = ()
+    png: bytes = b""
+
+    @property
+    def source(self) -> str:
+        """The picture as a data URI."""
+        return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
+
+    @property
+    def width(self) -> int:
+        """The width of the picture in pixels."""
+        return Image.open(io.BytesIO(self.png)).width
+
+    def scaled(self, factor: float) -> Figure:
+        """Return the figure with a smaller picture."""
+        image = Image.open(io.BytesIO(self.png)).convert("RGB")
+        small = image.resize((int(image.width * factor), int(image.height * factor)), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        small.quantize(128, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+        return replace(self, png=buffer.getvalue())
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The report's look; everything is as before on leaving."""
+    """Set the report's look, and restore the earlier one on leaving."""
     look = {
         **sns.axes_style("whitegrid"),
         **sns.plotting_context("paper", font_scale=1.0),
@@ -97,32 +117,38 @@ def style() -> Iterator[None]:
 
 
 def colour(family: str) -> str:
-    """A family's colour."""
+    """Return a family's colour."""
     return FAMILY_COLOURS.get(family, "#000000")
 
 
 def shade(family: str, index: int, count: int) -> str:
-    """The index-th of a family's `count` models: the family's colour first, then lighter ones.
+    """Return the colour of the index-th of a family's `count` models: the family's first, then lighter ones.
 
-    Never darker: dark orange and dark vermilion would be the same brown.
+    None is darker: dark orange and dark vermilion would be the same brown.
     """
     base = np.array(to_rgb(colour(family)))
     return to_hex(tuple(base + (1 - base) * 0.5 * index / max(1, count - 1)))
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure in inches, on white, so that it reads on dark pages too."""
-    figure = Figure(figsize=(width, height), facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
+def new_canvas(width: float, height: float) -> Canvas:
+    """Return an empty drawing in inches, on white, so that it reads on dark pages too."""
+    canvas = Canvas(figsize=(width, height), facecolor="white")
+    FigureCanvasAgg(canvas)
+    return canvas
 
 
-def panels(count: int, columns: int, size: float, foot: float = 0.42) -> tuple[Figure, list[Axes]]:
-    """Square panels in reading order, with room for two title lines above each and a legend below all.
+def add_axes(canvas: Canvas, x: float, y: float, width: float, height: float) -> Axes:
+    """Add axes of a size, with their lower left corner at (x, y), all in inches."""
+    across, up = canvas.get_size_inches()
+    return canvas.add_axes((x / across, y / up, width / across, height / up))
+
+
+def panels(count: int, columns: int, size: float, foot: float = 0.42) -> tuple[Canvas, list[Axes]]:
+    """Make square panels in reading order, with room for two title lines above each and a legend below all.
 
     Args:
-        count: panels wanted.
-        columns: at most so many side by side.
+        count: number of panels.
+        columns: the most panels side by side.
         size: side of a panel in inches.
         foot: inches below all.
     """
@@ -132,18 +158,16 @@ def panels(count: int, columns: int, size: float, foot: float = 0.42) -> tuple[F
     gap, left, right = 0.1, 0.4, 0.08
     width = left + columns * size + (columns - 1) * gap + right
     height = rows * (size + title_room) + foot + 0.06
-    figure = new_figure(width, height)
-    axes = []
-    for i in range(count):
-        row, at = divmod(i, columns)
-        x = left + at * (size + gap)
-        y = height - 0.06 - (row + 1) * (size + title_room)
-        axes.append(figure.add_axes((x / width, y / height, size / width, size / height)))
-    return figure, axes
+    canvas = new_canvas(width, height)
+    places = (divmod(i, columns) for i in range(count))
+    return canvas, [
+        add_axes(canvas, left + c * (size + gap), height - 0.06 - (r + 1) * (size + title_room), size, size)
+        for r, c in places
+    ]
 
 
 def panel_title(ax: Axes, name: str, note: str, family: str) -> None:
-    """A model's name in its family's colour, and a quiet second line."""
+    """Write a model's name in its family's colour, and a quiet second line."""
     name = name if len(name) <= 24 else name[:23] + "…"
     small = 8.0 if len(name) <= 18 else 6.6
     ax.text(
@@ -153,22 +177,22 @@ def panel_title(ax: Axes, name: str, note: str, family: str) -> None:
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib takes as it is: a pair of dollar signs would start mathematics."""
+    """Escape text for matplotlib: a pair of dollar signs would start mathematics."""
     return text.replace("$", r"\$")
 
 
 def darker(family: str) -> str:
-    """A family's colour, dark enough for small text on white."""
+    """Return a family's colour, dark enough for small text on white."""
     return to_hex(tuple(0.78 * np.array(to_rgb(colour(family)))))
 
 
-def family_legend(figure: Figure, families: Sequence[str], y: float = 0.0) -> None:
-    """One entry a family, centred below the panels."""
+def family_legend(canvas: Canvas, families: Sequence[str], y: float = 0.0) -> None:
+    """Draw one entry per family, centred below the panels."""
     handles = [
         Line2D([], [], color=colour(f), marker="s", linestyle="", markersize=6, label=FAMILY_LABELS.get(f, f))
         for f in sorted(set(families), key=family_key)
     ]
-    figure.legend(
+    canvas.legend(
         handles=handles,
         loc="lower center",
         bbox_to_anchor=(0.5, y),
@@ -179,7 +203,7 @@ def family_legend(figure: Figure, families: Sequence[str], y: float = 0.0) -> No
 
 
 def palette() -> NDArray[np.int64]:
-    """256 colours (256, 3) of the maps and families, to which a large picture is reduced without a change of hue."""
+    """Return 256 colours (256, 3) of the maps and families, to which a large picture is reduced at the same hues."""
     white, faint = np.ones(3), [(0.55, 52), (1.0, 150)]
     maps = [white + (np.array(DENSITY(t)[:3]) - white) * alpha for alpha, n in faint for t in np.linspace(0, 1, n)]
     inks = [to_rgb(c) for f in FAMILY_COLOURS for c in (colour(f), darker(f))]
@@ -189,7 +213,7 @@ def palette() -> NDArray[np.int64]:
 
 
 def reduced(image: Image.Image) -> Image.Image:
-    """An RGB image with every pixel at the nearest colour of `palette`."""
+    """Return an RGB image with every pixel at the nearest colour of `palette`."""
     pixels = np.asarray(image, dtype=np.int64) @ np.array([1 << 16, 1 << 8, 1])
     met, where = np.unique(pixels, return_inverse=True)
     rgb, colours = np.stack([met >> 16, met >> 8 & 255, met & 255], 1), palette()
@@ -199,30 +223,19 @@ def reduced(image: Image.Image) -> Image.Image:
     return out
 
 
-def png_bytes(figure: Figure, dpi: int = DPI) -> bytes:
-    """The figure as PNG without metadata, with the report's palette where it would be large otherwise."""
+def png_bytes(canvas: Canvas, dpi: int = DPI) -> bytes:
+    """Return the drawing as PNG without metadata, with the report's palette where it would be large otherwise."""
     raw = io.BytesIO()
-    figure.savefig(raw, format="png", dpi=dpi, metadata={"Software": None})
+    canvas.savefig(raw, format="png", dpi=dpi, metadata={"Software": None})
     if raw.tell() <= MAX_FULL:
         return raw.getvalue()
-    image, small = Image.open(raw).convert("RGB"), io.BytesIO()
-    reduced(image).save(small, "PNG", optimize=True)
-    if small.tell() > MAX_PNG and dpi > 40:
-        return png_bytes(figure, dpi * 3 // 4)
-    return small.getvalue()
-
-
-def csv_text(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """CSV with Unix line ends."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
-    return out.getvalue()
+    small = io.BytesIO()
+    reduced(Image.open(raw).convert("RGB")).save(small, "PNG", optimize=True)
+    return png_bytes(canvas, dpi * 3 // 4) if small.tell() > MAX_PNG and dpi > 40 else small.getvalue()
 
 
 def fitting(make: Callable[[int], str], sizes: Iterable[int]) -> tuple[int, str]:
-    """The first of the sizes whose CSV is small enough to ship, or the last; with its CSV."""
+    """Return the first of the sizes whose CSV is small enough to ship, or the last; with its CSV."""
     size, text = 0, ""
     for size in sizes:
         text = make(size)
@@ -231,11 +244,17 @@ def fitting(make: Callable[[int], str], sizes: Iterable[int]) -> tuple[int, str]
     return size, text
 
 
-def save(drawing: Drawing, folder: Path) -> bytes:
-    """Write NAME.png, NAME.svg and NAME.csv; returns the PNG."""
+def save(figure: Figure, folder: Path) -> bytes:
+    """Write NAME.png, NAME.svg and NAME.csv of a drawn figure, and return the PNG.
+
+    Raises:
+        ValueError: the figure is saved already.
+    """
+    if figure.canvas is None:
+        raise ValueError(f"the figure {figure.name} is saved already")
     folder.mkdir(parents=True, exist_ok=True)
-    png = png_bytes(drawing.figure)
-    (folder / f"{drawing.name}.png").write_bytes(png)
-    drawing.figure.savefig(folder / f"{drawing.name}.svg", format="svg", metadata={"Date": None})
-    (folder / f"{drawing.name}.csv").write_text(drawing.csv, encoding="utf-8", newline="\n")
+    png = png_bytes(figure.canvas)
+    (folder / f"{figure.name}.png").write_bytes(png)
+    figure.canvas.savefig(folder / f"{figure.name}.svg", format="svg", metadata={"Date": None})
+    (folder / f"{figure.name}.csv").write_text(figure.csv, encoding="utf-8", newline="\n")
     return png

@@ -1,18 +1,18 @@
 """Figures of numbers over seeds: every model with its interval, against cost, against dimension, and its losses.
 
-Each figure function returns a `Drawing` (or None where the records hold nothing to draw): the figure, and the CSV
-text of what is in it. `all_figures` adds the pictures of `replicate.report.maps`.
+Each figure function returns the figure, or none where the records hold nothing to draw. `all_figures` adds the pictures
+of `replicate.report.maps`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.markers import CARETRIGHT, CARETUP
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
@@ -22,31 +22,32 @@ from replicate.report.drawing import (
     MARKERS,
     MAX_CSV,
     QUIET,
-    Drawing,
+    Figure,
+    add_axes,
     colour,
-    csv_text,
     darker,
     family_legend,
-    new_figure,
+    new_canvas,
     plain,
     shade,
 )
 from replicate.report.labels import FAMILY_LABELS, family_key, metric_info, significant, slug
 from replicate.report.maps import Array, density_figure, path_figure, pictures, samples_figure, score_figure
-from replicate.report.records import Run, Runs
-from replicate.report.tables import Number, Results, data_tasks, density_tasks, planar_tasks, task_dimension
+from replicate.report.records import RecordedRun, RecordedRuns
+from replicate.report.tables import Results, data_tasks, density_tasks, dimension_tasks, planar_tasks, task_dimension
+from replicate.report.text_table import Number, csv_text
 
 
 @dataclass(frozen=True)
 class Look:
-    """How one model is drawn in every figure of numbers."""
+    """The colour and marker of one model in every figure of numbers."""
 
     colour: str
     marker: str
 
 
 def looks(results: Results) -> dict[str, Look]:
-    """A look for each model: the family's colour in a shade of its own, and a marker of its own."""
+    """Return a look for each model: the family's colour in a shade of its own, and a marker of its own."""
     out = {}
     models = results.models()
     for family in {results.family[m] for m in models}:
@@ -56,47 +57,47 @@ def looks(results: Results) -> dict[str, Look]:
     return out
 
 
-def _number_rows(results: Results, wanted: Iterable[tuple[str, str, str]]) -> Iterator[list[object]]:
+def _number_csv(results: Results, wanted: Iterable[tuple[str, str, str]]) -> str:
+    """Write the numbers of (task, model, metric) with their intervals as CSV."""
+    rows: list[list[object]] = []
     for task, model, metric in wanted:
         n = results.number(task, model, metric)
         if n is not None:
             numbers = (f"{v:.8g}" if math.isfinite(v) else "" for v in (n.mean, n.low, n.high))
-            yield [task, model, results.family[model], metric, n.kind, n.unit, *numbers, len(n.seeds)]
-
-
-NUMBER_HEAD = ("task", "model", "family", "metric", "kind", "unit", "mean", "ci_low", "ci_high", "n_seeds")
+            rows.append([task, model, results.family[model], metric, n.kind, n.unit, *numbers, len(n.seeds)])
+    head = ("task", "model", "family", "metric", "kind", "unit", "mean", "ci_low", "ci_high", "n_seeds")
+    return csv_text(head, rows)
 
 
 def _error(n: Number) -> list[list[float]] | None:
-    """Interval as matplotlib wants it: distances from the mean."""
+    """Return the interval in matplotlib's form, distances from the mean."""
     return [[n.mean - n.low], [n.high - n.mean]] if math.isfinite(n.low) and math.isfinite(n.high) else None
 
 
-def model_legend(figure: Figure, results: Results, models: Sequence[str], x: float, lines: bool = True) -> None:
-    """Models under the names of their families, down the right side."""
+def model_legend(canvas: Canvas, results: Results, models: Sequence[str], x: float, lines: bool = True) -> None:
+    """Draw models under the names of their families, down the right side."""
     style, handles = looks(results), []
     for family in sorted({results.family[m] for m in models}, key=family_key):
         handles.append(Line2D([], [], linestyle="", label=rf"$\bf{{{_bold(FAMILY_LABELS.get(family, family))}}}$"))
         for m in models:
             if results.family[m] == family:
-                look = style[m]
-                width = 1.2 if lines else 0
                 name = plain(m if len(m) <= 22 else m[:21] + "…")
+                look, width = style[m], 1.2 if lines else 0
                 handles.append(
                     Line2D([], [], color=look.colour, marker=look.marker, markersize=5, linewidth=width, label=name)
                 )
-    anchor = (x, 1 - 0.12 / figure.get_size_inches()[1])
-    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=anchor, handlelength=1.8, labelspacing=0.28)
+    anchor = (x, 1 - 0.12 / canvas.get_size_inches()[1])
+    canvas.legend(handles=handles, loc="upper left", bbox_to_anchor=anchor, handlelength=1.8, labelspacing=0.28)
 
 
 def _bold(text: str) -> str:
-    """A family's label inside mathematics, where spaces and hyphens need a word of their own."""
+    """Write a family's label in mathematics, where spaces and hyphens need a command."""
     safe = "".join(c for c in text if c.isalnum() or c in " -/()")
     return safe.replace(" ", r"\ ").replace("-", r"\mathrm{-}")
 
 
 def _kl_axis(ax: Axes, which: str, values: Sequence[float]) -> None:
-    """Linear below 0.01 nats, logarithmic above: KL estimates scatter about 0 at the bottom."""
+    """Make an axis linear below 0.01 nats and logarithmic above: the lowest KL estimates scatter about 0."""
     getattr(ax, f"set_{which}scale")("symlog", linthresh=0.01, linscale=0.6)
     axis = getattr(ax, f"{which}axis")
     top = max([v for v in values if math.isfinite(v)], default=1.0)
@@ -109,7 +110,7 @@ def _kl_axis(ax: Axes, which: str, values: Sequence[float]) -> None:
 
 
 def _log_axis(ax: Axes, which: str, values: Sequence[float]) -> None:
-    """Logarithmic about the means, with 2 and 5 labelled where less than two decades are shown."""
+    """Make an axis logarithmic about the means, with 2 and 5 labelled where it spans less than two decades."""
     getattr(ax, f"set_{which}scale")("log")
     axis = getattr(ax, f"{which}axis")
     low, high = (min(values) / 1.6, max(values) * 1.6) if values else (0.1, 10.0)
@@ -121,7 +122,7 @@ def _log_axis(ax: Axes, which: str, values: Sequence[float]) -> None:
 
 
 def _far(values: Sequence[float]) -> float:
-    """From where a value on a linear axis counts as off the scale: it would squeeze all others into a corner."""
+    """Return the value from which on a linear axis a number is off the scale: it would squeeze all others."""
     finite = [v for v in values if math.isfinite(v)]
     if not finite or max(finite) <= 2.5 * float(np.median(finite)) or min(finite) <= 0:
         return math.inf
@@ -129,123 +130,109 @@ def _far(values: Sequence[float]) -> float:
     return max(near) + 0.08 * (max(near) - min(near))
 
 
-def _tidy(ax: Axes) -> None:
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
+def _edge(results: Results, task: str, metric: str, models: Iterable[str]) -> float:
+    """Return the value from which a metric of a task is off the scale; KL has a scale that no number leaves."""
+    numbers = (results.number(task, m, metric) for m in models)
+    return math.inf if metric == "kl" else _far([n.mean for n in numbers if n is not None])
 
 
-def dimension_figure(results: Results) -> Drawing | None:
-    """Error and cost against the dimension of mixture-D."""
-    tasks = sorted((t for t in results.tasks if task_dimension(t)), key=lambda t: task_dimension(t) or 0)
+def _axis_title(metric: str, label: str = "") -> str:
+    info = metric_info(metric)
+    return f"{label or info.label} [{info.unit}]"
+
+
+def dimension_figure(results: Results) -> Figure | None:
+    """Draw error and cost against the dimension of mixture-D."""
+    tasks = {t: task_dimension(t) or 0 for t in dimension_tasks(results)}
     models = [m for m in results.models(*tasks) if m != "truth"] if tasks else []
     if len(tasks) < 2 or not models:
         return None
-    metrics = ("kl", "train_seconds", "sample_ms")
-    width, height = 11.2, max(3.4, 0.8 + 0.19 * (len(models) + 6))
-    figure, style = new_figure(width, height), looks(results)
-    for i, metric in enumerate(metrics):
-        ax = figure.add_axes((0.055 + i * 0.262, 0.55 / height, 0.205, 1 - 0.9 / height))
+    titles = {"kl": metric_info("kl").label, "train_seconds": "Training", "sample_ms": "One sample"}
+    height = max(3.4, 0.8 + 0.19 * (len(models) + 6))
+    canvas, style = new_canvas(11.2, height), looks(results)
+    for i, (metric, title) in enumerate(titles.items()):
+        ax = canvas.add_axes((0.055 + i * 0.262, 0.55 / height, 0.205, 1 - 0.9 / height))
         values: list[float] = []
         for m in models:
-            points = [(task_dimension(t) or 0, n) for t in tasks if (n := results.number(t, m, metric)) is not None]
-            if metric != "kl":
-                points = [(d, n) for d, n in points if n.mean > 0]
+            points = [(d, n) for t, d in tasks.items() if (n := results.number(t, m, metric)) is not None]
+            points = [(d, n) for d, n in points if metric == "kl" or n.mean > 0]
             values += [n.mean for _, n in points]
             _line(ax, points, style[m])
-        _dimension_axis(ax, [task_dimension(t) or 0 for t in tasks])
-        info = metric_info(metric)
-        ax.set_title({"kl": info.label, "train_seconds": "Training", "sample_ms": "One sample"}[metric], loc="left")
-        ax.set_ylabel(info.unit)
-        if metric == "kl":
-            _kl_axis(ax, "y", values)
-        else:
-            _log_axis(ax, "y", values)
-        _tidy(ax)
-    model_legend(figure, results, models, 0.83)
-    text = csv_text(NUMBER_HEAD, _number_rows(results, [(t, m, k) for k in metrics for m in models for t in tasks]))
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(list(tasks.values()), [str(d) for d in tasks.values()])
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_xlabel("dimension D")
+        ax.set_title(title, loc="left")
+        ax.set_ylabel(metric_info(metric).unit)
+        (_kl_axis if metric == "kl" else _log_axis)(ax, "y", values)
+        ax.spines[["top", "right"]].set_visible(False)
+    model_legend(canvas, results, models, 0.83)
+    text = _number_csv(results, [(t, m, k) for k in titles for m in models for t in tasks])
     caption = (
         "Error and cost on mixture-D as D grows: means over seeds with 95 % t-intervals. KL is linear below 0.01 nats."
     )
-    return Drawing("dimension", "Error against dimension", caption, figure, text)
+    return Figure("dimension", "Error against dimension", caption, canvas, text)
 
 
 def _line(ax: Axes, points: Sequence[tuple[int, Number]], look: Look) -> None:
-    ax.plot(
-        [d for d, _ in points],
-        [n.mean for _, n in points],
-        color=look.colour,
-        marker=look.marker,
-        markersize=4,
-        linewidth=1.1,
-    )
+    x, y = [d for d, _ in points], [n.mean for _, n in points]
+    ax.plot(x, y, color=look.colour, marker=look.marker, markersize=4, linewidth=1.1)
     for d, n in points:
         ax.errorbar([d], [n.mean], yerr=_error(n), color=look.colour, elinewidth=0.9, capsize=2)
 
 
-def _dimension_axis(ax: Axes, dimensions: Sequence[int]) -> None:
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(dimensions, [str(d) for d in dimensions])
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_xlabel("dimension D")
-
-
-def cost_figure(results: Results, tasks: Sequence[str], metric: str, name: str, title: str) -> Drawing | None:
-    """Quality against training time and against time a sample, one column of panels a task."""
+def cost_figure(results: Results, tasks: Sequence[str], metric: str, name: str, title: str) -> Figure | None:
+    """Draw quality against training time and against time per sample, one column of panels per task."""
     costs = ("train_seconds", "sample_ms")
     models = [m for m in results.models(*tasks) if m != "truth"] if tasks else []
-    drawn = [m for m in models if any(results.number(t, m, metric) for t in tasks)]
-    if not drawn:
+    models = [m for m in models if any(results.number(t, m, metric) for t in tasks)]
+    if not models:
         return None
-    tasks = [t for t in tasks if any(results.number(t, m, metric) for m in drawn)]
+    tasks = [t for t in tasks if any(results.number(t, m, metric) for m in models)]
     bands = math.ceil(len(tasks) / 5)
     columns = math.ceil(len(tasks) / bands)
     left, gap, legend = 0.7, 0.5, 1.9
     size = 2.5 if columns <= 3 else 1.85
     band_height = 2 * (size + 0.55) + 0.3
     width = left + columns * (size + gap) + legend
-    height = max(bands * band_height, 0.4 + 0.175 * (len(drawn) + 6))
-    figure = new_figure(width, height)
-    style = looks(results)
+    height = max(bands * band_height, 0.4 + 0.175 * (len(models) + 6))
+    canvas, style = new_canvas(width, height), looks(results)
     for i, task in enumerate(tasks):
         band, at = divmod(i, columns)
         for k, cost in enumerate(costs):
             bottom = height - band * band_height - 0.3 - size - k * (size + 0.55)
-            x = left + at * (size + gap)
-            ax = figure.add_axes((x / width, bottom / height, size / width, size / height))
-            _cost_panel(ax, results, task, metric, cost, drawn, style)
+            ax = add_axes(canvas, left + at * (size + gap), bottom, size, size)
+            _cost_panel(ax, results, (task, metric, cost), {m: style[m] for m in models})
             if k == 0:
                 ax.set_title(plain(task), loc="left", weight="bold")
             if at == 0:
-                info = metric_info(metric)
-                ax.set_ylabel(f"{info.label} [{info.unit}]")
-    model_legend(figure, results, drawn, (left + columns * (size + gap) - 0.4) / width, lines=False)
-    text = csv_text(
-        NUMBER_HEAD, _number_rows(results, [(t, m, k) for t in tasks for m in drawn for k in (metric, *costs)])
-    )
+                ax.set_ylabel(_axis_title(metric))
+    model_legend(canvas, results, models, (left + columns * (size + gap) - 0.4) / width, lines=False)
+    text = _number_csv(results, [(t, m, k) for t in tasks for m in models for k in (metric, *costs)])
     caption = (
         f"{metric_info(metric).label} against what it costs: training time, and time to draw one sample in a large "
         "batch. Lower left is better; a caret is off the scale. Means over seeds with 95 % t-intervals; hollow marks "
         "are bounds or estimates, full ones exact."
     )
-    return Drawing(name, title, caption, figure, text)
+    return Figure(name, title, caption, canvas, text)
 
 
-def _cost_panel(
-    ax: Axes, results: Results, task: str, metric: str, cost: str, models: Sequence[str], style: dict[str, Look]
-) -> None:
+def _cost_panel(ax: Axes, results: Results, of: tuple[str, str, str], style: dict[str, Look]) -> None:
+    """Draw the metric against the cost on the task that `of` names, every model in its look."""
+    task, metric, cost = of
     values: list[float] = []
     spent: list[float] = []
-    far = _far([n.mean for m in models if (n := results.number(task, m, metric)) is not None])
-    for m in models:
+    edge = _edge(results, task, metric, style)
+    for m, look in style.items():
         y, x = results.number(task, m, metric), results.number(task, m, cost)
         if y is None or x is None or x.mean <= 0:
             continue
         values.append(y.mean)
         spent.append(x.mean)
-        look, off = style[m], metric != "kl" and y.mean > far
+        off = y.mean > edge
         ax.errorbar(
             [x.mean],
-            [far if off else y.mean],
+            [edge if off else y.mean],
             yerr=None if off else _error(y),
             color=look.colour,
             marker=CARETUP if off else look.marker,
@@ -261,50 +248,44 @@ def _cost_panel(
     else:
         ax.yaxis.set_major_locator(MaxNLocator(6))
         ax.margins(y=0.1)
-    info = metric_info(cost)
-    ax.set_xlabel(f"{'training' if cost == 'train_seconds' else 'one sample'} [{info.unit}]")
-    _tidy(ax)
+    ax.set_xlabel(_axis_title(cost))
+    ax.spines[["top", "right"]].set_visible(False)
 
 
-def comparison_figure(results: Results, tasks: Sequence[str], metric: str, name: str, title: str) -> Drawing | None:
-    """Every model on one line with its interval and its seeds, by family, one column a task."""
+def comparison_figure(results: Results, tasks: Sequence[str], metric: str, name: str, title: str) -> Figure | None:
+    """Draw every model on one line with its interval and its seeds, by family, one column per task."""
     tasks = [t for t in tasks if any(results.number(t, m, metric) for m in results.models(t))]
     models = [m for m in results.models(*tasks) if m != "truth"] if tasks else []
     if not models:
         return None
-    row, size = 0.215, 2.9 if len(tasks) <= 3 else 2.0
+    write = len(tasks) <= 3
+    row, size, room = 0.215, 2.9 if write else 2.0, 1.62 if write else 0.15
     rows = _family_rows(results, models)
-    room = 1.62 if len(tasks) <= 3 else 0.15
     left, foot = 1.85, 0.78
     width, height = max(7.2, left + len(tasks) * (size + room)), foot + 0.34 + row * rows[-1][1] + row
-    figure = new_figure(width, height)
-    style = looks(results)
+    canvas = new_canvas(width, height)
     for i, task in enumerate(tasks):
-        x = left + i * (size + room)
-        box = (x / width, foot / height, size / width, 1 - (foot + 0.34) / height)
-        ax = figure.add_axes(box)
-        _comparison_panel(ax, results, task, metric, rows, style, write=len(tasks) <= 3)
+        ax = canvas.add_axes(
+            ((left + i * (size + room)) / width, foot / height, size / width, 1 - (foot + 0.34) / height)
+        )
+        _comparison_panel(ax, results, (task, metric), rows, write)
         ax.set_title(plain(task), loc="left", weight="bold")
-        info = metric_info(metric)
-        ax.set_xlabel(f"{info.label} [{info.unit}]")
-        if i == 0:
-            ax.set_yticks([at for _, at in rows], [plain(m[:30]) for m, _ in rows])
-            for label, (m, _) in zip(ax.get_yticklabels(), rows, strict=True):
-                label.set_color(darker(results.family[m]))
-        else:
-            ax.set_yticks([at for _, at in rows], [""] * len(rows))
-    family_legend(figure, [results.family[m] for m in models], y=0.0)
-    text = csv_text(NUMBER_HEAD, _number_rows(results, [(t, m, metric) for t in tasks for m in models]))
+        ax.set_xlabel(_axis_title(metric))
+        ax.set_yticks([at for _, at in rows], [plain(m[:30]) if i == 0 else "" for m, _ in rows])
+        for label, (m, _) in zip(ax.get_yticklabels() if i == 0 else [], rows, strict=False):
+            label.set_color(darker(results.family[m]))
+    family_legend(canvas, [results.family[m] for m in models])
+    text = _number_csv(results, [(t, m, metric) for t in tasks for m in models])
     caption = (
         f"{metric_info(metric).label}, lower is better: mean over seeds with its 95 % t-interval, and each seed as a "
         "small dot. Hollow marks are bounds or estimates, carets are off the scale. = exact, "
         "<= upper bound, >= lower bound, ~ estimate."
     )
-    return Drawing(name, title, caption, figure, text)
+    return Figure(name, title, caption, canvas, text)
 
 
 def _family_rows(results: Results, models: Sequence[str]) -> list[tuple[str, float]]:
-    """(model, position) from the top down, with a gap between families."""
+    """Return (model, position) from the top down, with a gap between families."""
     rows: list[tuple[str, float]] = []
     at, family = 0.0, None
     for m in models:
@@ -316,26 +297,22 @@ def _family_rows(results: Results, models: Sequence[str]) -> list[tuple[str, flo
 
 
 def _comparison_panel(
-    ax: Axes,
-    results: Results,
-    task: str,
-    metric: str,
-    rows: Sequence[tuple[str, float]],
-    style: dict[str, Look],
-    write: bool,
+    ax: Axes, results: Results, of: tuple[str, str], rows: Sequence[tuple[str, float]], write: bool
 ) -> None:
+    """Draw the metric on the task that `of` names, every model on its row, with its numbers where `write`."""
+    task, metric = of
     values: list[float] = []
-    far = _far([n.mean for m, _ in rows if (n := results.number(task, m, metric)) is not None])
+    edge = _edge(results, task, metric, [m for m, _ in rows])
     for m, at in rows:
         n, cell = results.number(task, m, metric), results.cell(task, m, metric)
         if n is not None:
             values += [v for v in (n.mean, n.low, n.high) if math.isfinite(v)]
             seeds = [v for _, v, _ in n.seeds if math.isfinite(v)]
-            face, off = colour(results.family[m]), metric != "kl" and n.mean > far
+            face, off = colour(results.family[m]), n.mean > edge
             if not off:
                 ax.plot(seeds, [at] * len(seeds), "o", color=face, markersize=2.4, alpha=0.45, zorder=2)
             ax.errorbar(
-                [far if off else n.mean],
+                [edge if off else n.mean],
                 [at],
                 xerr=None if off else _error(n),
                 color=face,
@@ -365,9 +342,9 @@ def _comparison_panel(
 # -- training
 
 
-def training_figure(results: Results, runs: Runs, task: str) -> Drawing | None:
-    """Training and validation loss of every model that is trained by steps, one panel a model."""
-    trained: dict[str, list[Run]] = {}
+def training_figure(results: Results, runs: RecordedRuns, task: str) -> Figure | None:
+    """Draw training and validation loss of every model that is trained by steps, one panel per model."""
+    trained: dict[str, list[RecordedRun]] = {}
     for run in runs.done:
         if run.task == task and run.history.get("train"):
             trained.setdefault(run.model, []).append(run)
@@ -375,43 +352,42 @@ def training_figure(results: Results, runs: Runs, task: str) -> Drawing | None:
         return None
     models = [m for m in results.models(task) if m in trained]
     columns = min(5, len(models))
-    count = math.ceil(len(models) / columns)
     size, tall, gap, high = 1.7, 1.05, 0.52, 0.56
-    width, height = 0.25 + columns * (size + gap), count * (tall + high) + 0.42
-    figure = new_figure(width, height)
+    height = math.ceil(len(models) / columns) * (tall + high) + 0.42
+    canvas = new_canvas(0.25 + columns * (size + gap), height)
     for i, m in enumerate(models):
         r, c = divmod(i, columns)
-        x, y = 0.45 + c * (size + gap), height - (r + 1) * (tall + high) + 0.22
-        ax = figure.add_axes((x / width, y / height, size / width, tall / height))
+        ax = add_axes(canvas, 0.45 + c * (size + gap), height - (r + 1) * (tall + high) + 0.22, size, tall)
         _curves(ax, trained[m])
         ax.set_title(plain(m[:26]), loc="left", fontsize=8, weight="bold", color=darker(results.family[m]), pad=3)
         ax.set_xlabel("step" if i + columns >= len(models) else "", fontsize=7, labelpad=1)
         ax.set_ylabel("loss" if c == 0 else "", fontsize=7, labelpad=2)
-    _curve_legend(figure)
-    rows = _curve_rows([r for m in models for r in trained[m]])
+    _curve_legend(canvas)
     caption = (
         f"Losses on {task}, one thin line a seed. Objectives differ between models, so only the shape compares. Where "
         "validation measures another quantity it is drawn on a scale of its own, without ticks. The first steps may "
         "leave the panel. The dot is the step whose weights were kept."
     )
-    text = csv_text(["model", "seed", "split", "step", "loss", "kept"], rows)
-    if len(text.encode()) > MAX_CSV:
-        text = csv_text(["model", "seed", "split", "step", "loss", "kept"], rows[:: 1 + len(text.encode()) // MAX_CSV])
-    return Drawing(f"training-{slug(task)}", f"Training: {task}", caption, figure, text)
+    text = _curve_csv([r for m in models for r in trained[m]])
+    return Figure(f"training-{slug(task)}", f"Training: {task}", caption, canvas, text)
 
 
-def _curve_rows(runs: Sequence[Run]) -> list[list[object]]:
-    out: list[list[object]] = []
+def _curve_csv(runs: Sequence[RecordedRun]) -> str:
+    """Write the losses of runs as CSV, without most steps where all would be too large a file."""
+    head = ("model", "seed", "split", "step", "loss", "kept")
+    rows: list[list[object]] = []
     for run in runs:
         kept = run.history.get("best_step")
         for split in ("train", "valid"):
             for step, loss in run.history.get(split) or []:
-                out.append([run.model, run.seed, split, step, significant(float(loss), 6), int(step == kept)])
-    return out
+                rows.append([run.model, run.seed, split, step, significant(float(loss), 6), int(step == kept)])
+    text = csv_text(head, rows)
+    size = len(text.encode())
+    return csv_text(head, rows[:: 1 + size // MAX_CSV]) if size > MAX_CSV else text
 
 
-def _curves(ax: Axes, runs: Sequence[Run]) -> None:
-    """Losses of one model's runs; validation is on a scale of its own where it is far from all training losses."""
+def _curves(ax: Axes, runs: Sequence[RecordedRun]) -> None:
+    """Draw the losses of one model's runs; validation has its own scale where it is far from all training losses."""
     train = [np.asarray(r.history["train"], dtype=np.float64) for r in runs]
     valid = [np.asarray(r.history.get("valid") or np.empty((0, 2)), dtype=np.float64) for r in runs]
     spans = _span(train), _span(valid)
@@ -428,11 +404,11 @@ def _curves(ax: Axes, runs: Sequence[Run]) -> None:
         _loss_axis(other, spans[1])
         other.set_yticks([])
         other.spines[:].set_visible(False)
-    _tidy(ax)
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def _span(curves: Sequence[Array]) -> tuple[float, float]:
-    """Range of the losses after the first steps, without the highest spikes; (nan, nan) of nothing."""
+    """Return the range of the losses after the first steps, without the highest spikes; (nan, nan) of nothing."""
     late = [v for c in curves for v in c[len(c) // 12 :, 1].tolist() if math.isfinite(v)]
     return (min(late), float(np.quantile(late, 0.985))) if late else (math.nan, math.nan)
 
@@ -448,36 +424,32 @@ def _loss_axis(ax: Axes, span: tuple[float, float]) -> None:
     ax.tick_params(labelsize=6.3, length=0, pad=1.5)
 
 
-def _curve_legend(figure: Figure) -> None:
+def _curve_legend(canvas: Canvas) -> None:
     handles = [
         Line2D([], [], color=QUIET, linewidth=1.2, label="training loss"),
         Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (3, 1.5)), label="validation loss"),
         Line2D([], [], color=INK, marker="o", linestyle="", markersize=3.5, label="weights kept"),
     ]
-    figure.legend(handles=handles, loc="lower center", ncol=3, bbox_to_anchor=(0.5, 0.0))
+    canvas.legend(handles=handles, loc="lower center", ncol=3, bbox_to_anchor=(0.5, 0.0))
 
 
-def all_figures(results: Results, runs: Runs) -> Iterator[Drawing]:
-    """Every figure of the report, in its order, one at a time so that no more than one is in memory."""
+def all_figures(results: Results, runs: RecordedRuns) -> list[Figure]:
+    """Draw every figure of the comparison, in the report's order."""
     data, planar = data_tasks(results), planar_tasks(results)
-    overview: list[Drawing | None] = [
+    found: list[Figure | None] = [
         comparison_figure(results, data, "nll", "nll", "Likelihood of data"),
         comparison_figure(results, planar, "kl", "kl", "KL on two-dimensional densities"),
         cost_figure(results, data, "nll", "cost-data", "Likelihood against cost"),
         cost_figure(results, planar, "kl", "cost-densities", "KL against cost"),
         dimension_figure(results),
     ]
-    yield from (d for d in overview if d is not None)
     for task in [*data, *planar]:
         shown = [r for r in runs.done if r.task == task]
         if any(r.folder is None for r in shown):
-            continue  # its arrays are not at hand
+            continue  # the results folder that records it keeps no arrays
         pictured, ids = pictures(runs, task), tuple(sorted(r.run_id for r in shown))
         for make in (samples_figure,) if task in data else (density_figure, score_figure, path_figure):
-            yield from (replace(d, runs=ids) for d in _some(make(results, task, pictured)))
-    for task in [*data, *density_tasks(results)]:
-        yield from _some(training_figure(results, runs, task))
-
-
-def _some(drawing: Drawing | None) -> list[Drawing]:
-    return [] if drawing is None else [drawing]
+            figure = make(results, task, pictured)
+            found.append(figure and replace(figure, runs=ids))
+    found += [training_figure(results, runs, task) for task in [*data, *density_tasks(results)]]
+    return [figure for figure in found if figure is not None]

@@ -1,6 +1,6 @@
-"""What a results folder keeps of its runs, so that other runs can join them and its report be written again.
+"""A results folder is enough to write its report again, and to add other runs to it.
 
-Measurements and records are kept whole. What a comparison's pictures are drawn from, samples and grids, is not: such a
+It keeps measurements and records whole, and not the samples and grids that the pictures of a comparison show. Such a
 figure is carried over as it is, with its texts from figures.json, as long as the runs that it shows are kept.
 """
 
@@ -8,40 +8,34 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from replicate.errors import ReportError
-from replicate.report.drawing import ENDINGS, Drawing
-from replicate.report.page import Shown
-from replicate.report.records import FAILED, Run, Runs, read_measurements, read_records, record_problems
+from replicate.report.drawing import ENDINGS, Figure
+from replicate.report.records import (
+    FAILED,
+    RecordedRuns,
+    read_measurements,
+    read_records,
+    record_problems,
+    recorded_line,
+)
 from replicate.validation import NAME, Problems, Rule, brief, check_table, check_value
 
 #: the texts of every figure, and the runs whose arrays or plots it shows
 INDEX = "figures.json"
-#: what stands in a line of records.jsonl under the name that it has in a Run
-_SAME = frozenset(
-    {
-        *("run_id", "spec", "provenance", "about", "paper", "error", "traceback_tail"),
-        *("weights_sha256", "history", "examples", "classifiers"),
-    }
-)
-#: names are those of files that are copied
+#: figures are files that are copied
 _NAME = Rule(str, pattern=NAME)
-_ENTRY = {
-    "title": Rule(str),
-    "caption": Rule(str),
-    "also": Rule(tuple[str, ...]),
-    "runs": Rule(tuple[str, ...]),
-}
+_ENTRY = {**dict.fromkeys(("title", "caption"), Rule(str)), **dict.fromkeys(("also", "runs"), Rule(tuple[str, ...]))}
 _COLUMNS = ["split", "metric", "value", "stderr", "kind", "unit", "n", "status"]
 
 
-def kept_runs(folder: Path, ids: Iterable[str] | None = None) -> Runs:
-    """The runs that a results folder tells of, whole but for their arrays; none where there are no results.
+def kept_runs(folder: Path, ids: Iterable[str] | None = None) -> RecordedRuns:
+    """Return the runs that a results folder records, whole but for their arrays; none where there are no results.
 
     Args:
         folder: results/PROFILE.
@@ -52,62 +46,54 @@ def kept_runs(folder: Path, ids: Iterable[str] | None = None) -> Runs:
     """
     wanted = None if ids is None else set(ids)
     if wanted == set() or not (folder / "records.jsonl").exists():
-        return Runs(())
+        return RecordedRuns(())
     frame, records = read_measurements(folder / "measurements.csv"), read_records(folder / "records.jsonl")
-    if problems := record_problems(records, frame):  # they would be written anew as if they were right
-        raise ReportError(f"{folder} disagrees with itself: {problems[0]}; `replicate verify` tells all")
-    told = frame[frame["metric"] != FAILED].groupby("run_id", sort=False)
-    rows = {str(run_id): tuple(_as_in_record(group)) for run_id, group in told}
-    runs = []
-    for line in records:
-        if wanted is not None and line["run_id"] not in wanted:
-            continue
-        same = {k: v for k, v in line.items() if k in _SAME}
-        plots = tuple(line["plots"]) if "plots" in line else None
-        runs.append(Run(**same, folder=None, measurements=rows.get(line["run_id"], ()), plots=plots))
-    return Runs(tuple(sorted(runs, key=Run.sort_key)))
+    if problems := record_problems(records, frame):  # a new report would make them look right
+        raise ReportError(f"{folder} disagrees with itself: {problems[0]}; `replicate verify` lists every problem")
+    found = frame[frame["metric"] != FAILED].groupby("run_id", sort=False)
+    rows = {str(run_id): tuple(_as_in_record(group)) for run_id, group in found}
+    lines = (line for line in records if wanted is None or line["run_id"] in wanted)
+    return RecordedRuns.of(recorded_line(line, rows.get(line["run_id"], ())) for line in lines)
 
 
 def _as_in_record(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Rows of measurements.csv as a record has them: None for what a CSV leaves empty."""
+    """Return rows of measurements.csv as a record has them: None for what a CSV leaves empty."""
     for row in rows[_COLUMNS].itertuples(index=False, name=None):
         yield {k: None if pd.isna(v) or v == "" else v for k, v in zip(_COLUMNS, row, strict=True)}
 
 
-def joined(new: Runs, earlier: Runs) -> Runs:
-    """The runs of both; of two of one model, task and seed the new one, unless that alone failed.
+def combined(new: RecordedRuns, earlier: RecordedRuns) -> RecordedRuns:
+    """Add new runs to earlier ones; of two runs of one model, task and seed keep the new one, unless only it failed.
 
     Raises:
-        ReportError: a new run was measured in another way than its neighbours, so that no table can have both.
+        ReportError: the spec of a new run differs from its neighbours', so that no table can have both.
     """
-    told = {key: run for run in earlier.runs for key in _measured(run)}
+    settings = {key: (run.model, value) for run in earlier.runs for key, value in run.agreement().items()}
     for run in new.runs:
-        for key, value in _measured(run).items():
-            if key in told and _measured(told[key])[key] != value:
+        for key, value in run.agreement().items():
+            other, theirs = settings.get(key, ("", value))
+            if theirs != value:
                 raise ReportError(
-                    f"{run.model} on {run.task}, seed {run.seed}, cannot join {told[key].model} there: its {key[0]} is "
-                    "another; run it with the profile and the data of these results"
+                    f"{run.model} on {run.task}, seed {run.seed}, cannot be added to {other} there: its {key[0]} "
+                    "differs; run it with the profile and the data of these results"
                 )
     out = {(r.task, r.model, r.seed): r for r in earlier.runs}
     for run in new.runs:
         before = out.get((run.task, run.model, run.seed))
         if not (run.failed and before is not None and not before.failed):
             out[(run.task, run.model, run.seed)] = run
-    return Runs(tuple(sorted(out.values(), key=Run.sort_key)))
+    return RecordedRuns.of(out.values())
 
 
-def write_index(drawings: Iterable[Drawing], carried: dict[str, Any], folder: Path) -> None:
+def write_index(figures: Iterable[Figure], carried: dict[str, Any], folder: Path) -> None:
     """Write figures.json: title, caption, further CSV files and runs of every figure by name."""
-    index = {
-        **carried,
-        **{d.name: {"title": d.title, "caption": d.caption, "also": d.also, "runs": d.runs} for d in drawings},
-    }
+    index = carried | {f.name: {key: getattr(f, key) for key in _ENTRY} for f in figures}
     text = json.dumps(index, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     (folder / INDEX).write_text(text, encoding="utf-8", newline="\n")
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """What figures.json says.
+    """Read figures.json.
 
     Raises:
         ReportError: it cannot be read.
@@ -128,8 +114,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     return found
 
 
-def carried(earlier: Path, runs: Runs, drawn: Iterable[str]) -> dict[str, Any]:
-    """Entries of the figures of an earlier report that cannot be drawn again and whose runs all stand in this one.
+def carried(earlier: Path, runs: RecordedRuns, drawn: Iterable[str]) -> dict[str, Any]:
+    """Return the entries of an earlier report's figures that cannot be drawn again and whose runs are all in this one.
 
     Raises:
         ReportError: there is a kept run, and figures.json cannot be read.
@@ -145,31 +131,13 @@ def carried(earlier: Path, runs: Runs, drawn: Iterable[str]) -> dict[str, Any]:
     }
 
 
-def carry(name: str, entry: dict[str, Any], runs: Runs, earlier: Path, folder: Path) -> Shown:
-    """Copy a figure's files from an earlier report; its caption says which runs came after it was drawn."""
+def carry(name: str, entry: dict[str, Any], runs: RecordedRuns, earlier: Path, folder: Path) -> Figure:
+    """Copy a figure's files from an earlier report; its caption names the runs that are newer than the figure."""
     for ending in ENDINGS:
         shutil.copyfile(earlier / "figures" / f"{name}.{ending}", folder / f"{name}.{ending}")
     shows = set(entry["runs"])
     groups = {r.group for r in runs.done if r.run_id in shows}
-    later = [r for r in runs.done if r.group in groups and r.run_id not in shows]
-    note = f" Drawn before {_named(later)} joined." if later else ""
+    later = {r.label_in_group for r in runs.done if r.group in groups and r.run_id not in shows}
+    note = f" Drawn before {', '.join(sorted(later))} joined." if later else ""
     png = (folder / f"{name}.png").read_bytes()
-    return Shown(name, entry["title"], entry["caption"] + note, png, tuple(entry["also"]))
-
-
-def _measured(run: Run) -> dict[tuple[Any, ...], Any]:
-    """What of a run's spec must be the same in all runs of the results, of a task, and of a task's seed."""
-    spec = run.spec
-    common = {(k,): spec.get(k) for k in ("profile", "results_version")}
-    if run.is_experiment:
-        return common
-    return {
-        **common,
-        ("evaluation", run.task): spec.get("evaluation"),
-        ("data_sha256", run.task, run.seed): spec.get("data_sha256"),
-    }
-
-
-def _named(runs: Sequence[Run]) -> str:
-    experiments = all(r.is_experiment for r in runs)
-    return ", ".join(sorted({f"seed {r.seed}" if experiments else r.model for r in runs}))
+    return Figure(name, entry["title"], entry["caption"] + note, also=tuple(entry["also"]), png=png)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,90 +14,66 @@ import pandas as pd
 from replicate.errors import ReportError
 from replicate.ledger.claims import RELATIONS, SOURCES, Claim, PaperClaims, resolved
 from replicate.ledger.tables import MeasureCell, MeasureTable
-from replicate.report.compare import kind_of_difference
-from replicate.report.labels import latex, markdown, symbol
+from replicate.report.labels import markdown, significant, symbol, with_interval
 from replicate.report.records import interval, mean
-from replicate.report.verdicts import VERDICTS, Asked, Judged, Measured, away, judge
+from replicate.report.text_table import TextTable, csv_text
+from replicate.report.verdicts import VERDICTS, Criterion, Judgement, Measured, away, judge
 
 CLAIM_COLUMNS = (
-    "claim_id",
-    "paper",
-    "place",
-    "quantity",
-    "unit",
-    "published",
-    "source_quality",
-    "tolerance",
-    "mean",
-    "ci_low",
-    "ci_high",
-    "n_seeds",
-    "verdict",
-    "reason",
-    "run_ids",
-    "says",
-    "kind",
-    "number_kind",
-    "probability",
-    "target",
-    "relation",
-    "seed_sd",
-    "measure",
-    "minus",
-    "over",
-    "deterministic",
-    "judged_at",
-    "profile",
-    "not_comparable",
-    "needs",
+    *("claim_id", "paper", "place", "quantity", "unit", "published", "source_quality", "tolerance"),
+    *("mean", "ci_low", "ci_high", "n_seeds", "verdict", "reason", "run_ids"),
+    *("says", "kind", "number_kind", "probability", "target", "relation", "seed_sd", "measure", "minus", "over"),
+    *("deterministic", "judged_at", "profile", "not_comparable", "needs"),
 )
-#: columns that the verdict follows from; the others but the names follow from these and the measurements
-GIVEN = tuple(f.name for f in fields(Asked))
-FOUND = ("mean", "ci_low", "ci_high", "n_seeds", "verdict", "reason", "run_ids", "number_kind", "probability")
+#: columns of the criterion, which the verdict follows from
+GIVEN = tuple(f.name for f in fields(Criterion))
 Row = dict[str, str]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A claim, its paper, and the verdict."""
+    """A claim, its paper, its criterion, and the judgement."""
 
     paper: PaperClaims
     claim: Claim
-    asked: Asked
-    judged: Judged
+    criterion: Criterion
+    judgement: Judgement
+
+    @property
+    def printed(self) -> str:
+        """The published value."""
+        value = self.claim.published
+        return value if isinstance(value, str) else significant(value)
+
+    @property
+    def band(self) -> str:
+        """The band in words."""
+        return wanted(self.criterion)
+
+    @property
+    def ours(self) -> str:
+        """Our number with its kind and 90 % interval."""
+        j = self.judgement
+        return _number_text(j.number_kind, j.mean, j.ci_low, j.ci_high)
 
     def row(self, profile: str) -> Row:
-        """The claim as a row of claims.csv."""
-        c, j = self.claim, self.judged
-        given = dict(zip(GIVEN, map(_text, astuple(self.asked)), strict=True))
-        return {
-            "claim_id": c.id,
-            "paper": self.paper.key,
-            "place": c.place,
-            "quantity": c.quantity,
-            "unit": c.unit,
-            "published": _text(c.published),
-            "source_quality": c.source_quality,
-            "says": c.says,
-            "profile": profile,
-            **given,
-            **found(j),
-        }
+        """Return the claim as a row of claims.csv."""
+        stated = stated_columns(self.paper, self.claim)
+        return {**stated, "says": self.claim.says, "profile": profile, **judged_columns(self.judgement)}
 
 
-def found(j: Judged) -> Row:
-    """The columns of a verdict."""
-    return {
-        "mean": _rounded(j.mean),
-        "ci_low": _rounded(j.ci_low),
-        "ci_high": _rounded(j.ci_high),
-        "n_seeds": str(len(j.seeds)),
-        "verdict": j.verdict,
-        "reason": j.reason,
-        "run_ids": j.run_ids,
-        "number_kind": j.number_kind,
-        "probability": _rounded(j.probability),
-    }
+def stated_columns(paper: PaperClaims, claim: Claim) -> Row:
+    """Return the columns of claims.csv that a paper's file states."""
+    same = ("place", "quantity", "unit", "published", "source_quality")
+    criterion = dict(zip(GIVEN, map(_text, astuple(criterion_of(claim, paper.key))), strict=True))
+    return {"claim_id": claim.id, "paper": paper.key, **{k: _text(getattr(claim, k)) for k in same}, **criterion}
+
+
+def judged_columns(j: Judgement) -> Row:
+    """Return the columns of claims.csv that follow from the criterion and the measurements."""
+    numbers = {k: significant(getattr(j, k), 10) for k in ("mean", "ci_low", "ci_high", "probability")}
+    words = {k: getattr(j, k) for k in ("verdict", "reason", "run_ids", "number_kind")}
+    return {**numbers, **words, "n_seeds": str(len(j.seeds))}
 
 
 def _text(value: object) -> str:
@@ -107,14 +82,9 @@ def _text(value: object) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def _rounded(value: float) -> str:
-    """Ten significant digits: the quantiles of Student's t differ in the last bits between libraries."""
-    return "" if math.isnan(value) else f"{value:.10g}"
-
-
-def asked_of(claim: Claim, key: str) -> Asked:
-    """What decides a claim's verdict, its measures written out."""
-    return Asked(
+def criterion_of(claim: Claim, key: str) -> Criterion:
+    """Return what decides a claim's verdict, its measures written out."""
+    return Criterion(
         target=float(claim.target),
         relation=claim.relation,
         tolerance=float(claim.tolerance),
@@ -131,30 +101,23 @@ def asked_of(claim: Claim, key: str) -> Asked:
 
 
 def entries(papers: Iterable[PaperClaims], frame: pd.DataFrame, profile: str) -> list[Entry]:
-    """Every claim judged on the measurements of a profile's run, in the papers' order."""
+    """Judge every claim on the measurements of a profile's run, in the papers' order."""
     measured = Measured(frame)
-    out = []
-    for paper in papers:
-        for claim in paper.claims:
-            asked = asked_of(claim, paper.key)
-            out.append(Entry(paper, claim, asked, judge(asked, measured, profile)))
-    return out
+    criteria = ((paper, claim, criterion_of(claim, paper.key)) for paper in papers for claim in paper.claims)
+    return [Entry(paper, claim, c, judge(c, measured, profile)) for paper, claim, c in criteria]
 
 
 def to_csv(ledger: Iterable[Entry], profile: str) -> str:
-    """claims.csv."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, CLAIM_COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(e.row(profile) for e in ledger)
-    return out.getvalue()
+    """Write claims.csv."""
+    rows = (e.row(profile) for e in ledger)
+    return csv_text(CLAIM_COLUMNS, ([row[c] for c in CLAIM_COLUMNS] for row in rows))
 
 
 def read_claims_csv(path: Path) -> list[Row]:
-    """The rows of claims.csv as text.
+    """Read the rows of claims.csv as text.
 
     Raises:
-        ReportError: it cannot be read or its columns are others.
+        ReportError: it cannot be read or has other columns.
     """
     try:
         with open(path, encoding="utf-8", newline="") as handle:
@@ -167,8 +130,8 @@ def read_claims_csv(path: Path) -> list[Row]:
     return rows
 
 
-def asked_from(row: Row) -> Asked:
-    """What decides a verdict, from a row of claims.csv.
+def criterion_from(row: Row) -> Criterion:
+    """Return what decides a verdict, from a row of claims.csv.
 
     Raises:
         ReportError: a number or relation in it is none.
@@ -178,26 +141,23 @@ def asked_from(row: Row) -> Asked:
             raise ValueError(f"relation {row['relation']!r} or deterministic {row['deterministic']!r}")
         numbers = {k: float(row[k]) for k in ("target", "tolerance", "seed_sd")}
         words = {k: row[k] for k in GIVEN if k not in (*numbers, "deterministic")}
-        return Asked(**numbers, **words, deterministic=row["deterministic"] == "true")  # type: ignore[arg-type]
+        return Criterion(**numbers, **words, deterministic=row["deterministic"] == "true")  # type: ignore[arg-type]
     except ValueError as error:
         raise ReportError(f"claims.csv: claim {row['claim_id']} cannot be judged: {error}") from None
 
 
 def problems(rows: Sequence[Row], frame: pd.DataFrame) -> list[str]:
-    """Where claims.csv says other than its own given columns and the measurements."""
+    """List where claims.csv contradicts its own criteria and the measurements."""
     measured, out = Measured(frame), []
     for row in rows:
+        name = f"claims.csv: claim {row['claim_id']}"
         try:
-            right = found(judge(asked_from(row), measured, row["profile"]))
+            right = judged_columns(judge(criterion_from(row), measured, row["profile"]))
         except (ReportError, KeyError, ValueError) as error:
-            out.append(f"claims.csv: claim {row['claim_id']}: {error}")
+            out.append(f"{name}: {error}")
             continue
-        for column in FOUND:
-            if not _agree(right[column], row[column]):
-                out.append(
-                    f"claims.csv: claim {row['claim_id']}: {column} is {row[column]!r}, its measurements give "
-                    f"{right[column]!r}"
-                )
+        wrong = (k for k, v in right.items() if not _agree(v, row[k]))
+        out += (f"{name}: {k} is {row[k]!r}, its measurements give {right[k]!r}" for k in wrong)
     return out
 
 
@@ -211,7 +171,7 @@ def _agree(a: str, b: str) -> bool:
 
 
 def definition_problems(rows: Sequence[Row], papers: Iterable[PaperClaims]) -> list[str]:
-    """Where claims.csv judges another claim than the papers' files state."""
+    """List where claims.csv judges another claim than the papers' files state."""
     out, written = [], {row["claim_id"]: row for row in rows}
     for paper in papers:
         for claim in paper.claims:
@@ -219,13 +179,9 @@ def definition_problems(rows: Sequence[Row], papers: Iterable[PaperClaims]) -> l
             if row is None:
                 out.append(f"claims.csv has no claim {claim.id}; {paper.key}.toml has")
                 continue
-            asked = asked_of(claim, paper.key)
-            right = dict(zip(GIVEN, map(_text, astuple(asked)), strict=True))
-            right |= {"paper": paper.key, "place": claim.place, "published": _text(claim.published)}
-            right |= {"source_quality": claim.source_quality, "quantity": claim.quantity, "unit": claim.unit}
             out += (
                 f"claims.csv: claim {claim.id}: {k} is {row[k]!r}, {paper.key}.toml says {v!r}"
-                for k, v in right.items()
+                for k, v in stated_columns(paper, claim).items()
                 if row[k] != v
             )
     return out + [f"claims.csv has claim {name}, which no paper's file has" for name in written]
@@ -235,27 +191,17 @@ def definition_problems(rows: Sequence[Row], papers: Iterable[PaperClaims]) -> l
 
 
 def summary_line(rows: Sequence[Row]) -> str:
-    """How many claims, and how they stand, in one sentence of Markdown."""
+    """Count the claims by verdict in one sentence of Markdown."""
     papers = len({row["paper"] for row in rows})
-    stand = ", ".join(f"{n} {v}" for v, n in by_verdict(row["verdict"] for row in rows).items())
+    counts = ", ".join(f"{n} {v}" for v, n in by_verdict(row["verdict"] for row in rows).items())
     sources = f"{papers} paper" + ("" if papers == 1 else "s")
-    text = f"**The ledger: {len(rows)} claims of {sources}: {stand}** (profile {rows[0]['profile']})."
+    text = f"**The ledger: {len(rows)} claims of {sources}: {counts}** (profile {rows[0]['profile']})."
     lost = [markdown(row["claim_id"]) for row in rows if row["verdict"] == "not reproduced"]
     return text + (f" Not reproduced: {', '.join(lost)}." if lost else "")
 
 
-def number(value: float) -> str:
-    """Four significant digits."""
-    return "" if math.isnan(value) else f"{value:.4g}"
-
-
-def ours(j: Judged) -> str:
-    """Our number with its kind and 90 % interval."""
-    return _number_text(j.number_kind, j.mean, j.ci_low, j.ci_high)
-
-
 def ours_text(row: Row) -> str:
-    """The same from a row of claims.csv."""
+    """Write our number with its kind and 90 % interval, from a row of claims.csv."""
     mean, low, high = (float(row[k]) if row[k] else math.nan for k in ("mean", "ci_low", "ci_high"))
     return _number_text(row["number_kind"], mean, low, high)
 
@@ -263,85 +209,29 @@ def ours_text(row: Row) -> str:
 def _number_text(kind: str, mean: float, low: float, high: float) -> str:
     if math.isnan(mean):
         return "-"
-    text = f"{symbol(kind)} {number(mean)}"
-    return text if math.isnan(low) or low == high else f"{text} [{number(low)}, {number(high)}]"
+    low = math.nan if low == high else low
+    return f"{symbol(kind)} {with_interval(significant, mean, low, high)}"
 
 
-def wanted(asked: Asked) -> str:
-    """The band in words."""
-    t, d = number(asked.target), number(asked.tolerance)
-    wide = f" (or {number(asked.seed_sd)} sd of the seeds)" if asked.seed_sd else ""
-    ends = {
-        "within": f"{t} ± {d}",
-        "at most": f"at most {t} + {d}",
-        "at least": f"at least {t} - {d}",
-        "above": f"above {t} + {d}",
-        "below": f"below {t} - {d}",
-    }
-    return ends[asked.relation] + wide
+def wanted(criterion: Criterion) -> str:
+    """Write the band in words."""
+    t, d = significant(criterion.target), significant(criterion.tolerance)
+    wide = f" (or {significant(criterion.seed_sd)} sd of the seeds)" if criterion.seed_sd else ""
+    signs = {"within": "±", "at least": "-", "below": "-"}
+    start = "" if criterion.relation == "within" else f"{criterion.relation} "
+    return f"{start}{t} {signs.get(criterion.relation, '+')} {d}{wide}"
 
 
-@dataclass(frozen=True)
-class Plain:
-    """A table of text, written in three ways."""
-
-    name: str
-    title: str
-    caption: str
-    heads: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def csv(self) -> str:
-        """As CSV."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(self.heads)
-        writer.writerows(self.rows)
-        return out.getvalue()
-
-    def markdown(self) -> str:
-        """As Markdown, caption first."""
-        lines = [f"{markdown(self.caption)}", "", "| " + " | ".join(map(markdown, self.heads)) + " |"]
-        lines.append("|---" * len(self.heads) + "|")
-        lines += ["| " + " | ".join(map(markdown, row)) + " |" for row in self.rows]
-        return "\n".join(lines) + "\n"
-
-    def latex(self) -> str:
-        """As LaTeX: a longtable with booktabs' rules, since the ledger is longer than a page."""
-        columns = "".join(r"p{%.2f\linewidth}" % (0.92 / len(self.heads)) for _ in self.heads)
-        head = " & ".join(latex(h) for h in self.heads) + r" \\"
-        body = [" & ".join(_latex_cell(c) for c in row) + r" \\" for row in self.rows]
-        return "\n".join(
-            [
-                "% needs longtable and booktabs",
-                rf"\begin{{longtable}}{{{columns}}}",
-                rf"\caption{{{latex(self.caption)}}} \\",
-                r"\toprule",
-                head,
-                r"\midrule \endhead",
-                *body,
-                r"\bottomrule",
-                r"\end{longtable}",
-                "",
-            ]
-        )
-
-
-def _latex_cell(text: str) -> str:
-    return latex(text).replace("±", r"$\pm$")
-
-
-def ledger_table(ledger: Sequence[Entry]) -> Plain:
-    """The ledger itself, a line a claim."""
+def ledger_table(ledger: Sequence[Entry]) -> TextTable:
+    """Make the ledger's table, one row per claim."""
     heads = ("claim", "source", "quantity", "unit", "as printed", "mark", "band", "ours", "P", "seeds", "verdict")
     rows = []
     for e in ledger:
-        c, j = e.claim, e.judged
-        printed = c.published if isinstance(c.published, str) else number(c.published)
+        c, j = e.claim, e.judgement
         p = "" if math.isnan(j.probability) else f"{j.probability:.2f}"
         source = f"{e.paper.cite}, {c.place}"
         verdict = j.verdict if j.verdict not in ("not comparable", "not run") else f"{j.verdict}: {j.reason}"
-        line = (c.id, source, c.quantity, c.unit, printed, c.source_quality, wanted(e.asked), ours(j), p)
+        line = (c.id, source, c.quantity, c.unit, e.printed, c.source_quality, e.band, e.ours, p)
         rows.append((*line, str(len(j.seeds) or ""), verdict))
     marks = "; ".join(f"{k}: {v}" for k, v in SOURCES.items())
     caption = (
@@ -349,20 +239,32 @@ def ledger_table(ledger: Sequence[Entry]) -> Plain:
         f"= exact, <= upper bound, >= lower bound, ~ estimate. Mark {marks}. P: probability that one more seed shows "
         "the ordering."
     )
-    return Plain("ledger", "The ledger", caption, heads, tuple(rows))
+    return TextTable.of_text("ledger", "The ledger", caption, heads, rows)
+
+
+def claims_table(rows: Sequence[Row]) -> TextTable:
+    """Make a text table of rows of claims.csv, for a terminal."""
+    heads = ("claim", "paper", "quantity", "as printed", "band", "ours, 90 % interval", "verdict")
+    lines = []
+    for row in rows:
+        why = f": {row['reason']}" if row["verdict"] in ("not run", "not comparable") else ""
+        quantity, published = f"{row['quantity']} [{row['unit']}]", f"{row['published']} ({row['source_quality']})"
+        band = wanted(criterion_from(row))
+        lines.append((row["claim_id"], row["paper"], quantity, published, band, ours_text(row), row["verdict"] + why))
+    return TextTable.of_text("claims", "Claims", "", heads, lines)
 
 
 def filled_tables(
     tables: Iterable[MeasureTable], frame: pd.DataFrame, papers: Iterable[PaperClaims], profile: str
-) -> list[Plain]:
-    """Tables of print beside our numbers, their measures filled in; without those of which nothing was measured.
+) -> list[TextTable]:
+    """Fill our numbers into the tables of print; those of which no measure has a number are left out.
 
     Args:
-        papers: their claims say what a measure that was not run needs, or which profile measures it.
+        papers: their claims name the needs of a measure that was not run, or the profile that measures it.
     """
     measured = Measured(frame)
     asking = [(_owners(c, p.key), why) for p in papers for c in p.claims if (why := away(c.needs, c.profile, profile))]
-    # what a comparison needs may be the need of its other side: the claim that measures least speaks last
+    # a comparison may name a need of its other side: the claim with the fewest measures comes last and wins
     asking.sort(key=lambda owners_why: len(owners_why[0]), reverse=True)
     reasons = {owner: why for owners, why in asking for owner in owners}
 
@@ -370,31 +272,28 @@ def filled_tables(
         return cell if isinstance(cell, str) else _measured_text(cell, measured, reasons)
 
     return [
-        Plain(t.name, t.title, t.caption, t.heads, tuple(tuple(text(c) for c in row) for row in t.rows))
+        TextTable.of_text(t.name, t.title, t.caption, t.heads, [[text(c) for c in row] for row in t.rows])
         for t in tables
         if any(measured.seeds(c.measure) for row in t.rows for c in row if isinstance(c, MeasureCell))
     ]
 
 
 def _owners(claim: Claim, key: str) -> set[str]:
-    """TASK/MODEL of each measure of a claim."""
+    """Return TASK/MODEL of each measure of a claim."""
     measures = (resolved(m, claim, key) for m in (claim.measure, claim.minus, claim.over))
     return {m.rpartition("/")[0] for m in measures if m}
 
 
 def _measured_text(cell: MeasureCell, measured: Measured, reasons: Mapping[str, str]) -> str:
-    first = measured.seeds(cell.measure)
-    other = measured.seeds(cell.minus) if cell.minus else {}
-    both = sorted(set(first) & set(other)) if cell.minus else sorted(first)
-    if not both:
+    values, kind, _ = measured.values(cell.measure, cell.minus)
+    if not values:
         why = reasons.get(cell.measure.rpartition("/")[0])
         return measured.why_none([cell.measure]) or (f"not run: {why}" if why else "not run")
-    values = [first[s][0] - (other[s][0] if cell.minus else 0.0) for s in both]
-    kinds = {kind_of_difference(first[s][1], other[s][1]) if cell.minus else first[s][1] for s in both}
-    return _number_text(kinds.pop() if len(kinds) == 1 else "estimate", mean(values), *interval(values))
+    x = list(values.values())
+    return _number_text(kind, mean(x), *interval(x))
 
 
 def by_verdict(verdicts: Iterable[str]) -> dict[str, int]:
-    """Counts of all five verdicts, in the order of VERDICTS."""
+    """Count all five verdicts, in the order of VERDICTS."""
     counts = Counter(verdicts)
     return {v: counts[v] for v in VERDICTS}

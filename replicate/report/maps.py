@@ -1,6 +1,6 @@
 """Pictures of one seed: densities, score fields, Langevin paths and sample sheets, every model beside the truth.
 
-Each figure function returns a `Drawing`, or None where the records hold nothing to draw.
+Each figure function returns the figure, or None where the records hold nothing to draw.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FixedLocator, MaxNLocator
 from numpy.typing import NDArray
 
 from replicate.report.drawing import (
     DENSITY,
     QUIET,
-    Drawing,
+    Figure,
     colour,
-    csv_text,
     darker,
     family_legend,
     fitting,
@@ -31,8 +30,9 @@ from replicate.report.drawing import (
     panels,
 )
 from replicate.report.labels import family_key, significant, slug, symbol
-from replicate.report.records import Run, Runs
-from replicate.report.tables import Number, Results
+from replicate.report.records import RecordedRun, RecordedRuns
+from replicate.report.tables import Results
+from replicate.report.text_table import Number, csv_text
 
 Array = NDArray[np.float64]
 #: panels side by side, and the side of each in inches
@@ -50,14 +50,14 @@ class Picture:
     arrays: dict[str, np.ndarray]
 
     def get(self, name: str) -> Array | None:
-        """An array in double precision, or None."""
+        """Return an array in double precision, or None."""
         found = self.arrays.get(name)
         return None if found is None else np.asarray(found, dtype=np.float64)
 
 
-def pictures(runs: Runs, task: str) -> list[Picture]:
-    """The pictures of a task: the truth, then the models by family, then the references."""
-    chosen: dict[str, Run] = {}
+def pictures(runs: RecordedRuns, task: str) -> list[Picture]:
+    """Return the pictures of a task: the truth, then the models by family, then the references."""
+    chosen: dict[str, RecordedRun] = {}
     for run in runs.done:
         if run.task == task and run.model not in chosen and run.arrays_file:
             chosen[run.model] = run
@@ -85,7 +85,7 @@ def _normalised(values: Array, axis: Array) -> Array:
 
 
 def density_map(picture: Picture, axis: Array | None) -> Map | None:
-    """A model's density over the square; a histogram of its samples where it gives no density."""
+    """Return a model's density over the square, or a histogram of its samples where it gives no density."""
     log_p, own = picture.get("grid_log_density"), picture.get("grid_axis")
     if log_p is not None and own is not None and log_p.ndim == 2 and np.isfinite(log_p).any():
         values = np.exp(np.nan_to_num(log_p - np.nanmax(log_p[np.isfinite(log_p)]), nan=-np.inf, posinf=-np.inf))
@@ -102,13 +102,13 @@ def density_map(picture: Picture, axis: Array | None) -> Map | None:
 
 
 def density_maps(pictured: Sequence[Picture]) -> list[Map]:
-    """The maps of all pictures that have one, on the square of the first grid found."""
+    """Return the maps of all pictures that have one, on the square of the first grid found."""
     axis = next((p.get("grid_axis") for p in pictured if p.get("grid_axis") is not None), None)
     return [m for m in (density_map(p, axis) for p in pictured) if m is not None]
 
 
 def pooled(m: Map, points: int) -> Map:
-    """The map on at most `points` cells a side, by averaging neighbours."""
+    """Average neighbouring cells of a map until it has at most `points` per side."""
     g = len(m.axis)
     if g <= points:
         return m
@@ -124,14 +124,16 @@ def _peak(maps: Sequence[Map]) -> float:
 
 
 def _map_rows(maps: Sequence[Map], floor: float) -> Iterator[list[str]]:
+    """Return each model's rows of values, and before them one with its x1 axis."""
     for m in maps:
+        yield [m.picture.model, "x1", "", *(significant(float(x)) for x in m.axis)]
         for y, line in zip(m.axis, m.values, strict=True):
             numbers = ["0" if v < floor else significant(float(v)) for v in line]
             yield [m.picture.model, m.source, significant(float(y)), *numbers]
 
 
 def _square(ax: Axes, half: float, corner: bool) -> None:
-    """A square view; only the panel in the lower left corner of a figure carries the axes."""
+    """Set a square view; only the panel in the lower left corner of a figure has ticks and labels."""
     ax.set(xlim=(-half, half), ylim=(-half, half))
     ax.grid(False)
     ticks = [t for t in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(-half, half) if abs(t) <= half]
@@ -144,7 +146,7 @@ def _square(ax: Axes, half: float, corner: bool) -> None:
 
 
 def _corner(count: int) -> int:
-    """Index of the panel in the lower left corner."""
+    """Return the index of the panel in the lower left corner."""
     return (count - 1) // COLUMNS * COLUMNS
 
 
@@ -168,16 +170,13 @@ def _half_width(maps: Sequence[Map]) -> float:
     return max(float(np.abs(m.axis).max()) for m in maps if m.source == "density" or len(maps) == 1)
 
 
-def _kl_note(results: Results, task: str, picture: Picture, source: str) -> str:
-    if picture.model == "truth":
-        return "the truth"
-    number = results.number(task, picture.model, "kl")
-    text = f"KL {symbol(number.kind)} {number.mean:.3f}" if number else "no density"
-    return text if source == "density" else f"{text}; samples"
+def _note(number: Number | None, label: str, form: str, otherwise: str) -> str:
+    """Write a number with its label and kind; the words `otherwise` where there is none."""
+    return f"{label} {symbol(number.kind)} {number.mean:{form}}" if number else otherwise
 
 
-def density_figure(results: Results, task: str, pictured: Sequence[Picture]) -> Drawing | None:
-    """Every model's density beside the truth."""
+def density_figure(results: Results, task: str, pictured: Sequence[Picture]) -> Figure | None:
+    """Draw every model's density beside the truth."""
     full = density_maps(pictured)
     if not any(m.source == "density" for m in full):
         return None
@@ -186,43 +185,34 @@ def density_figure(results: Results, task: str, pictured: Sequence[Picture]) -> 
     def make(points: int) -> str:
         maps = [pooled(m, points) for m in full]
         widest = max(len(m.axis) for m in maps)
-        return csv_text(["model", "source", "x2", *(f"x1_{i}" for i in range(widest))], _axis_and_rows(maps, floor))
+        return csv_text(["model", "source", "x2", *(f"x1_{i}" for i in range(widest))], _map_rows(maps, floor))
 
     points, text = fitting(make, (120, 100, 80, 60, 50, 40, 30))
     maps = [pooled(m, points) for m in full]
     peak, half = _peak(maps), _half_width(maps)
-    figure, axes = panels(len(maps), COLUMNS, SIDE, foot=0.66)
+    canvas, axes = panels(len(maps), COLUMNS, SIDE, foot=0.66)
     for i, (ax, m) in enumerate(zip(axes, maps, strict=True)):
         _show(ax, m, peak)
         _square(ax, half, i == _corner(len(maps)))
-        panel_title(ax, m.picture.model, _kl_note(results, task, m.picture, m.source), m.picture.family)
-    _colour_bar(figure, peak)
-    family_legend(figure, [m.picture.family for m in maps])
+        model = m.picture.model
+        note = _note(results.number(task, model, "kl"), "KL", ".3f", "no density")
+        note += "" if m.source == "density" else "; samples"
+        panel_title(ax, model, "the truth" if model == "truth" else note, m.picture.family)
+    _colour_bar(canvas, peak)
+    family_legend(canvas, [m.picture.family for m in maps])
     caption = (
         f"Density of every model on {task}, seed 0, each normalised over the square shown (half width "
         f"{half:.3g}); colours by the square root of the density, up to the truth's peak. KL(truth || model) in nats, "
         "mean over seeds. Where a model gives no density, a histogram of its samples."
     )
-    return Drawing(f"density-{slug(task)}", f"Densities: {task}", caption, figure, text)
+    return Figure(f"density-{slug(task)}", f"Densities: {task}", caption, canvas, text)
 
 
-def _axis_and_rows(maps: Sequence[Map], floor: float) -> Iterator[list[str]]:
-    """Before each model's rows, one with its x1 axis."""
-    for m in maps:
-        yield [m.picture.model, "x1", "", *(significant(float(x)) for x in m.axis)]
-        yield from _map_rows([m], floor)
-
-
-def _colour_bar(figure: Figure, peak: float) -> None:
-    width, height = figure.get_size_inches()
-    bar = figure.add_axes((1 - (0.08 + SIDE) / width, 0.44 / height, SIDE / width, 0.08 / height))
-    bar.imshow(
-        np.linspace(0, peak, 128)[None],
-        cmap=DENSITY,
-        norm=PowerNorm(0.5, 0, peak),
-        aspect="auto",
-        extent=(0, peak, 0, 1),
-    )
+def _colour_bar(canvas: Canvas, peak: float) -> None:
+    width, height = canvas.get_size_inches()
+    bar = canvas.add_axes((1 - (0.08 + SIDE) / width, 0.44 / height, SIDE / width, 0.08 / height))
+    ramp = np.linspace(0, peak, 128)[None]
+    bar.imshow(ramp, cmap=DENSITY, norm=PowerNorm(0.5, 0, peak), aspect="auto", extent=(0, peak, 0, 1))
     bar.grid(False)
     bar.set_yticks([])
     bar.set_xticks([0, peak], ["0", f"{peak:.2g} per unit area"])
@@ -232,8 +222,8 @@ def _colour_bar(figure: Figure, peak: float) -> None:
     last.set_horizontalalignment("right")
 
 
-def score_figure(results: Results, task: str, pictured: Sequence[Picture]) -> Drawing | None:
-    """Every model's score field over its density."""
+def score_figure(results: Results, task: str, pictured: Sequence[Picture]) -> Figure | None:
+    """Draw every model's score field over its density."""
     fields = []
     for p in pictured:
         score, axis = p.get("grid_score"), p.get("score_axis")
@@ -251,7 +241,7 @@ def score_figure(results: Results, task: str, pictured: Sequence[Picture]) -> Dr
     peak = _peak(list(maps.values())) if maps else 1.0
     half = _half_width(list(maps.values())) if maps else float(np.abs(fields[0][1]).max())
     typical = float(np.nanmedian(np.linalg.norm(fields[0][2], axis=-1))) or 1.0
-    figure, axes = panels(len(fields), COLUMNS, SIDE, foot=0.66)
+    canvas, axes = panels(len(fields), COLUMNS, SIDE, foot=0.66)
     for i, (ax, (p, axis, score)) in enumerate(zip(axes, fields, strict=True)):
         background = maps.get(p.model, shown)
         if background is not None:
@@ -259,19 +249,15 @@ def score_figure(results: Results, task: str, pictured: Sequence[Picture]) -> Dr
         _quiver(ax, axis[::stride], score[::stride, ::stride], typical, p.family)
         _square(ax, half, i == _corner(len(fields)))
         number = results.number(task, p.model, "fisher_divergence")
-        note = "the truth" if p.model == "truth" else "score of the model"
-        panel_title(ax, p.model, note if number is None or p.model == "truth" else _fisher(number), p.family)
-    family_legend(figure, [p.family for p, *_ in fields])
+        note = _note(number, "Fisher div.", ".3g", "score of the model")
+        panel_title(ax, p.model, "the truth" if p.model == "truth" else note, p.family)
+    family_legend(canvas, [p.family for p, *_ in fields])
     caption = (
         f"Score grad log p of every model that has one on {task}, seed 0, over its density (the truth's where it gives "
         f"none). Arrows point along the score; their length is s / (s + {typical:.3g}), which keeps the far tails."
     )
     name = f"score-{slug(task)}"
-    return Drawing(name, f"Scores: {task}", caption, figure, text, (f"density-{slug(task)}",) if maps else ())
-
-
-def _fisher(number: Number) -> str:
-    return f"Fisher div. {symbol(number.kind)} {number.mean:.3g}"
+    return Figure(name, f"Scores: {task}", caption, canvas, text, (f"density-{slug(task)}",) if maps else ())
 
 
 def _field_rows(fields: Sequence[tuple[Picture, Array, Array]], stride: int) -> Iterator[list[str]]:
@@ -306,8 +292,8 @@ def _quiver(ax: Axes, axis: Array, score: Array, typical: float, family: str) ->
     )
 
 
-def path_figure(results: Results, task: str, pictured: Sequence[Picture]) -> Drawing | None:
-    """Langevin chains of every model that has a score, over the truth."""
+def path_figure(results: Results, task: str, pictured: Sequence[Picture]) -> Figure | None:
+    """Draw Langevin chains of every model that has a score, over the truth."""
     walks = []
     for p in pictured:
         path = p.get("path")
@@ -323,21 +309,20 @@ def path_figure(results: Results, task: str, pictured: Sequence[Picture]) -> Dra
     chains, text = fitting(make, (12, 8, 6, 4, 2))
     truth = next((m for m in maps if m.picture.model == "truth"), maps[0])
     half = _half_width(maps)
-    figure, axes = panels(len(walks), COLUMNS, SIDE, foot=0.66)
+    canvas, axes = panels(len(walks), COLUMNS, SIDE, foot=0.66)
     for i, (ax, (p, path)) in enumerate(zip(axes, walks, strict=True)):
         _show(ax, truth, _peak(maps), alpha=0.5)
         _draw_paths(ax, path[:, :chains], p.family)
         _square(ax, half, i == _corner(len(walks)))
         number = results.number(task, p.model, "w2:ula")
-        note = f"2-Wasserstein {symbol(number.kind)} {number.mean:.3g}" if number else "unadjusted Langevin"
-        panel_title(ax, p.model, note, p.family)
-    family_legend(figure, [p.family for p, _ in walks])
+        panel_title(ax, p.model, _note(number, "2-Wasserstein", ".3g", "unadjusted Langevin"), p.family)
+    family_legend(canvas, [p.family for p, _ in walks])
     caption = (
         f"{chains} chains of unadjusted Langevin dynamics on each model's own score on {task}, seed 0, over the "
         "truth's density: hollow dots are starts, full dots ends. 2-Wasserstein distance of all ends, mean over seeds."
     )
     name = f"paths-{slug(task)}"
-    return Drawing(name, f"Langevin paths: {task}", caption, figure, text, (f"density-{slug(task)}",))
+    return Figure(name, f"Langevin paths: {task}", caption, canvas, text, (f"density-{slug(task)}",))
 
 
 def _path_rows(walks: Sequence[tuple[Picture, Array]], chains: int) -> Iterator[list[object]]:
@@ -372,8 +357,8 @@ class Sheet:
     rows: Array
 
 
-def samples_figure(results: Results, task: str, pictured: Sequence[Picture]) -> Drawing | None:
-    """Samples of every model beside test data: images as mosaics, other bits row by row, tables as scatters."""
+def samples_figure(results: Results, task: str, pictured: Sequence[Picture]) -> Figure | None:
+    """Draw samples of every model beside test data: images as mosaics, other bits row by row, tables as scatters."""
     sheets: list[Sheet] = []
     levels = math.nan  # of a table without levels
     for p in pictured:
@@ -385,13 +370,13 @@ def samples_figure(results: Results, task: str, pictured: Sequence[Picture]) -> 
         if not sheets and reference is not None:
             sheets.append(Sheet("test data", "reference", "real data", reference))
         number = results.number(task, p.model, "nll")
-        note = f"NLL {symbol(number.kind)} {number.mean:.1f} nats" if number else "NLL n/a"
+        note = _note(number, "NLL", ".1f", "NLL n/a") + (" nats" if number else "")
         sheets.append(Sheet(p.model, p.family, note, samples))
     if not sheets:
         return None
     dim = sheets[0].rows.shape[1]
     shown, what = TILES**2, "of the test split"
-    figure, axes = panels(len(sheets), COLUMNS, SIDE)
+    canvas, axes = panels(len(sheets), COLUMNS, SIDE)
     for ax in axes:
         ax.grid(False)
         ax.set(xticks=[], yticks=[])
@@ -407,11 +392,11 @@ def samples_figure(results: Results, task: str, pictured: Sequence[Picture]) -> 
         what += f"; a line is one of them, a column one of {dim} bits"
     for ax, sheet in zip(axes, sheets, strict=True):
         panel_title(ax, sheet.name, sheet.note, sheet.family)
-    family_legend(figure, [s.family for s in sheets])
+    family_legend(canvas, [s.family for s in sheets])
     rows = ([s.name, i, *(significant(float(v)) for v in row)] for s in sheets for i, row in enumerate(s.rows[:shown]))
     text = csv_text(["model", "sample", *(f"x_{i}" for i in range(dim))], rows)
     caption = f"The first {shown} samples of every model on {task}, seed 0, unselected, beside as many {what}."
-    return Drawing(f"samples-{slug(task)}", f"Samples: {task}", caption, figure, text)
+    return Figure(f"samples-{slug(task)}", f"Samples: {task}", caption, canvas, text)
 
 
 def _grey(ax: Axes, picture: Array, levels: float, aspect: Literal["auto", "equal"] = "equal") -> None:
@@ -419,7 +404,7 @@ def _grey(ax: Axes, picture: Array, levels: float, aspect: Literal["auto", "equa
 
 
 def _scatters(axes: Sequence[Axes], sheets: Sequence[Sheet]) -> tuple[int, int]:
-    """Scatters of the two columns that are most correlated in the first sheet, over its range; which ones."""
+    """Draw scatters of the two columns most correlated in the first sheet, over its range, and return their indices."""
     first = sheets[0].rows
     correlation = np.abs(np.nan_to_num(np.corrcoef(first.T)))
     i, j = divmod(int(np.triu(correlation, 1).argmax()), first.shape[1])
@@ -432,7 +417,7 @@ def _scatters(axes: Sequence[Axes], sheets: Sequence[Sheet]) -> tuple[int, int]:
 
 
 def _mosaics(axes: Sequence[Axes], sheets: Sequence[Sheet], levels: float) -> None:
-    """The first images of each sheet with pale lines between them."""
+    """Draw the first images of each sheet with pale lines between them."""
     for ax, sheet in zip(axes, sheets, strict=True):
         side = math.isqrt(sheet.rows.shape[1])
         picture = np.full((TILES * (side + 1) - 1,) * 2, 0.12 * (levels - 1))

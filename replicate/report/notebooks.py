@@ -1,8 +1,8 @@
-"""What the notebooks share: the report's look, where the results lie, one picture, and pages that need no network.
+r"""Parts that the notebooks share: the report's look, the results folder, one picture, and pages without a network.
 
-nbconvert's own HTML page fetches MathJax, require.js and mermaid when it is opened. `OfflineHTML` leaves all three out
-and draws every formula as SVG paths while it writes the page, by matplotlib's mathtext: what a notebook may write is
-therefore the part of TeX that mathtext knows (no environments, no \\tfrac), which a test holds the notebooks to.
+nbconvert's own HTML page fetches MathJax, require.js and mermaid when it opens. `OfflineHTML` leaves all three out and
+draws every formula as SVG paths while it writes the page, by matplotlib's mathtext: a notebook may therefore use the
+part of TeX that mathtext knows (no environments, no \tfrac), which a test enforces.
 
     python -m nbconvert --to replicate.report.notebooks.OfflineHTML --execute notebooks/*.ipynb
 """
@@ -41,7 +41,7 @@ _OPERATIONS = {Outline.MOVETO: "m", Outline.LINETO: "l", Outline.CURVE3: "q", Ou
 
 
 def begin() -> None:
-    """The report's look for every figure from here on, and one thread, as the suite's own runs have."""
+    """Set the report's look for all later figures, and one thread, as the suite's own runs have."""
     torch.set_num_threads(1)
     with style():
         look = mpl.rcParams.copy()
@@ -49,10 +49,10 @@ def begin() -> None:
 
 
 def results_folder() -> Path:
-    """RESULTS/PROFILE from the environment; by default this checkout's results/standard.
+    """Return RESULTS/PROFILE from the environment; by default this checkout's results/standard.
 
     Raises:
-        FileNotFoundError: there is no measurements.csv in it.
+        FileNotFoundError: it has no measurements.csv.
     """
     root = next((p for p in (Path.cwd(), *Path.cwd().parents) if (p / "pyproject.toml").exists()), Path.cwd())
     profile = os.environ.get("PROFILE", "standard")
@@ -63,7 +63,7 @@ def results_folder() -> Path:
 
 
 def show_density(ax: Axes, log_density: Callable[[Tensor], Tensor], half_width: float, title: str = "") -> None:
-    """A map of exp(log_density) on the square [-half_width, half_width]^2, darkest at its largest value.
+    """Draw a map of exp(log_density) on the square [-half_width, half_width]^2, darkest at its largest value.
 
     Args:
         log_density: (n, 2) -> (n,), up to a constant.
@@ -85,7 +85,7 @@ def show_density(ax: Axes, log_density: Callable[[Tensor], Tensor], half_width: 
 
 
 def formula(tex: str, display: bool = False) -> str:
-    """A formula as an inline SVG in the colour and size of the text around it.
+    """Return a formula as an inline SVG in the colour and size of the text around it.
 
     Raises:
         ValueError: mathtext does not know a command in it.
@@ -103,7 +103,7 @@ def formula(tex: str, display: bool = False) -> str:
 
 
 def _path(outline: Outline, unit: float) -> str:
-    """SVG's path data, in whole relative steps, y downwards."""
+    """Return SVG's path data, in whole relative steps, y downwards."""
     return "".join(_steps(outline, unit))
 
 
@@ -119,7 +119,7 @@ def _steps(outline: Outline, unit: float) -> Iterator[str]:
 
 
 def drawn(text: str) -> str:
-    """Markdown with every formula outside code in SVG's place."""
+    """Replace every formula of Markdown outside code by SVG."""
 
     def replaced(match: re.Match[str]) -> str:
         if match["code"]:
@@ -130,7 +130,7 @@ def drawn(text: str) -> str:
 
 
 class DrawnFormulas(Preprocessor):
-    """Formulas in Markdown cells as SVG, so that no page has to load MathJax."""
+    """Draw formulas in Markdown cells as SVG, so that no page has to load MathJax."""
 
     def preprocess_cell(
         self, cell: NotebookNode, resources: dict[str, Any], index: int

@@ -1,15 +1,12 @@
-"""report.html: everything on one page that opens from disk with nothing fetched.
+"""report.html: everything on one page that opens from disk and fetches nothing.
 
-The page is made by jinja2 with autoescape from `template.html` beside this file; pictures are embedded, and their
-data are linked where they lie beside the page.
+jinja2 renders `template.html` beside this file, with autoescape; pictures are embedded, and their data linked.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -17,56 +14,22 @@ from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
-from PIL import Image
 
 from replicate.ledger.claims import SOURCES
 from replicate.model import FAMILIES
-from replicate.report.drawing import Drawing
-from replicate.report.labels import (
-    FAMILY_COLOURS,
-    FAMILY_LABELS,
-    METRICS,
-    MetricInfo,
-    family_key,
-    metric_info,
-    short,
-    slug,
-    task_key,
-)
-from replicate.report.ledger import Entry, Plain, by_verdict, number, ours, wanted
+from replicate.report.drawing import Figure
+from replicate.report.labels import FAMILY_COLOURS, FAMILY_LABELS, METRICS, base_metric, family_key, slug
+from replicate.report.ledger import Entry, by_verdict
 from replicate.report.plots import figure_name
-from replicate.report.readme import Best, headline_best, headline_rows, seeds_line, winner
-from replicate.report.records import Runs
-from replicate.report.tables import Results, Table, data_tasks, density_tasks, planar_tasks, task_dimension
+from replicate.report.readme import headline_best, headline_rows, row_label, seeds_line, winner
+from replicate.report.records import RecordedRun, RecordedRuns
+from replicate.report.tables import Results, data_tasks, density_tasks, planar_tasks
+from replicate.report.text_table import TextTable
 
-#: all pictures of a page together, in bytes before base64
+#: total of all pictures of a page, in bytes before base64
 PICTURES = 4_000_000
 
-KIND_LEGEND = (
-    ("=", "exact", "The number itself, up to the sampling error of a finite test set."),
-    ("<=", "upper bound", "The truth is at most this. An NLL with this sign can only be better than it looks."),
-    (">=", "lower bound", "The truth is at least this. An NLL with this sign may look better than it is."),
-    ("~", "estimate", "No side is known: an estimate of log Z or the solution of an ODE stands behind it."),
-)
-FAMILY_TABLE = (
-    ("autoregressive", "restricts the architecture: a product of conditionals needs no Z", "exact", "autograd"),
-    (
-        "flow",
-        "restricts the architecture: an invertible map carries Z along",
-        "exact; a bound on discrete data",
-        "autograd",
-    ),
-    ("vae", "approximates by variational inference", "ELBO and importance-weighted bounds", "autograd of the bound"),
-    (
-        "ebm",
-        "approximates by Markov chains while training",
-        "unnormalised, and an estimate of log Z: annealed importance sampling from both sides, quadrature in 2-D",
-        "-grad f, exact",
-    ),
-    ("score", "models grad log p, where Z drops out", "probability-flow ODE", "the model itself"),
-    ("reference", "needs none: closed forms and kernels, and the truth itself where it is known", "exact", "autograd"),
-)
-#: the notebooks by file name, as a reader finds them
+#: the notebooks in reading order: file name and title
 NOTEBOOKS = (
     ("1-energies-and-z", "Energies and Z"),
     ("2-two-compromises", "The two compromises: restrict the model, or approximate the likelihood"),
@@ -75,53 +38,6 @@ NOTEBOOKS = (
     ("5-five-families-side-by-side", "The five families side by side"),
     ("6-your-own-model", "Your own model in the comparison"),
 )
-METRIC_NOTES: dict[str, str] = {
-    "nll": "Mean negative log-likelihood of the test split.",
-    "bits_per_dim": "NLL divided by the number of dimensions and by ln 2.",
-    "kl": "Mean of log p(x) - log q(x) over test points of the truth p; 0 is perfect.",
-    "fisher_divergence": "Mean squared distance between the model's score and the truth's at test points.",
-    "w2": "2-Wasserstein distance between samples and test points, by exact optimal transport.",
-    "mmd": "Maximum mean discrepancy between samples and test points.",
-    "mode_weight_error": "Distance between the share of samples in each mode and the mode's true probability.",
-    "c2st": "Accuracy of a classifier that tells samples from test data; 0.5 is perfect.",
-    "frechet": "Fréchet distance between samples and test data in the features of a small classifier.",
-    "precision": "Share of samples that fall among test data in feature space.",
-    "recall": "Share of test data that fall among samples in feature space.",
-    "density": "How densely test data surround the samples in feature space; about 1 is perfect.",
-    "coverage": "Share of test data with a sample in their neighbourhood in feature space.",
-    "parameters": "Trainable numbers.",
-    "train_seconds": "Wall time of training.",
-    "sample_ms": "Wall time of sampling a batch, divided by its size.",
-    "nfe": "Network evaluations one after the other for one batch of samples.",
-    "peak_memory_mb": "Peak memory of the process, libraries included; of the device on a GPU.",
-    "evaluate_seconds": "Wall time of all measurements together.",
-}
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A figure as the page shows it: its texts and its PNG."""
-
-    name: str
-    title: str
-    caption: str
-    png: bytes
-    also: tuple[str, ...] = ()
-
-    @staticmethod
-    def of(drawing: Drawing, png: bytes) -> Shown:
-        """A drawing without its figure."""
-        return Shown(drawing.name, drawing.title, drawing.caption, png, drawing.also)
-
-    @property
-    def source(self) -> str:
-        """The picture as a data URI."""
-        return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
-
-    @property
-    def width(self) -> int:
-        """Width in pixels."""
-        return Image.open(io.BytesIO(self.png)).width
 
 
 @dataclass(frozen=True)
@@ -131,41 +47,33 @@ class Section:
     id: str
     title: str
     intro: str = ""
-    tables: tuple[Table, ...] = ()
-    figures: tuple[Shown, ...] = ()
+    tables: tuple[TextTable, ...] = ()
+    figures: tuple[Figure, ...] = ()
     parts: tuple[Section, ...] = field(default=())
     folded: bool = False
 
 
-def shrunk(shown: Sequence[Shown], budget: int = PICTURES) -> list[Shown]:
-    """The figures with the larger pictures scaled down until all together fit the budget in bytes."""
-    out = list(shown)
+def shrunk(figures: Sequence[Figure], budget: int = PICTURES) -> list[Figure]:
+    """Scale the larger pictures down until all fit the budget in bytes, or eight times at most."""
+    out = list(figures)
     for _ in range(8):
-        total = sum(len(s.png) for s in out)
+        total = sum(len(f.png) for f in out)
         if total <= budget:
             break
         mean = total / len(out)
-        out = [_scaled(s, 0.85) if len(s.png) >= mean else s for s in out]
+        out = [f.scaled(0.85) if len(f.png) >= mean else f for f in out]
     return out
 
 
-def _scaled(s: Shown, factor: float) -> Shown:
-    image = Image.open(io.BytesIO(s.png)).convert("RGB")
-    small = image.resize((int(image.width * factor), int(image.height * factor)), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.quantize(128, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
-    return Shown(s.name, s.title, s.caption, buffer.getvalue(), s.also)
-
-
-def sections(results: Results, tables: Sequence[Table], shown: Sequence[Shown]) -> list[Section]:
-    """All tables and figures in their places."""
+def sections(results: Results, tables: Sequence[TextTable], figures: Sequence[Figure]) -> list[Section]:
+    """Put the tables and figures of the comparison into sections."""
     table = {t.name: t for t in tables}
-    figure = {s.name: s for s in shown}
+    figure = {f.name: f for f in figures}
 
-    def pick(names: Iterable[str]) -> tuple[Shown, ...]:
+    def pick(names: Iterable[str]) -> tuple[Figure, ...]:
         return tuple(figure[n] for n in names if n in figure)
 
-    def some(*names: str) -> tuple[Table, ...]:
+    def some(*names: str) -> tuple[TextTable, ...]:
         return tuple(table[n] for n in names if n in table)
 
     def part(task: str, kinds: Sequence[str]) -> Section:
@@ -229,65 +137,42 @@ def sections(results: Results, tables: Sequence[Table], shown: Sequence[Shown]) 
 
 
 def headline(results: Results, summary: pd.DataFrame) -> list[dict[str, Any]]:
-    """The headline table's rows for the template: the same numbers as in README, with every seed behind them."""
+    """Return the headline table's rows for the template: README's numbers, with every seed behind them."""
     rows = []
     for task, metric in headline_rows(summary):
         best = headline_best(summary, task, metric)
-        info = metric_info(metric)
-        label = "KL" if metric == "kl" else info.label
-        unit = "" if info.unit == label else info.unit
-        cells = [_headline_cell(results, task, metric, best.get(f)) for f in FAMILIES]
+        label, unit = row_label(metric)
+        tips = {f: results.cell(task, b.model, metric).tip() for f, b in best.items()}
+        cells = [(best.get(f), tips.get(f, "")) for f in FAMILIES]
         rows.append({"task": task, "label": label, "unit": unit, "cells": cells, "first": winner(best)})
     return rows
 
 
-def _headline_cell(results: Results, task: str, metric: str, best: Best | None) -> dict[str, Any]:
-    if best is None:
-        return {"cell": None, "model": "", "tip": ""}
-    return {"cell": best.cell, "model": best.model, "tip": results.cell(task, best.model, metric).tip()}
-
-
-def failures(runs: Runs) -> list[dict[str, Any]]:
-    """Every failed run, for the template."""
-    return [
-        {
-            "model": r.model,
-            "task": r.task,
-            "seed": r.seed,
-            "id": r.run_id,
-            "short": short(r.run_id),
-            "error": r.error,
-            "tail": r.traceback_tail,
-        }
-        for r in runs.failed
-    ]
-
-
-def models(runs: Runs) -> list[dict[str, str]]:
-    """Every model once, with its line and its source."""
-    seen: dict[str, dict[str, str]] = {}
+def models(runs: RecordedRuns) -> list[RecordedRun]:
+    """Return one run of every model, which has its line and its source."""
+    seen: dict[str, RecordedRun] = {}
     for r in sorted(runs.runs, key=lambda r: (family_key(r.family), r.model, r.failed)):
-        seen.setdefault(r.model, {"model": r.model, "family": r.family, "about": r.about, "paper": r.paper})
+        seen.setdefault(r.model, r)
     return list(seen.values())
 
 
-def provenance(runs: Runs) -> list[tuple[str, str]]:
-    """What the runs say of where and with what they were made: distinct values with their counts."""
+#: keys of a run's provenance that the page lists, and their labels
+_PROVENANCE = {
+    "device": "device",
+    "threads": "threads a run",
+    "torch": "torch",
+    "python": "Python",
+    "platform": "platform",
+    "cpu_capability": "CPU instructions",
+}
+
+
+def provenance(runs: RecordedRuns) -> list[tuple[str, str]]:
+    """Summarise the code, machines and data of the runs: distinct values with their counts."""
     done = runs.done
-    rows: list[tuple[str, str]] = [("runs", f"{len(done)} done, {len(runs.failed)} failed")]
-    labels = {
-        "commit": "commit",
-        "device": "device",
-        "threads": "threads a run",
-        "torch": "torch",
-        "python": "Python",
-        "platform": "platform",
-        "cpu_capability": "CPU instructions",
-    }
-    for key, label in labels.items():
-        values = _counted(r.commit if key == "commit" else r.provenance.get(key) for r in done)
-        if values:
-            rows.append((label, values))
+    found = [("commit", _counted(r.commit for r in done))]
+    found += [(label, _counted(r.provenance.get(key) for r in done)) for key, label in _PROVENANCE.items()]
+    rows = [("runs", f"{len(done)} done, {len(runs.failed)} failed"), *(row for row in found if row[1])]
     rows.append(("precision", _counted(r.spec.get("precision") for r in done)))
     rows.append(("results version", _counted(r.spec.get("results_version") for r in done)))
     for task in runs.comparison.tasks():
@@ -324,73 +209,58 @@ def _span(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def _times(runs: Runs) -> list[tuple[str, str]]:
-    starts = [t for r in runs.done if (t := _moment(r.provenance.get("started"))) is not None]
-    ends = [t for r in runs.done if (t := _moment(r.provenance.get("finished"))) is not None]
-    rows = []
-    if starts and ends:
-        wall = _span((max(ends) - min(starts)).total_seconds())
-        first, last = min(starts).isoformat(sep=" "), max(ends).isoformat(sep=" ")
-        rows.append(("wall time", f"{wall} (hours:minutes:seconds), from {first} to {last}"))
-        pairs = [(_moment(r.provenance.get("started")), _moment(r.provenance.get("finished"))) for r in runs.done]
-        rows.append(("all runs together", _span(sum((b - a).total_seconds() for a, b in pairs if a and b))))
-    return rows
-
-
-def _metric_rows(results: Results) -> list[tuple[str, str, MetricInfo]]:
-    asked = {m.partition(":")[0] for m in results.metrics()}
-    return [(m, METRIC_NOTES[m], info) for m, info in METRICS.items() if m in asked]
+def _times(runs: RecordedRuns) -> list[tuple[str, str]]:
+    moments = [(_moment(r.provenance.get("started")), _moment(r.provenance.get("finished"))) for r in runs.done]
+    starts, ends = [start for start, _ in moments if start], [end for _, end in moments if end]
+    if not starts or not ends:
+        return []
+    first, last = min(starts), max(ends)
+    together = sum((end - start).total_seconds() for start, end in moments if start and end)
+    wall = f"{_span((last - first).total_seconds())} (hours:minutes:seconds), from {first.isoformat(sep=' ')} to "
+    return [("wall time", wall + last.isoformat(sep=" ")), ("all runs together", _span(together))]
 
 
 def environment() -> Environment:
-    """jinja2 with autoescape on, over the templates beside this file."""
+    """Return jinja2 with autoescape on, over the templates beside this file."""
     found = FileSystemLoader(Path(__file__).parent)
     return Environment(loader=found, autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
 
 
 @dataclass(frozen=True)
 class LedgerRow:
-    """One claim as the page shows it: a line, and what it opens to.
+    """One claim on the page: its line, and the details that open below it.
 
     A figure of several claims is embedded in the first; the others link to it there.
     """
 
     entry: Entry
-    band: str
-    ours: str
-    figures: tuple[Shown, ...]
-    elsewhere: tuple[Shown, ...]
-    specs: tuple[tuple[str, str], ...]
-
-    @property
-    def printed(self) -> str:
-        """The published value as the ledger's table has it."""
-        p = self.entry.claim.published
-        return p if isinstance(p, str) else number(p)
+    figures: list[Figure]
+    elsewhere: list[Figure]
+    specs: dict[str, str]
 
 
-def ledger_rows(ledger: Sequence[Entry], shown: Sequence[Shown], runs: Runs) -> list[LedgerRow]:
-    """Every claim with its figures and the settings of the runs behind it."""
-    figure = {s.name: s for s in shown}
+def ledger_rows(ledger: Sequence[Entry], figures: Sequence[Figure], runs: RecordedRuns) -> list[LedgerRow]:
+    """Return every claim with its figures and the settings of the runs behind it."""
+    figure = {f.name: f for f in figures}
     by_id = {r.run_id: r for r in runs.runs}
     seen: set[str] = set()
     out = []
     for e in ledger:
         names = (figure_name(e.paper.key, e.claim.experiment, p) for p in e.claim.plots)
-        behind = (by_id[i] for i in e.judged.run_ids.split(";") if i in by_id)
+        behind = (by_id[i] for i in e.judgement.run_ids.split(";") if i in by_id)
         specs = {f"{r.model} on {r.task}": _settings(r.spec) for r in behind}
         pictures = [figure[n] for n in names if n in figure]
-        new, old = ([s for s in pictures if (s.name in seen) == known] for known in (False, True))
-        seen.update(s.name for s in new)
-        out.append(LedgerRow(e, wanted(e.asked), ours(e.judged), tuple(new), tuple(old), tuple(specs.items())))
+        new, old = ([f for f in pictures if (f.name in seen) == known] for known in (False, True))
+        seen.update(f.name for f in new)
+        out.append(LedgerRow(e, new, old, specs))
     return out
 
 
-def further(shown: Sequence[Shown], placed: Sequence[Section], claimed: Sequence[LedgerRow]) -> list[Section]:
-    """A section with the figures that have no place elsewhere on the page: of experiments that no claim shows."""
-    there = {s.name for section in placed for part in (section, *section.parts) for s in part.figures}
-    there |= {s.name for row in claimed for s in row.figures}
-    rest = tuple(s for s in shown if s.name not in there)
+def further(figures: Sequence[Figure], placed: Sequence[Section], claimed: Sequence[LedgerRow]) -> list[Section]:
+    """Make a section of the figures without a place elsewhere: those of experiments that no claim shows."""
+    there = {f.name for section in placed for part in (section, *section.parts) for f in part.figures}
+    there |= {f.name for row in claimed for f in row.figures}
+    rest = tuple(f for f in figures if f.name not in there)
     return [Section("further", "Further figures of experiments", figures=rest, folded=True)] if rest else []
 
 
@@ -400,56 +270,56 @@ def _settings(spec: Mapping[str, Any]) -> str:
 
 
 def render(
-    runs: Runs,
+    runs: RecordedRuns,
     results: Results,
     summary: pd.DataFrame,
-    tables: Sequence[Table],
-    shown: Sequence[Shown],
+    tables: Sequence[TextTable],
+    figures: Sequence[Figure],
     profile: str,
     ledger: Sequence[Entry] = (),
-    plain: Sequence[Plain] = (),
+    printed: Sequence[TextTable] = (),
 ) -> str:
-    """The whole page as HTML text.
+    """Return the whole page as HTML text.
 
     Args:
         runs: for failures, models and provenance.
         results: the measurements behind `tables`.
         summary: for the headline.
-        tables, shown: as written beside the page.
+        tables, figures: as written beside the page.
         profile: named in the title.
         ledger: every claim with its verdict.
-        plain: tables of print beside our numbers.
+        printed: tables of print beside our numbers.
     """
-    pictures = shrunk(shown)
+    pictures = shrunk(figures)
     placed, claimed = sections(results, tables, pictures), ledger_rows(ledger, pictures, runs)
-    template = environment().get_template("template.html")
-    order: Callable[[str], Any] = task_key
-    return template.render(
-        profile=profile,
-        sections=[*placed, *further(pictures, placed, claimed)],
-        ledger=claimed,
-        verdicts=by_verdict(e.judged.verdict for e in ledger),
-        ledger_papers=list({e.paper.key: e.paper for e in ledger}.values()),
-        sources=SOURCES,
-        plain=plain,
-        headline=headline(results, summary),
-        seeds=seeds_line(summary),
-        families=[(FAMILY_LABELS[f], f) for f in FAMILIES],
-        family_table=FAMILY_TABLE,
-        family_labels=FAMILY_LABELS,
-        family_colours=FAMILY_COLOURS,
-        kinds=KIND_LEGEND,
-        metrics=_metric_rows(results),
-        failures=failures(runs),
-        models=models(runs.comparison),
-        notebooks=NOTEBOOKS,
-        provenance=provenance(runs),
-        counts={
-            "models": len(results.models()),
-            "tasks": len(sorted(results.tasks, key=order)),
-            "runs": len(runs.done),
-            "claims": len(ledger),
-            "failed": len(runs.failed),
-        },
-        dimensions=[d for t in results.tasks if (d := task_dimension(t))],
+    measured = {base_metric(m) for m in results.metrics()}
+    return (
+        environment()
+        .get_template("template.html")
+        .render(
+            profile=profile,
+            sections=[*placed, *further(pictures, placed, claimed)],
+            ledger=claimed,
+            verdicts=by_verdict(e.judgement.verdict for e in ledger),
+            ledger_papers=list({e.paper.key: e.paper for e in ledger}.values()),
+            sources=SOURCES,
+            printed=printed,
+            headline=headline(results, summary),
+            seeds=seeds_line(summary),
+            families=FAMILIES,
+            family_labels=FAMILY_LABELS,
+            family_colours=FAMILY_COLOURS,
+            metrics=[(m, info) for m, info in METRICS.items() if m in measured],
+            failures=runs.failed,
+            models=models(runs.comparison),
+            notebooks=NOTEBOOKS,
+            provenance=provenance(runs),
+            counts={
+                "models": len(results.models()),
+                "tasks": len(results.tasks),
+                "runs": len(runs.done),
+                "claims": len(ledger),
+                "failed": len(runs.failed),
+            },
+        )
     )

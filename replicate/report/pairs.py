@@ -8,16 +8,15 @@ for every model.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from replicate.model import flipped
-from replicate.report.compare import kind_of_difference
-from replicate.report.labels import symbol, task_key
-from replicate.report.ledger import Plain
+from replicate.model import flipped, kind_of_difference
+from replicate.report.labels import symbol, task_key, with_interval
+from replicate.report.records import RecordedRun
+from replicate.report.text_table import TextTable
 from replicate.runs.experiment import unpack_examples
 
 RESAMPLES = 2000
@@ -44,36 +43,31 @@ class Scored:
     seeds: int
 
 
-def scored(records: Iterable[Mapping[str, Any]]) -> dict[str, list[Scored]]:
-    """By task, every model with its NLL of each test example, best first.
+def scored(runs: Iterable[RecordedRun]) -> dict[str, list[Scored]]:
+    """Return every model with its NLL of each test example by task, best first.
 
     Runs of one model on the same data are averaged, runs on different data (the folds of a cross-validation) put one
-    after the other.
-
-    Args:
-        records: lines of records.jsonl; those without likelihoods of examples are passed over.
+    after the other. Runs without likelihoods of examples are skipped.
     """
-    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for record in records:
-        for task in record.get("examples") or {}:
-            spec = record["spec"]
-            name = spec["task"] if spec.get("kind") == "experiment" else spec["model"]
-            found.setdefault((str(task), str(name)), []).append(record)
+    found: dict[tuple[str, str], list[RecordedRun]] = {}
+    for run in runs:
+        for task in run.examples:
+            found.setdefault((str(task), run.label), []).append(run)
     out: dict[str, list[Scored]] = {}
-    for (task, name), runs in found.items():
-        runs = sorted(runs, key=lambda r: r["spec"]["seed"])
-        packed = [r["examples"][task] for r in runs]
+    for (task, name), seeds in found.items():
+        seeds = sorted(seeds, key=lambda r: r.seed)
+        packed = [r.examples[task] for r in seeds]
         values = [-unpack_examples(p) for p in packed]
-        folds = len({r["spec"]["data_sha256"] for r in runs}) > 1
+        folds = len({r.spec["data_sha256"] for r in seeds}) > 1
         nll = np.concatenate(values) if folds else np.mean(values, axis=0)
         kinds = {flipped(str(p["kind"])) for p in packed}
         kind = kinds.pop() if len(kinds) == 1 else "estimate"
-        out.setdefault(task, []).append(Scored(name, str(runs[0]["spec"]["family"]), nll, kind, len(runs)))
+        out.setdefault(task, []).append(Scored(name, seeds[0].family, nll, kind, len(seeds)))
     return {task: sorted(out[task], key=lambda s: (float(s.nll.mean()), s.name)) for task in sorted(out, key=task_key)}
 
 
 def resampled_means(values: np.ndarray, name: str) -> np.ndarray:
-    """Bootstrap means of columns: values (n, k) -> (RESAMPLES, k); the same draws of examples for every column.
+    """Return bootstrap means of columns, values (n, k) -> (RESAMPLES, k), with the same examples for every column.
 
     Args:
         name: of the task; it seeds the draws.
@@ -88,10 +82,11 @@ def resampled_means(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def _difference(a: Scored, b: Scored, means: np.ndarray) -> str:
-    """a - b with its 95 % percentile interval, from the bootstrap means of the difference."""
+    """Write a - b with its 95 % percentile interval, from the bootstrap means of the difference."""
     low, high = np.quantile(means, (0.025, 0.975))
     value = float((a.nll - b.nll).mean())
-    return f"{symbol(kind_of_difference(a.kind, b.kind))} {value:.3f} [{low:.3f}, {high:.3f}]"
+    text = with_interval(lambda v: f"{v:.3f}", value, float(low), float(high))
+    return f"{symbol(kind_of_difference(a.kind, b.kind))} {text}"
 
 
 def _rows(task: str, models: Sequence[Scored]) -> Iterable[tuple[str, ...]]:
@@ -111,17 +106,13 @@ def _rows(task: str, models: Sequence[Scored]) -> Iterable[tuple[str, ...]]:
         yield (*head, str(usual), best, before, f"{share:.0%}")
 
 
-def paired_table(records: Iterable[Mapping[str, Any]]) -> Plain | None:
-    """The table of every task that two models or more are scored on; None where there is no such task.
-
-    Args:
-        records: lines of records.jsonl.
-    """
-    rows = [row for task, models in scored(records).items() if len(models) > 1 for row in _rows(task, models)]
+def paired_table(runs: Iterable[RecordedRun]) -> list[TextTable]:
+    """Make the table of every task that two models or more are scored on; none where there is no such task."""
+    rows = [row for task, models in scored(runs).items() if len(models) > 1 for row in _rows(task, models)]
     caption = (
         "NLL in nats of every test example, averaged over seeds; models of a task in order of the mean. Differences "
         f"are paired by example, with a 95 % bootstrap interval over examples ({RESAMPLES} resamples); a difference of "
         "an upper bound and an exact number is known from one side alone, as its sign says. Better on: the share of "
         "examples on which the model is better than the next better one."
     )
-    return Plain(NAME, "Models paired by test example", caption, HEADS, tuple(rows)) if rows else None
+    return [TextTable.of_text(NAME, "Models paired by test example", caption, HEADS, rows)] if rows else []

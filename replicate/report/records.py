@@ -1,6 +1,6 @@
-"""Run records in, two tables out: one row a measurement, and one row a number with its interval over seeds.
+"""Run records in, two tables out: one row per measurement, and one row per number with its interval over seeds.
 
-Everything that the report says is computed from these two tables and the runs' own histories and arrays.
+The report computes everything from these two tables and the runs' own histories and arrays.
 """
 
 from __future__ import annotations
@@ -10,80 +10,64 @@ import json
 import math
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 
 from replicate.errors import RecordError, ReportError
-from replicate.metrics.intervals import t_interval
+from replicate.metrics.intervals import FEWEST, t_interval
 from replicate.report.labels import family_key, metric_key, short, task_key
 from replicate.runs.record import parse_failure, parse_record
+from replicate.runs.spec import spec_hash
 
 MEASUREMENT_COLUMNS = (
-    "run_id",
-    "task",
-    "model",
-    "family",
-    "seed",
-    "split",
-    "metric",
-    "value",
-    "stderr",
-    "kind",
-    "unit",
-    "n",
-    "status",
-    "device",
-    "commit",
+    *("run_id", "task", "model", "family", "seed", "split", "metric"),
+    *("value", "stderr", "kind", "unit", "n", "status", "device", "commit"),
 )
 SUMMARY_COLUMNS = (
-    "task",
-    "model",
-    "family",
-    "metric",
-    "kind",
-    "unit",
-    "mean",
-    "ci_low",
-    "ci_high",
-    "n_seeds",
-    "run_ids",
+    *("task", "model", "family", "metric", "kind", "unit"),
+    *("mean", "ci_low", "ci_high", "n_seeds", "run_ids"),
 )
-#: the metric under which a run without a record stands in the measurements, and its count in the summary
+#: the metric of a run without a record in the measurements, and of their count in the summary
 FAILED = "failed_runs"
 #: nominal coverage of every interval in the report
 LEVEL = 0.95
-#: an interval over fewer seeds than this says nothing and is not printed
-MIN_SEEDS = 3
-#: splits that models learn from; their numbers are in measurements.csv and in no summary
+#: splits that models learn from: their numbers are in measurements.csv and in no summary
 LEARNT_SPLITS = ("train", "valid")
 
 
+def commit_of(provenance: Mapping[str, Any]) -> str:
+    """Return the commit that a run was computed at, with "-dirty" where the tree had changes."""
+    commit = str(provenance.get("commit") or "")
+    known = commit not in ("", "unknown")
+    return f"{commit}-dirty" if known and provenance.get("dirty") else commit
+
+
 @dataclass(frozen=True)
-class Run:
-    """One run as its folder tells it.
+class RecordedRun:
+    """One run as its folder, or a results folder, records it: by default a model of the comparison.
 
     Attributes:
         run_id: sha256 of the canonical spec.
         spec: the specification (model, task, family, seed, settings).
-        folder: where arrays.npz lies, if there is one; None of a run that a results folder tells of (`kept_runs`).
+        folder: of arrays.npz, if there is one; None for a run that a results folder records (`kept_runs`).
         measurements: rows as dictionaries; empty for a failed run.
         history: losses by step; empty for a failed run.
         provenance: commit, device, versions, times.
         about, paper: the model in one line, and its source.
         error, traceback_tail: why a failed run failed; "" for a whole one.
         weights_sha256: of a trained model's safetensors; "" for an experiment.
-        plots: what an experiment draws; None where the results folder that tells of the run did not keep them.
+        plots: an experiment's plots; None where the results folder that records the run did not keep them.
         examples: packed log p of every test example, by task.
         classifiers: sha256 of the weights of each classifier whose features judged samples, by task.
     """
 
     run_id: str
     spec: Mapping[str, Any]
-    folder: Path | None
+    folder: Path | None = None
     measurements: tuple[Mapping[str, Any], ...] = ()
     history: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -96,10 +80,8 @@ class Run:
     examples: Mapping[str, Any] = field(default_factory=dict)
     classifiers: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def is_experiment(self) -> bool:
-        """Whether this run is a paper's experiment and no model of the comparison."""
-        return self.spec.get("kind") == "experiment"
+    #: whether the tables compare it with other models
+    compared: ClassVar[bool] = True
 
     @property
     def failed(self) -> bool:
@@ -129,27 +111,43 @@ class Run:
     @property
     def commit(self) -> str:
         """The commit that the run was computed at, with "-dirty" where the tree had changes."""
-        commit = str(self.provenance.get("commit") or "")
-        known = commit not in ("", "unknown")
-        return f"{commit}-dirty" if known and self.provenance.get("dirty") else commit
+        return commit_of(self.provenance)
 
-    def sort_key(self) -> tuple[Any, ...]:
-        """Task, family, model, seed."""
-        return (task_key(self.task), family_key(self.family), self.model, self.seed, self.run_id)
+    @property
+    def label(self) -> str:
+        """The name of what it trained, among all that were trained on a task."""
+        return self.model
+
+    @property
+    def label_in_group(self) -> str:
+        """The name that tells it from the others of its group."""
+        return self.model
 
     @property
     def group(self) -> tuple[str, ...]:
-        """What its pictures are of: all models on a task, or all seeds of a paper's experiment."""
-        return (self.task, self.model) if self.is_experiment else (self.task,)
+        """The subject of its pictures, which show every run of a group."""
+        return (self.task,)
+
+    def agreement(self) -> dict[tuple[Any, ...], Any]:
+        """Return the parts of its spec that all runs of the results, of a task, and of a task's seed must share."""
+        return {
+            **{(k,): self.spec.get(k) for k in ("profile", "results_version")},
+            ("evaluation", self.task): self.spec.get("evaluation"),
+            ("data_sha256", self.task, self.seed): self.spec.get("data_sha256"),
+        }
+
+    def sort_key(self) -> tuple[Any, ...]:
+        """Return the key that sorts runs by task, family, model and seed."""
+        return (task_key(self.task), family_key(self.family), self.model, self.seed, self.run_id)
 
     @property
     def arrays_file(self) -> Path | None:
-        """Where its arrays lie; None where it kept none."""
+        """The file of its arrays; None where it kept none."""
         path = self.folder / "arrays.npz" if self.folder is not None else None
         return path if path is not None and path.exists() else None
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The run's arrays by name; empty where it kept none.
+        """Return the run's arrays by name; none where it kept none.
 
         Raises:
             ReportError: arrays.npz is broken or holds pickles.
@@ -164,81 +162,114 @@ class Run:
             raise ReportError(f"{path} cannot be read ({error}); delete its folder and run again") from None
 
     def as_record(self) -> dict[str, Any]:
-        """The run without its measurements and arrays: one line of records.jsonl."""
+        """Return one line of records.jsonl: the run without its measurements and arrays."""
         head = {"run_id": self.run_id, "spec": dict(self.spec), "measurements_sha256": rows_digest(_rows(self))}
         if self.failed:
             return {**head, "error": self.error, "traceback_tail": self.traceback_tail}
-        rest = {"provenance": dict(self.provenance), "about": self.about, "paper": self.paper}
-        if self.examples:
-            rest["examples"] = dict(self.examples)
-        if self.classifiers:
-            rest["classifiers"] = dict(self.classifiers)
-        if self.is_experiment:
-            return {**head, **rest, **({"plots": list(self.plots)} if self.plots else {})}
-        return {**head, **rest, "weights_sha256": self.weights_sha256, "history": dict(self.history)}
+        common = {"provenance": dict(self.provenance), "about": self.about, "paper": self.paper}
+        optional = {"examples": dict(self.examples), "classifiers": dict(self.classifiers)}
+        return {**head, **common, **{k: v for k, v in optional.items() if v}, **self._own()}
+
+    def _own(self) -> dict[str, Any]:
+        return {"weights_sha256": self.weights_sha256, "history": dict(self.history)}
+
+
+class RecordedExperiment(RecordedRun):
+    """One run of a paper's experiment: its model is the paper's key, its task the experiment's name."""
+
+    compared = False
+
+    @property
+    def label(self) -> str:
+        """The experiment's name: a paper's key says nothing of what was trained."""
+        return self.task
+
+    @property
+    def label_in_group(self) -> str:
+        """The seed."""
+        return f"seed {self.seed}"
+
+    @property
+    def group(self) -> tuple[str, ...]:
+        """The experiment, all of whose seeds each of its plots shows."""
+        return (self.task, self.model)
+
+    def agreement(self) -> dict[tuple[Any, ...], Any]:
+        """Return the parts of its spec that all runs of the results must share."""
+        return {key: value for key, value in super().agreement().items() if len(key) == 1}
+
+    def _own(self) -> dict[str, Any]:
+        return {"plots": list(self.plots)} if self.plots else {}
+
+
+def recorded(run_id: str, spec: Mapping[str, Any], **fields: Any) -> RecordedRun:
+    """Return the run of a spec, which says whether it is an experiment."""
+    kind = RecordedExperiment if spec.get("kind") == "experiment" else RecordedRun
+    return kind(run_id, spec, **fields)
+
+
+#: fields of a RecordedRun that its line in records.jsonl has under the same name
+_IN_LINE = (
+    *("provenance", "about", "paper", "error", "traceback_tail"),
+    *("weights_sha256", "history", "examples", "classifiers"),
+)
+
+
+def recorded_line(line: Mapping[str, Any], measurements: tuple[Mapping[str, Any], ...] = ()) -> RecordedRun:
+    """Return the run that a line of records.jsonl describes."""
+    same = {k: line[k] for k in _IN_LINE if k in line}
+    plots = tuple(line["plots"]) if "plots" in line else None
+    return recorded(str(line.get("run_id")), line["spec"], measurements=measurements, plots=plots, **same)
 
 
 @dataclass(frozen=True)
-class Runs:
+class RecordedRuns:
     """All runs of one report, sorted by task, family, model and seed."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[RecordedRun, ...]
+
+    @staticmethod
+    def of(runs: Iterable[RecordedRun]) -> RecordedRuns:
+        """Sort runs in any order."""
+        return RecordedRuns(tuple(sorted(runs, key=RecordedRun.sort_key)))
 
     @property
-    def done(self) -> tuple[Run, ...]:
-        """Runs with a record."""
+    def done(self) -> tuple[RecordedRun, ...]:
+        """The runs with a record."""
         return tuple(r for r in self.runs if not r.failed)
 
     @property
-    def failed(self) -> tuple[Run, ...]:
-        """Runs with a failure instead of a record."""
+    def failed(self) -> tuple[RecordedRun, ...]:
+        """The runs with a failure instead of a record."""
         return tuple(r for r in self.runs if r.failed)
 
     @property
-    def comparison(self) -> Runs:
+    def comparison(self) -> RecordedRuns:
         """The runs of models, without the papers' experiments."""
-        return Runs(tuple(r for r in self.runs if not r.is_experiment))
+        return RecordedRuns(tuple(r for r in self.runs if r.compared))
 
     def tasks(self) -> list[str]:
-        """Every task, in the report's order."""
+        """Return every task, in the report's order."""
         return sorted({r.task for r in self.runs}, key=task_key)
 
 
-def canonical_hash(spec: Mapping[str, Any]) -> str:
-    """sha256 of a spec's canonical JSON: what its run id must be."""
-    text = json.dumps(spec, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _read_run(path: Path) -> Run:
+def _read_run(path: Path) -> RecordedRun:
     try:
         text = path.read_bytes()
         if path.name == "failure.json":
             lost = parse_failure(text)
             tail = lost.get("traceback_tail", "")
-            return Run(lost["run_id"], lost["spec"], path.parent, error=lost["error"], traceback_tail=tail)
+            return recorded(lost["run_id"], lost["spec"], folder=path.parent, error=lost["error"], traceback_tail=tail)
         data = parse_record(text)
     except (OSError, RecordError) as error:
         why = "; ".join(str(error).splitlines())
         raise ReportError(f"{path} is not a whole record ({why}); delete its folder and run again") from None
-    return Run(
-        data["run_id"],
-        data["spec"],
-        path.parent,
-        tuple(data["measurements"]),
-        data.get("history", {}),
-        data["provenance"],
-        data.get("about", ""),
-        data.get("paper", ""),
-        weights_sha256=data.get("weights_sha256", ""),
-        plots=tuple(data.get("plots", ())),
-        examples=data.get("examples", {}),
-        classifiers=data.get("classifiers", {}),
-    )
+    rows, plots = tuple(data["measurements"]), tuple(data.get("plots", ()))
+    return replace(recorded_line(data, rows), folder=path.parent, plots=plots)
 
 
-def load_runs(folder: Path, keep: Iterable[str] | None = None) -> Runs:
-    """Every finished or failed run below a folder; unfinished work is passed over.
+def load_runs(folder: Path, keep: Iterable[str] | None = None) -> RecordedRuns:
+    """Return every finished or failed run below a folder, and skip unfinished work.
 
     Args:
         folder: its sub-folders are runs.
@@ -267,10 +298,10 @@ def load_runs(folder: Path, keep: Iterable[str] | None = None) -> Runs:
                 "report on one profile and one setting at a time"
             )
         seen[key] = run.run_id
-    return Runs(tuple(sorted(runs, key=Run.sort_key)))
+    return RecordedRuns.of(runs)
 
 
-def _rows(run: Run) -> Iterable[tuple[Any, ...]]:
+def _rows(run: RecordedRun) -> Iterable[tuple[Any, ...]]:
     head = (run.run_id, run.task, run.model, run.family, run.seed)
     tail = (str(run.provenance.get("device") or ""), run.commit)
     if run.failed:
@@ -281,7 +312,7 @@ def _rows(run: Run) -> Iterable[tuple[Any, ...]]:
 
 
 def rows_digest(rows: Iterable[tuple[Any, ...]]) -> str:
-    """sha256 of a run's rows of measurements.csv, in any order: what ties records.jsonl to the numbers."""
+    """Return the sha256 of a run's rows of measurements.csv, in any order: it ties records.jsonl to the numbers."""
     numbers = {MEASUREMENT_COLUMNS.index(c) for c in ("value", "stderr", "n")}
 
     def text(i: int, value: Any) -> str:
@@ -297,8 +328,8 @@ def _row_key(row: tuple[Any, ...]) -> tuple[Any, ...]:
     return (metric_key(at["metric"]), at["split"], str(at["kind"] or ""))
 
 
-def measurements(runs: Runs) -> pd.DataFrame:
-    """One row a measurement, with the columns MEASUREMENT_COLUMNS, in an order that the records alone decide.
+def measurements(runs: RecordedRuns) -> pd.DataFrame:
+    """Return one row per measurement, with MEASUREMENT_COLUMNS, in an order that the records alone decide.
 
     A metric without a number has the status "n/a: why" and an empty value; a failed run is one row with the
     metric `failed_runs` and the status "failed: why".
@@ -312,26 +343,26 @@ def measurements(runs: Runs) -> pd.DataFrame:
 
 
 def interval(values: Iterable[float]) -> tuple[float, float]:
-    """95 % t-interval of the mean over seeds; (nan, nan) below three seeds or where a value is not finite."""
+    """Return the 95 % t-interval of the mean over seeds; (nan, nan) below three seeds or where one is not finite."""
     x = [float(v) for v in values]
-    if len(x) < MIN_SEEDS or not all(map(math.isfinite, x)):
+    if len(x) < FEWEST or not all(map(math.isfinite, x)):
         return math.nan, math.nan
     low, high = t_interval(x, LEVEL)
     return float(low), float(high)
 
 
 def good_rows(frame: pd.DataFrame) -> pd.DataFrame:
-    """The measurements that have a number and are not of a split that models learn from."""
+    """Return the measurements that have a number and are not of a split that models learn from."""
     return frame[(frame["status"] == "ok") & frame["value"].notna() & ~frame["split"].isin(LEARNT_SPLITS)]
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean, summed without rounding in between, so that the order of the seeds cannot matter."""
+    """Return the mean, summed without rounding in between, so that the order of the seeds cannot matter."""
     return math.fsum(values) / len(values)
 
 
 def grouped(frame: pd.DataFrame) -> dict[tuple[str, str, str, str, str, str], list[tuple[int, float, str]]]:
-    """(seed, value, run id) by (task, family, model, metric, kind, unit), of measurements that have a number."""
+    """Return (seed, value, run id) by (task, family, model, metric, kind, unit), of measurements with a number."""
     out: dict[tuple[str, str, str, str, str, str], list[tuple[int, float, str]]] = {}
     rows = good_rows(frame)
     keys = zip(*(rows[c] for c in ("task", "family", "model", "metric", "kind", "unit")), strict=True)
@@ -341,10 +372,10 @@ def grouped(frame: pd.DataFrame) -> dict[tuple[str, str, str, str, str, str], li
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a (task, model, metric, kind) with the mean over seeds and its 95 % t-interval.
+    """Return one row per (task, model, metric, kind) with the mean over seeds and its 95 % t-interval.
 
     Only measurements with a number count. Where runs failed, a row `failed_runs` (kind exact, unit runs) holds
-    their count as its mean, all seeds tried as `n_seeds` and the failed runs as `run_ids`.
+    their count as its mean, all tried seeds as `n_seeds` and the failed runs as `run_ids`.
     """
     rows: list[tuple[Any, ...]] = []
     for (task, family, model, metric, kind, unit), seeds in grouped(frame).items():
@@ -397,7 +428,7 @@ def read_summary(path: Path) -> pd.DataFrame:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of records.jsonl.
+    """Read the lines of records.jsonl.
 
     Raises:
         ReportError: it cannot be read.
@@ -412,26 +443,26 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def record_problems(records: list[dict[str, Any]], frame: pd.DataFrame) -> list[str]:
-    """Where records.jsonl and measurements.csv do not tell of the same runs, specs and numbers, one line a problem."""
+    """List where records.jsonl and measurements.csv disagree on runs, specs or numbers, one line per problem."""
     problems = []
-    known: dict[str, tuple[Any, ...]] = {}
+    names = ("task", "model", "family", "seed")
+    known: dict[str, list[Any]] = {}
+    lost = set(frame.loc[frame["metric"] == FAILED, "run_id"])
     for record in records:
-        run_id, spec = str(record.get("run_id")), record.get("spec") or {}
-        if canonical_hash(spec) != run_id:
+        run_id, spec = str(record.get("run_id")), record["spec"]
+        if spec_hash(spec) != run_id:
             problems.append(f"records.jsonl: run {short(run_id)} is not the sha256 of its spec")
-        known[run_id] = tuple(spec.get(k) for k in ("task", "model", "family", "seed"))
-        failed = bool((frame.loc[frame["run_id"] == run_id, "metric"] == FAILED).any())
-        if failed != ("error" in record):
+        known[run_id] = [spec.get(k) for k in names]
+        if (run_id in lost) != ("error" in record):
             problems.append(f"records.jsonl and measurements.csv disagree on whether run {short(run_id)} failed")
-    told = {str(r.get("run_id")): r.get("measurements_sha256") for r in records}
+    digests = {str(r.get("run_id")): r.get("measurements_sha256") for r in records}
     for run_id, rows in frame[list(MEASUREMENT_COLUMNS)].groupby("run_id", sort=False):
-        if run_id in told and rows_digest(rows.itertuples(index=False, name=None)) != told[str(run_id)]:
+        if run_id in digests and rows_digest(rows.itertuples(index=False, name=None)) != digests[str(run_id)]:
             problems.append(f"measurements.csv: the numbers of run {short(str(run_id))} are not those of its record")
-    seen = frame[["run_id", "task", "model", "family", "seed"]].drop_duplicates()
-    for run_id, *names in seen.itertuples(index=False, name=None):
+    for run_id, *found in frame[["run_id", *names]].drop_duplicates().itertuples(index=False, name=None):
         if run_id not in known:
             problems.append(f"measurements.csv: run {short(run_id)} has no record")
-        elif tuple(names) != known[run_id]:
-            problems.append(f"measurements.csv: run {short(run_id)} is {names}, its record says {list(known[run_id])}")
-    lost = sorted(set(known) - set(frame["run_id"]))
-    return problems + [f"records.jsonl: run {short(run_id)} has no measurements" for run_id in lost]
+        elif found != known[run_id]:
+            problems.append(f"measurements.csv: run {short(run_id)} is {found}, its record says {known[run_id]}")
+    missing = sorted(set(known) - set(frame["run_id"]))
+    return problems + [f"records.jsonl: run {short(run_id)} has no measurements" for run_id in missing]

@@ -16,9 +16,9 @@ import pandas as pd
 from scipy import stats
 
 from replicate.errors import ReportError
-from replicate.metrics.intervals import t_interval
+from replicate.metrics.intervals import FEWEST, t_interval
 from replicate.model import kind_of_difference
-from replicate.report.records import FAILED, MIN_SEEDS, good_rows, mean
+from replicate.report.records import FAILED, good_rows, mean
 
 VERDICTS = ("reproduced", "not reproduced", "inconclusive", "not comparable", "not run")
 #: the interval of two one-sided tests at 5 %
@@ -27,16 +27,16 @@ _RANK = {"smoke": 0, "standard": 1, "full": 2}
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What of a claim decides its verdict; each field is a column of claims.csv.
+class Criterion:
+    """The parts of a claim that decide its verdict; each field is a column of claims.csv.
 
     Attributes:
         target, relation, tolerance, seed_sd: the band (`replicate.ledger.claims.RELATIONS`).
         measure, minus, over: TASK/MODEL/METRIC; the value of a seed is measure, measure - minus or measure / over.
         deterministic: no randomness, so that one run is enough and its interval is a point.
         kind: number, ordering, identity or slope.
-        judged_at: the smallest profile at which it may be judged.
-        not_comparable, needs: reasons given beforehand.
+        judged_at: the smallest profile at which it can be judged.
+        not_comparable, needs: reasons stated before the runs.
     """
 
     target: float
@@ -54,13 +54,13 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Judgement:
     """A verdict with its numbers: nan where there are none.
 
     Attributes:
         seeds: (seed, value) of each.
         number_kind: exact, bound or estimate; "" without a number.
-        probability: of an ordering, that a further seed shows it, under the spread of these.
+        probability: that a further seed shows the ordering, given the spread of these.
         run_ids: every run behind the values, joined by ";".
     """
 
@@ -91,7 +91,7 @@ class Measured:
         self.none = dict(zip(keys, none["status"], strict=True))
 
     def seeds(self, measure: str) -> dict[int, tuple[float, str, str]]:
-        """(value, kind, run id) by seed.
+        """Return (value, kind, run id) by seed.
 
         Raises:
             ReportError: a seed has two values.
@@ -104,20 +104,42 @@ class Measured:
             out[seed] = (value, kind, run_id)
         return out
 
+    def values(self, measure: str, minus: str = "", over: str = "") -> tuple[dict[int, float], str, list[str]]:
+        """Return the values, differences or ratios of measures by seed, their kind ("" without any), and run ids.
+
+        Seeds that only one of two measures has are left out.
+
+        Raises:
+            ReportError: a seed has two values, or a ratio divides by 0.
+        """
+        sides = [self.seeds(m) for m in (measure, minus or over) if m]
+        shared = sorted(set.intersection(*map(set, sides)))
+        ids = [side[s][2] for side in sides for s in shared]
+        if len(sides) == 1:
+            out, kinds = {s: sides[0][s][0] for s in shared}, {sides[0][s][1] for s in shared}
+        else:
+            first, other = sides
+            if over and any(other[s][0] == 0 for s in shared):
+                raise ReportError("a claim divides by a measurement that is 0")
+            out = {s: first[s][0] / other[s][0] if over else first[s][0] - other[s][0] for s in shared}
+            kinds = {str(kind_of_difference(first[s][1], other[s][1])) for s in shared}
+            kinds = {"estimate"} if over and kinds - {"exact"} else kinds
+        return out, kinds.pop() if len(kinds) == 1 else "estimate" if kinds else "", list(dict.fromkeys(ids))
+
     def failed(self, measures: Iterable[str]) -> int:
-        """Failed runs behind these measures."""
+        """Count the failed runs behind these measures."""
         return sum(self.lost.get((m.split("/")[0], m.split("/")[1]), 0) for m in measures)
 
     def why_none(self, measures: Iterable[str]) -> str:
-        """The reason that a record gives for having no such number; "" where there is none."""
+        """Return the reason that a record gives for having no such number; "" where there is none."""
         keys = [(a, b, c) for a, b, c in (m.split("/") for m in measures)]
         return next((self.none[k] for k in keys if k in self.none), "")
 
 
-def band(asked: Asked, values: Sequence[float]) -> tuple[float, float]:
-    """Lowest and highest value that agree with the claim."""
+def band(criterion: Criterion, values: Sequence[float]) -> tuple[float, float]:
+    """Return the lowest and highest value that agree with the claim."""
     spread = stdev(values) if len(values) > 1 else 0.0
-    t, d = asked.target, max(asked.tolerance, asked.seed_sd * spread)
+    t, d = criterion.target, max(criterion.tolerance, criterion.seed_sd * spread)
     ends = {
         "within": (t - d, t + d),
         "at most": (-math.inf, t + d),
@@ -125,66 +147,42 @@ def band(asked: Asked, values: Sequence[float]) -> tuple[float, float]:
         "above": (t + d, math.inf),
         "below": (-math.inf, t - d),
     }
-    return ends[asked.relation]
+    return ends[criterion.relation]
 
 
-def _paired(asked: Asked, measured: Measured) -> tuple[list[tuple[int, float]], str, list[str]]:
-    """(seed, value) of each seed that all measures have, the kind of the values, and run ids."""
-    first = measured.seeds(asked.measure)
-    second = asked.minus or asked.over
-    if not second:
-        kinds = {k for _, k, _ in first.values()}
-        pairs = [(s, first[s][0]) for s in sorted(first)]
-        return pairs, _one(kinds), [first[s][2] for s in sorted(first)]
-    other = measured.seeds(second)
-    both = sorted(set(first) & set(other))
-    kinds = {kind_of_difference(first[s][1], other[s][1]) for s in both}
-    if asked.over and kinds - {"exact"}:
-        kinds = {"estimate"}
-    pairs = [(s, _combined(first[s][0], other[s][0], bool(asked.over))) for s in both]
-    ids = [first[s][2] for s in both] + [other[s][2] for s in both]
-    return pairs, _one(kinds), list(dict.fromkeys(ids))
-
-
-def _one(kinds: set[str]) -> str:
-    return kinds.pop() if len(kinds) == 1 else "estimate" if kinds else ""
-
-
-def _combined(a: float, b: float, ratio: bool) -> float:
-    if ratio and b == 0:
-        raise ReportError("a claim divides by a measurement that is 0")
-    return a / b if ratio else a - b
-
-
-def judge(asked: Asked, measured: Measured, profile: str) -> Judged:
-    """The verdict on one claim at a profile's measurements."""
-    measures = [m for m in (asked.measure, asked.minus, asked.over) if m]
-    pairs, number_kind, ids = _paired(asked, measured)
+def judge(criterion: Criterion, measured: Measured, profile: str) -> Judgement:
+    """Judge one claim on a profile's measurements."""
+    measures_of = criterion.measure, criterion.minus, criterion.over
+    measures = [m for m in measures_of if m]
+    values, number_kind, ids = measured.values(*measures_of)
     failed = measured.failed(measures)
-    if not pairs:
-        return _without_numbers(asked, measured, measures, failed, profile)
-    values = [v for _, v in pairs]
-    low, high = (values[0], values[0]) if asked.deterministic else t_interval(values, LEVEL)
-    fits = band(asked, values)
-    verdict, reason = _verdict(asked, fits, float(low), float(high), len(values), failed, profile)
-    probability = _probability(values, fits) if asked.kind == "ordering" else math.nan
-    return Judged(
-        verdict, reason, mean(values), float(low), float(high), tuple(pairs), number_kind, probability, ";".join(ids)
+    if not values:
+        return _without_numbers(criterion, measured, measures, failed, profile)
+    x = list(values.values())
+    low, high = map(float, (x[0], x[0]) if criterion.deterministic else t_interval(x, LEVEL))
+    fits = band(criterion, x)
+    verdict, reason = _verdict(criterion, fits, (low, high), len(x), failed, profile)
+    probability = _probability(x, fits) if criterion.kind == "ordering" else math.nan
+    seeds = tuple(values.items())
+    return Judgement(verdict, reason, mean(x), low, high, seeds, number_kind, probability, ";".join(ids))
+
+
+def _without_numbers(
+    criterion: Criterion, measured: Measured, measures: list[str], failed: int, profile: str
+) -> Judgement:
+    if criterion.not_comparable:
+        return Judgement("not comparable", criterion.not_comparable)
+    if failed:
+        return Judgement("not run", f"{failed} runs failed")
+    if none := measured.why_none(measures):
+        return Judgement("not run", none)
+    return Judgement(
+        "not run", away(criterion.needs, criterion.judged_at, profile) or f"the {profile} profile did not measure it"
     )
 
 
-def _without_numbers(asked: Asked, measured: Measured, measures: list[str], failed: int, profile: str) -> Judged:
-    if asked.not_comparable:
-        return Judged("not comparable", asked.not_comparable)
-    if failed:
-        return Judged("not run", f"{failed} runs failed")
-    if none := measured.why_none(measures):
-        return Judged("not run", none)
-    return Judged("not run", away(asked.needs, asked.judged_at, profile) or f"the {profile} profile did not measure it")
-
-
 def away(needs: str, judged_at: str, profile: str) -> str:
-    """Why a profile has no number for what needs something, or is judged at another profile; "" where neither holds."""
+    """Return why a profile has no number: a need, or judgement at another profile; "" where neither holds."""
     if needs:
         return f"needs {needs}"
     if _RANK[profile] < _RANK[judged_at]:
@@ -193,14 +191,20 @@ def away(needs: str, judged_at: str, profile: str) -> str:
 
 
 def _verdict(
-    asked: Asked, fits: tuple[float, float], low: float, high: float, seeds: int, failed: int, profile: str
+    criterion: Criterion,
+    fits: tuple[float, float],
+    interval: tuple[float, float],
+    seeds: int,
+    failed: int,
+    profile: str,
 ) -> tuple[str, str]:
-    if asked.not_comparable:
-        return "not comparable", asked.not_comparable
-    if _RANK[profile] < _RANK[asked.judged_at]:
-        return "not comparable", f"a {profile} run is reduced; it is judged at the {asked.judged_at} profile"
+    if criterion.not_comparable:
+        return "not comparable", criterion.not_comparable
+    if _RANK[profile] < _RANK[criterion.judged_at]:
+        return "not comparable", f"a {profile} run is reduced; it is judged at the {criterion.judged_at} profile"
+    low, high = interval
     if math.isnan(low):
-        return "not comparable", f"{seeds} seeds; an interval needs {MIN_SEEDS}"
+        return "not comparable", f"{seeds} seeds; an interval needs {FEWEST}"
     if failed:
         return "inconclusive", f"{failed} runs failed, and those that ended may differ from them"
     inside = f"[{low:.4g}, {high:.4g}] against [{fits[0]:.4g}, {fits[1]:.4g}]"
@@ -213,9 +217,9 @@ def _verdict(
 
 
 def _probability(values: Sequence[float], fits: tuple[float, float]) -> float:
-    """Predictive probability that one more seed falls into the band, for normal values of unknown mean and spread."""
+    """Return the predictive probability that one more seed is in the band, for normal values of unknown mean and sd."""
     n = len(values)
-    if n < MIN_SEEDS:
+    if n < FEWEST:
         return math.nan
     centre, spread = mean(values), stdev(values) * math.sqrt(1 + 1 / n)
     if spread == 0:

@@ -23,7 +23,7 @@ import torch
 from replicate.errors import UsageError
 from replicate.report.compare import Difference, differences
 from replicate.report.labels import is_timing, short
-from replicate.report.records import Run, load_runs, measurements, read_measurements, read_records
+from replicate.report.records import commit_of, load_runs, measurements, read_measurements, read_records
 from replicate.runs.execute import check_data
 from replicate.runs.executor import Executor, RunFolders
 from replicate.runs.progress import clock
@@ -299,7 +299,7 @@ def other_source(then: Mapping[str, Any]) -> str:
         same = then["source_sha256"] == source_sha256()
     else:
         same = commit != UNKNOWN and now == {key: then.get(key) for key in now}
-    left, right = (Run("", {}, Path(), provenance=p).commit or UNKNOWN for p in (then, now))
+    left, right = (commit_of(p) or UNKNOWN for p in (then, now))
     return "" if same else f"commit {_brief(left)} {COMMITTED}, {_brief(right)} {AFRESH}"
 
 

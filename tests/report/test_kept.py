@@ -1,4 +1,4 @@
-"""A results folder is enough to go on from: its report can be written again, and other runs can join it."""
+"""A results folder is enough to rewrite its report, and to add other runs to it."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("folder", sorted((ROOT / "results").glob("*/MANIFEST.json")), ids=lambda p: p.parent.name)
-def test_committed_results_give_their_runs_back_bit_for_bit(folder: Path, tmp_path: Path) -> None:
+def test_runs_read_from_committed_results_match_bit_for_bit(folder: Path, tmp_path: Path) -> None:
     kept, folder = kept_runs(folder.parent), folder.parent
     lines = (folder / "records.jsonl").read_text().splitlines()
     assert [json.dumps(r.as_record(), sort_keys=True) for r in kept.runs] == lines
@@ -90,7 +90,7 @@ def test_committed_results_give_their_runs_back_bit_for_bit(folder: Path, tmp_pa
     assert (tmp_path / "measurements.csv").read_bytes() == (folder / "measurements.csv").read_bytes()
 
 
-def test_a_report_written_again_from_the_results_alone_is_the_same_bytes(built: Path, results: Path) -> None:
+def test_a_report_rewritten_from_its_results_alone_is_the_same_bytes(built: Path, results: Path) -> None:
     before = content(built)
     assert {"density-two-gaussians.png", "samples-digits.csv", "toy-fit-error.svg", "nll.png"} <= {
         Path(n).name for n in before
@@ -100,14 +100,14 @@ def test_a_report_written_again_from_the_results_alone_is_the_same_bytes(built: 
     assert verify(results) == []
 
 
-def test_every_figure_stands_on_the_page_once_claimed_or_not(built: Path) -> None:
+def test_every_figure_is_on_the_page_once_claimed_or_not(built: Path) -> None:
     page = (built / "report.html").read_text()
     assert {name: page.count(f'id="figure-{name}"') for name in read_index(built)} == dict.fromkeys(
         read_index(built), 1
     )
 
 
-def test_a_run_that_joins_stands_in_every_table_and_the_old_pictures_say_that_they_are_older(
+def test_an_added_run_is_in_every_table_and_older_pictures_name_it_in_their_captions(
     results: Path, tmp_path: Path
 ) -> None:
     old = content(results)
@@ -127,7 +127,7 @@ def test_a_run_that_joins_stands_in_every_table_and_the_old_pictures_say_that_th
     assert content(results) == new
 
 
-def test_a_seed_that_joins_an_experiment_is_drawn_with_those_that_were_there(results: Path, tmp_path: Path) -> None:
+def test_a_seed_added_to_an_experiment_is_drawn_with_the_earlier_ones(results: Path, tmp_path: Path) -> None:
     together = tmp_path / "together"
     for seed in range(3):
         write_experiment(together, seed)
@@ -141,9 +141,7 @@ def test_a_seed_that_joins_an_experiment_is_drawn_with_those_that_were_there(res
     assert verify(results) == []
 
 
-def test_a_picture_whose_plots_were_not_kept_is_carried_and_says_which_seed_it_lacks(
-    results: Path, tmp_path: Path
-) -> None:
+def test_a_picture_without_kept_plots_is_copied_and_its_index_names_its_seeds(results: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (results / "records.jsonl").read_text().splitlines()]
     text = "".join(json.dumps({k: v for k, v in r.items() if k != "plots"}, sort_keys=True) + "\n" for r in lines)
     (results / "records.jsonl").write_text(text)
@@ -157,7 +155,7 @@ def test_a_picture_whose_plots_were_not_kept_is_carried_and_says_which_seed_it_l
     assert (len(index["runs"]), "Drawn" in index["caption"]) == (2, False)
 
 
-def test_of_two_runs_of_one_seed_the_new_one_stands_unless_it_alone_failed(results: Path, tmp_path: Path) -> None:
+def test_a_new_run_replaces_the_earlier_one_of_its_seed_unless_only_it_failed(results: Path, tmp_path: Path) -> None:
     def value(model: str) -> float:
         frame = read_measurements(results / "measurements.csv")
         return float(frame[(frame.model == model) & (frame.task == "digits") & (frame.seed == 1)].value.iloc[0])
@@ -172,7 +170,7 @@ def test_of_two_runs_of_one_seed_the_new_one_stands_unless_it_alone_failed(resul
     assert (value("rbm-pcd"), value("spline-flow")) == (before[0], before[1] + 1.0)
 
 
-def test_a_success_takes_the_place_of_a_failure(results: Path, tmp_path: Path) -> None:
+def test_a_success_replaces_a_failure(results: Path, tmp_path: Path) -> None:
     frame = read_measurements(results / "measurements.csv")
     lost = frame[frame.metric == FAILED].iloc[0]
     write_run(tmp_path / "new", lost.model, lost.family, lost.task, int(lost.seed))
@@ -191,14 +189,16 @@ def test_a_success_takes_the_place_of_a_failure(results: Path, tmp_path: Path) -
         ("evaluation", asdict(Evaluation(samples=999))),
     ],
 )
-def test_a_run_that_was_measured_otherwise_may_not_join(results: Path, tmp_path: Path, key: str, value: Any) -> None:
+def test_a_run_with_other_settings_of_measurement_is_not_added(
+    results: Path, tmp_path: Path, key: str, value: Any
+) -> None:
     before = content(results)
     spec = spec_of("my-flow", "flow", "digits", 0) | {key: value}
     folder = tmp_path / "new"
     path = folder / write_run(folder, "my-flow", "flow", "digits", 0) / "record.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(seal(record | {"spec": spec, "run_id": run_id_of(spec)})))
-    with pytest.raises(ReportError, match=f"my-flow on digits, seed 0, cannot join .* its {key} is another"):
+    with pytest.raises(ReportError, match=f"my-flow on digits, seed 0, cannot be added to .* its {key} differs"):
         build(folder, results, "smoke", keep=None)
     assert content(results) == before
 
@@ -211,9 +211,7 @@ def test_a_run_that_was_measured_otherwise_may_not_join(results: Path, tmp_path:
         ("records.jsonl", lambda text: text.replace('"width": 64', '"width": 65', 1)),
     ],
 )
-def test_what_was_edited_is_not_written_anew_as_if_it_were_right(
-    results: Path, file: str, spoil: Callable[[str], str]
-) -> None:
+def test_edited_results_are_refused_and_not_rewritten(results: Path, file: str, spoil: Callable[[str], str]) -> None:
     text = (results / file).read_text()
     assert spoil(text) != text
     (results / file).write_text(spoil(text))
@@ -223,7 +221,7 @@ def test_what_was_edited_is_not_written_anew_as_if_it_were_right(
     assert content(results) == before
 
 
-def test_only_what_is_asked_for_is_kept(results: Path, runs: Path, tmp_path: Path) -> None:
+def test_only_the_named_runs_are_kept(results: Path, runs: Path, tmp_path: Path) -> None:
     kept = {r.run_id for r in load_runs(runs).done if r.model == "rbm-pcd"}
     write_run(tmp_path / "new", "my-flow", "flow", "digits", 0)
     build(tmp_path / "new", results, "smoke", keep=kept)
@@ -246,7 +244,7 @@ def test_only_what_is_asked_for_is_kept(results: Path, runs: Path, tmp_path: Pat
         ),
     ],
 )
-def test_verify_finds_an_index_that_is_not_that_of_the_figures(
+def test_verify_finds_an_index_that_differs_from_the_figures(
     results: Path, spoil: Callable[[dict[str, Any]], Any], problem: str
 ) -> None:
     index = read_index(results)
@@ -256,7 +254,7 @@ def test_verify_finds_an_index_that_is_not_that_of_the_figures(
     assert any(problem in line for line in verify(results))
 
 
-def test_a_folder_of_single_runs_joins_the_results_by_one_command(
+def test_one_command_adds_a_folder_of_single_runs_to_the_results(
     replicate: Callable[..., tuple[int, str, str]], results: Path, tmp_path: Path
 ) -> None:
     write_run(tmp_path / "mine", "my-flow", "flow", "digits", 0)

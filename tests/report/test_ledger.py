@@ -21,10 +21,10 @@ from replicate.report import ledger
 from replicate.report.build import Claims, build, verify, write_manifest
 from replicate.report.readme import blocks
 from replicate.report.records import MEASUREMENT_COLUMNS
-from replicate.report.verdicts import Asked, Measured, band, judge
+from replicate.report.verdicts import Criterion, Measured, band, judge
 
 
-def asked(**changes: object) -> Asked:
+def criterion(**changes: object) -> Criterion:
     given = {
         "target": 1.0,
         "relation": "within",
@@ -39,7 +39,7 @@ def asked(**changes: object) -> Asked:
         "not_comparable": "",
         "needs": "",
     }
-    return Asked(**{**given, **changes})  # type: ignore[arg-type]
+    return Criterion(**{**given, **changes})  # type: ignore[arg-type]
 
 
 def frame(kind: str = "exact", status: str = "ok", **values: list[float]) -> pd.DataFrame:
@@ -63,7 +63,7 @@ def frame(kind: str = "exact", status: str = "ok", **values: list[float]) -> pd.
     ],
 )
 def test_the_90_percent_interval_decides(values: list[float], verdict: str) -> None:
-    judged = judge(asked(), Measured(frame(a=values)), "standard")
+    judged = judge(criterion(), Measured(frame(a=values)), "standard")
     assert judged.verdict == verdict
     if verdict == "not reproduced":
         assert judged.reason.startswith("above" if values[0] > 1 else "below")
@@ -72,82 +72,84 @@ def test_the_90_percent_interval_decides(values: list[float], verdict: str) -> N
         np.testing.assert_allclose((judged.ci_low, judged.ci_high), np.nan_to_num(ends, nan=values[0]))
 
 
-def test_at_the_edge_of_the_band_it_says_reproduced_one_time_in_twenty() -> None:
+def test_at_the_edge_of_the_band_one_verdict_in_twenty_is_reproduced() -> None:
     x = np.random.default_rng(0).normal(1.1, 0.02, (600, 5))  # the truth lies on the band's upper end
-    said = [judge(asked(), Measured(frame(a=list(row))), "standard").verdict for row in x]
+    said = [judge(criterion(), Measured(frame(a=list(row))), "standard").verdict for row in x]
     assert 0.026 < said.count("reproduced") / len(said) < 0.074  # 2.7 standard errors
 
 
 @given(st.floats(-5, 5), st.floats(0.01, 3), st.sampled_from(["within", "at most", "at least", "above", "below"]))
-def test_bands_contain_what_their_words_say(target: float, d: float, relation: str) -> None:
-    low, high = band(asked(target=target, tolerance=d, relation=relation), [1.0])
+def test_bands_contain_the_values_that_their_words_describe(target: float, d: float, relation: str) -> None:
+    low, high = band(criterion(target=target, tolerance=d, relation=relation), [1.0])
     inside = {"within": target, "at most": target, "at least": target, "above": target + d, "below": target - d}
     assert low <= inside[relation] <= high
     assert (low <= target <= high) == (relation in ("within", "at most", "at least"))
 
 
-def test_the_band_is_as_wide_as_the_seeds_spread_where_the_claim_says_so() -> None:
+def test_a_band_in_standard_deviations_is_as_wide_as_the_spread_of_the_seeds() -> None:
     values = [0.8, 1.2, 1.0]
-    low, high = band(asked(seed_sd=2.0), values)
+    low, high = band(criterion(seed_sd=2.0), values)
     assert math.isclose(high - low, 4 * np.std(values, ddof=1))
 
 
-def test_orderings_are_paired_by_seed_and_say_how_probable_they_are() -> None:
+def test_orderings_are_paired_by_seed_and_have_a_probability() -> None:
     data = frame(a=[3.0, 5.0, 9.0], b=[2.0, 3.9, 8.1])
-    ordering = asked(minus="run/toy/b", relation="above", target=0.0, tolerance=0.5, kind="ordering")
+    ordering = criterion(minus="run/toy/b", relation="above", target=0.0, tolerance=0.5, kind="ordering")
     judged = judge(ordering, Measured(data), "standard")
     assert judged.verdict == "reproduced"
     differences = np.array([1.0, 1.1, 0.9])
     spread = differences.std(ddof=1) * math.sqrt(4 / 3)
     assert math.isclose(judged.probability, 1 - stats.t.cdf((0.5 - 1.0) / spread, 2))
-    assert math.isclose(judge(asked(over="run/toy/b"), Measured(data), "standard").mean, (1.5 + 5 / 3.9 + 9 / 8.1) / 3)
+    assert math.isclose(
+        judge(criterion(over="run/toy/b"), Measured(data), "standard").mean, (1.5 + 5 / 3.9 + 9 / 8.1) / 3
+    )
 
 
 def test_a_seed_that_only_one_side_has_is_left_out() -> None:
-    judged = judge(asked(minus="run/toy/b"), Measured(frame(a=[3.0, 5.0, 9.0, 4.0], b=[2.0, 4.0, 8.0])), "standard")
+    judged = judge(criterion(minus="run/toy/b"), Measured(frame(a=[3.0, 5.0, 9.0, 4.0], b=[2.0, 4.0, 8.0])), "standard")
     assert [seed for seed, _ in judged.seeds] == [0, 1, 2]
 
 
 def test_a_difference_of_two_bounds_is_an_estimate() -> None:
     data = frame("upper_bound", a=[3.0, 5.0, 9.0], b=[2.0, 4.0, 8.0])
-    assert judge(asked(minus="run/toy/b"), Measured(data), "standard").number_kind == "estimate"
-    assert judge(asked(), Measured(data), "standard").number_kind == "upper_bound"
+    assert judge(criterion(minus="run/toy/b"), Measured(data), "standard").number_kind == "estimate"
+    assert judge(criterion(), Measured(data), "standard").number_kind == "upper_bound"
 
 
-def test_a_reduced_run_never_meets_print() -> None:
-    judged = judge(asked(), Measured(frame(a=[1.0, 1.0, 1.0])), "smoke")
+def test_a_reduced_run_is_never_compared_with_print() -> None:
+    judged = judge(criterion(), Measured(frame(a=[1.0, 1.0, 1.0])), "smoke")
     assert (judged.verdict, judged.reason[:11]) == ("not comparable", "a smoke run")
-    full = judge(asked(judged_at="full"), Measured(frame(a=[1.0, 1.0, 1.0])), "standard")
+    full = judge(criterion(judged_at="full"), Measured(frame(a=[1.0, 1.0, 1.0])), "standard")
     assert full.verdict == "not comparable"
-    assert judge(asked(), Measured(frame(a=[1.0, 1.0, 1.0])), "full").verdict == "reproduced"
+    assert judge(criterion(), Measured(frame(a=[1.0, 1.0, 1.0])), "full").verdict == "reproduced"
 
 
-def test_what_was_not_measured_says_why() -> None:
+def test_a_verdict_without_measurements_has_a_reason() -> None:
     nothing = Measured(frame(b=[1.0]))
-    assert judge(asked(needs="the MNIST images"), nothing, "standard").reason == "needs the MNIST images"
-    assert judge(asked(judged_at="full"), nothing, "standard").reason == "needs the full profile"
-    assert judge(asked(judged_at="standard"), nothing, "full").reason == "the standard profile measures it"
-    assert judge(asked(not_comparable="another split"), nothing, "standard").verdict == "not comparable"
+    assert judge(criterion(needs="the MNIST images"), nothing, "standard").reason == "needs the MNIST images"
+    assert judge(criterion(judged_at="full"), nothing, "standard").reason == "needs the full profile"
+    assert judge(criterion(judged_at="standard"), nothing, "full").reason == "the standard profile measures it"
+    assert judge(criterion(not_comparable="another split"), nothing, "standard").verdict == "not comparable"
     absent = Measured(frame(status="n/a: no sampler", a=[math.nan]))
-    assert judge(asked(), absent, "standard").reason == "n/a: no sampler"
+    assert judge(criterion(), absent, "standard").reason == "n/a: no sampler"
 
 
-def test_failed_runs_are_never_passed_over() -> None:
+def test_failed_runs_are_never_ignored() -> None:
     lost = frame(failed_runs=[math.nan], status="failed: out of memory")
-    assert judge(asked(), Measured(lost), "standard").reason == "1 runs failed"
+    assert judge(criterion(), Measured(lost), "standard").reason == "1 runs failed"
     both = pd.concat([frame(a=[1.0, 1.0, 1.0]), lost])
-    assert judge(asked(), Measured(both), "standard").verdict == "inconclusive"
+    assert judge(criterion(), Measured(both), "standard").verdict == "inconclusive"
 
 
 def test_a_computation_without_randomness_is_judged_on_one_run() -> None:
-    assert judge(asked(deterministic=True), Measured(frame(a=[1.05])), "standard").verdict == "reproduced"
-    assert judge(asked(deterministic=True), Measured(frame(a=[1.15])), "standard").verdict == "not reproduced"
+    assert judge(criterion(deterministic=True), Measured(frame(a=[1.05])), "standard").verdict == "reproduced"
+    assert judge(criterion(deterministic=True), Measured(frame(a=[1.15])), "standard").verdict == "not reproduced"
 
 
 def test_two_values_of_one_seed_are_refused() -> None:
     data = pd.concat([frame(a=[1.0]), frame(a=[2.0])])
     with pytest.raises(ReportError, match="two values for seed 0"):
-        judge(asked(), Measured(data), "standard")
+        judge(criterion(), Measured(data), "standard")
 
 
 # -- the whole way through a results folder
@@ -240,14 +242,14 @@ def test_the_ledger_is_written_read_and_verified(results: Path, paper: PaperClai
     assert line.endswith("Not reproduced: T2.")
 
 
-def test_a_cell_not_run_names_its_own_need_and_not_that_of_what_it_is_compared_with(paper: PaperClaims) -> None:
+def test_a_cell_that_was_not_run_names_its_own_need_and_not_that_of_its_comparison(paper: PaperClaims) -> None:
     own = replace(paper.claims[0], measure="a/toy/nll", experiment="", needs="a CUDA device")
     gap = replace(own, id="gap", minus="b/toy/nll", needs="a CUDA device and the file of b")
     row = tuple(MeasureCell(measure) for measure in ("a/toy/nll", "b/toy/nll", "run/toy/a"))
     table = MeasureTable("side", "Side by side", "A caption.", ("a", "b", "c"), (row,))
     for claims in ((own, gap), (gap, own)):
         (filled,) = ledger.filled_tables([table], frame(a=[1.0]), [replace(paper, claims=claims)], "full")
-        assert filled.rows[0][:2] == (
+        assert filled.rows[0].cells[:2] == (
             "not run: needs a CUDA device",
             "not run: needs a CUDA device and the file of b",
         )
@@ -258,9 +260,9 @@ def test_a_cell_names_the_profile_that_measures_it(paper: PaperClaims) -> None:
     table = MeasureTable("side", "Side by side", "A caption.", ("a", "b"), (cells,))
     claim = replace(paper.claims[0], measure="a/toy/nll", experiment="", profile="standard")
     given = [table], frame(a=[1.0]), [replace(paper, claims=(claim,))]
-    assert ledger.filled_tables(*given, "full")[0].rows[0][0] == "not run: the standard profile measures it"
-    assert ledger.filled_tables(*given, "smoke")[0].rows[0][0] == "not run: needs the standard profile"
-    assert ledger.filled_tables(*given, "standard")[0].rows[0][0] == "not run"
+    assert ledger.filled_tables(*given, "full")[0].rows[0].cells[0] == "not run: the standard profile measures it"
+    assert ledger.filled_tables(*given, "smoke")[0].rows[0].cells[0] == "not run: needs the standard profile"
+    assert ledger.filled_tables(*given, "standard")[0].rows[0].cells[0] == "not run"
 
 
 def test_contract_columns_come_first_and_in_order() -> None:
@@ -327,13 +329,13 @@ def test_verify_recomputes_every_verdict(results: Path, change: dict[str, str], 
     assert any(found in p for p in problems)
 
 
-def test_a_band_that_is_bent_afterwards_is_found_by_the_papers_file(results: Path, paper: PaperClaims) -> None:
+def test_a_band_changed_afterwards_contradicts_the_papers_file(results: Path, paper: PaperClaims) -> None:
     spoil(results, "claims.csv", {"tolerance": "10.0", "verdict": "reproduced"})
     problems = verify(results, Claims((paper,)))
     assert any("claim T2: tolerance is '10.0', toy.toml says '0.1'" in p for p in problems)
 
 
-def test_a_measurement_changed_consistently_is_found_by_its_record(results: Path, paper: PaperClaims) -> None:
+def test_a_measurement_changed_consistently_contradicts_its_record(results: Path, paper: PaperClaims) -> None:
     path = results / "measurements.csv"
     path.write_text(path.read_text().replace(",1.02,", ",1.03,"))
     write_manifest(results)

@@ -1,4 +1,4 @@
-"""The notebooks as a course needs them: clean, numbered, every exercise answered, and readable without a network.
+"""The notebooks of the course: clean, numbered, every exercise answered, and readable without a network.
 
 Those that read results are run on the smoke results in test_reproduce.py, as `make notebooks` does it, the others here.
 """
@@ -44,7 +44,7 @@ def tree(path: Path) -> ast.Module:
     return ast.parse("\n".join("pass" if line.startswith("%") else line for line in lines))
 
 
-def test_the_report_links_each_of_them() -> None:
+def test_the_report_links_every_notebook() -> None:
     assert [name for name, _ in page.NOTEBOOKS] == [p.stem for p in NOTEBOOKS]
 
 
@@ -57,7 +57,7 @@ def kernel() -> Iterator[KernelManager]:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS[:4], ids=lambda p: p.stem)
-def test_it_runs(path: Path, kernel: KernelManager) -> None:
+def test_a_notebook_runs(path: Path, kernel: KernelManager) -> None:
     notebook = deepcopy(read(path))
     notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f", id="reset"))  # no name of the notebook before it
     NotebookClient(notebook, km=kernel, resources={"metadata": {"path": str(path.parent)}}).execute()
@@ -67,7 +67,7 @@ def test_it_runs(path: Path, kernel: KernelManager) -> None:
     assert "results_folder" not in "".join(sources(path, "code"))
 
 
-def test_there_are_six_numbered_one_to_six_in_name_and_title() -> None:
+def test_six_notebooks_are_numbered_one_to_six_in_name_and_title() -> None:
     assert [p.name[:2] for p in NOTEBOOKS] == [f"{i}-" for i in range(1, 7)]
     for number, path in enumerate(NOTEBOOKS, 1):
         first = read(path).cells[0]
@@ -108,7 +108,7 @@ def test_every_section_ends_with_an_exercise_and_every_exercise_has_an_answer(pa
 
 
 @EVERY
-def test_it_runs_the_suites_code_and_pastes_none_of_it(path: Path) -> None:
+def test_a_notebook_imports_the_suites_code_and_copies_none_of_it(path: Path) -> None:
     code = tree(path)
     imported = {n.module or "" for n in ast.walk(code) if isinstance(n, ast.ImportFrom)}
     assert sum(m.startswith("replicate.") for m in imported) >= 3
@@ -135,7 +135,7 @@ def bodies_of_the_suite() -> frozenset[str]:
     return frozenset(body(n) for n in functions)
 
 
-def test_a_pasted_function_would_be_found() -> None:
+def test_a_copied_function_would_be_found() -> None:
     text = (ROOT / "replicate" / "sampling" / "langevin.py").read_text()
     pasted = next(n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef) and n.name == "ula")
     assert body(pasted) in bodies_of_the_suite()
@@ -196,7 +196,7 @@ def test_an_unknown_command_is_refused_not_dropped() -> None:
         formula(r"\nosuch{x}")
 
 
-def test_the_page_asks_nothing_of_a_network_and_is_the_same_twice() -> None:
+def test_the_page_needs_no_network_and_is_the_same_twice() -> None:
     notebook = nbformat.v4.new_notebook(
         cells=[
             nbformat.v4.new_markdown_cell("# A title\n\nWith $Z = 1$.\n\n$$ \\int p(x)\\, dx = 1 $$", id="a"),
@@ -210,7 +210,9 @@ def test_the_page_asks_nothing_of_a_network_and_is_the_same_twice() -> None:
     assert pages[0].count("<svg ") == 2
 
 
-def test_results_that_are_not_there_are_asked_for_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_results_raise_one_line_with_the_command_that_makes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RESULTS", str(tmp_path))
     monkeypatch.setenv("PROFILE", "smoke")
     with pytest.raises(FileNotFoundError, match="run `make reproduce PROFILE=smoke`, or set RESULTS"):
@@ -220,7 +222,7 @@ def test_results_that_are_not_there_are_asked_for_in_one_line(tmp_path: Path, mo
     assert results_folder() == tmp_path / "smoke"
 
 
-def test_begin_gives_the_reports_look_and_leaves_the_backend() -> None:
+def test_begin_sets_the_reports_look_and_keeps_the_backend() -> None:
     with mpl.rc_context():
         backend = mpl.rcParams["backend"]
         begin()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -15,6 +13,7 @@ from scipy import stats
 from replicate.errors import RecordError
 from replicate.model import LogLikelihood
 from replicate.report.pairs import RESAMPLES, paired_table, resampled_means, scored
+from replicate.report.records import RecordedRun
 from replicate.runs.evaluate import digit_features
 from replicate.runs.execute import execute
 from replicate.runs.experiment import MAX_EXAMPLES, pack_examples, unpack_examples
@@ -23,10 +22,10 @@ from replicate.runs.spec import make_spec
 from replicate.tasks.loading import load_task
 
 
-def record(name: str, log_p: np.ndarray, seed: int = 0, kind: str = "exact", data: str = "d") -> dict[str, Any]:
+def run(name: str, log_p: np.ndarray, seed: int = 0, kind: str = "exact", data: str = "d") -> RecordedRun:
     likelihood = LogLikelihood(torch.from_numpy(log_p), kind)  # type: ignore[arg-type]
     spec = {"model": name, "task": "t", "family": "flow", "seed": seed, "data_sha256": data}
-    return {"spec": spec, "examples": {"t": pack_examples(likelihood)}}
+    return RecordedRun("", spec, examples={"t": pack_examples(likelihood)})
 
 
 @given(arrays.arrays(np.float64, st.integers(1, 50), elements=st.floats(-1e6, 1e6)))
@@ -42,11 +41,11 @@ def test_text_that_is_no_packed_likelihood_is_refused(values: str) -> None:
         unpack_examples({"low": 0.0, "span": 1.0, "values": values})
 
 
-def test_seeds_are_averaged_and_folds_put_one_after_the_other() -> None:
+def test_seeds_are_averaged_and_folds_concatenated() -> None:
     a, b = np.arange(4.0), np.arange(4.0) + 2
-    (averaged,) = scored([record("m", a, 0), record("m", b, 1)])["t"]
+    (averaged,) = scored([run("m", a, 0), run("m", b, 1)])["t"]
     assert np.allclose(averaged.nll, -(a + b) / 2, atol=1e-3)
-    (folds,) = scored([record("m", b, 1, data="e"), record("m", a, 0)])["t"]
+    (folds,) = scored([run("m", b, 1, data="e"), run("m", a, 0)])["t"]
     assert np.allclose(folds.nll, -np.concatenate([a, b]), atol=1e-3)
     assert averaged.seeds == folds.seeds == 2
 
@@ -56,10 +55,9 @@ def test_the_interval_is_that_of_the_paired_differences() -> None:
     generator = np.random.default_rng(0)
     hard = 100 * generator.normal(size=2000)
     gap = 0.5 + generator.normal(size=2000)
-    table = paired_table([record("good", hard), record("bad", hard - gap)])
-    assert table is not None
-    assert [row[1] for row in table.rows] == ["good", "bad"]
-    sign, value, low, high = table.rows[1][6].replace("[", "").replace("]", "").replace(",", "").split()
+    (table,) = paired_table([run("good", hard), run("bad", hard - gap)])
+    assert [row.cells[1] for row in table.rows] == ["good", "bad"]
+    sign, value, low, high = str(table.rows[1].cells[6]).replace("[", "").replace("]", "").replace(",", "").split()
     wanted = stats.norm.interval(0.95, gap.mean(), gap.std() / np.sqrt(len(gap)))
     assert sign == "="
     assert [float(value), float(low), float(high)] == pytest.approx([gap.mean(), *wanted], abs=0.012)
@@ -83,23 +81,21 @@ def test_resampling_is_the_bootstrap_of_the_mean() -> None:
         ("estimate", "exact", "~"),
     ],
 )
-def test_a_difference_says_from_which_side_it_is_known(first: str, second: str, sign: str) -> None:
+def test_the_sign_of_a_difference_is_that_of_its_kind(first: str, second: str, sign: str) -> None:
     """The second's NLL minus the first's, where a lower bound on log p is an upper bound of the NLL."""
     x = np.linspace(0, 1, 50)
-    table = paired_table([record("better", x + 1, kind=first), record("worse", x, kind=second)])
-    assert table is not None
-    assert table.rows[1][6].startswith(f"{sign} 1.000")
+    (table,) = paired_table([run("better", x + 1, kind=first), run("worse", x, kind=second)])
+    assert str(table.rows[1].cells[6]).startswith(f"{sign} 1.000")
 
 
 def test_one_model_alone_or_of_fewer_examples_is_not_paired() -> None:
     x = np.linspace(0, 1, 50)
-    assert paired_table([record("a", x)]) is None
-    table = paired_table([record("a", x), record("b", x), record("c", x[:10])])
-    assert table is not None
-    assert [row[1] for row in table.rows] == ["a", "b"]
+    assert paired_table([run("a", x)]) == []
+    (table,) = paired_table([run("a", x), run("b", x), run("c", x[:10])])
+    assert [row.cells[1] for row in table.rows] == ["a", "b"]
 
 
-def test_a_run_on_data_leaves_the_likelihood_of_every_test_example_and_what_judged_its_samples() -> None:
+def test_a_record_on_data_has_the_likelihood_of_every_test_example_and_the_classifier_of_its_samples() -> None:
     found = execute(make_spec("marginals", "digits-binary", 0, "smoke"), None, torch.device("cpu"))
     packed = found["examples"]["digits-binary"]
     (nll,) = [m["value"] for m in found["measurements"] if m["metric"] == "nll"]

@@ -22,20 +22,23 @@ from replicate.report import build as builder
 from replicate.report import tables
 from replicate.report.build import TIMING_METRICS, build, verify, write_manifest
 from replicate.report.compare import compare_models, compare_with_reference, differences, kind_of_difference
-from replicate.report.drawing import Drawing
+from replicate.report.drawing import Figure
 from replicate.report.labels import fixed, latex, markdown, slug
 from replicate.report.maps import Picture, samples_figure
 from replicate.report.page import NOTEBOOKS
-from replicate.report.plots import experiment_drawings
+from replicate.report.plots import experiment_figures
 from replicate.report.readme import headline_markdown, refresh, stale, update_readme
 from replicate.report.records import (
     MEASUREMENT_COLUMNS,
     SUMMARY_COLUMNS,
-    Run,
+    RecordedExperiment,
     load_runs,
+    measurements,
     read_measurements,
     read_summary,
+    summary,
 )
+from replicate.report.text_table import Cell, Number, Row
 from replicate.runs.record import seal
 
 
@@ -48,7 +51,7 @@ def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def frame(runs_folder: Path) -> pd.DataFrame:
     """Its measurements."""
-    return tables.measurements(load_runs(runs_folder))
+    return measurements(load_runs(runs_folder))
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +77,10 @@ def copy(built: Path, tmp_path: Path) -> Path:
 # -- measurements and summary
 
 
-def test_measurements_have_the_contracts_columns_in_an_order_the_records_decide(
+def test_measurements_have_the_contracts_columns_in_an_order_given_by_the_records(
     runs_folder: Path, tmp_path: Path
 ) -> None:
-    frame = tables.measurements(load_runs(runs_folder))
+    frame = measurements(load_runs(runs_folder))
     assert tuple(frame.columns) == MEASUREMENT_COLUMNS
     assert ",".join(MEASUREMENT_COLUMNS) == (
         "run_id,task,model,family,seed,split,metric,value,stderr,kind,unit,n,status,device,commit"
@@ -85,7 +88,7 @@ def test_measurements_have_the_contracts_columns_in_an_order_the_records_decide(
     shuffled = tmp_path / "shuffled"
     for place in sorted((p for p in runs_folder.iterdir() if p.is_dir()), key=lambda p: p.name[::-1]):
         shutil.copytree(place, shuffled / place.name)
-    pd.testing.assert_frame_equal(frame, tables.measurements(load_runs(shuffled)))
+    pd.testing.assert_frame_equal(frame, measurements(load_runs(shuffled)))
 
 
 def test_a_metric_without_a_number_keeps_its_reason_and_an_empty_value(frame: pd.DataFrame) -> None:
@@ -96,11 +99,11 @@ def test_a_metric_without_a_number_keeps_its_reason_and_an_empty_value(frame: pd
 
 
 def test_summary_is_the_mean_with_students_interval(frame: pd.DataFrame) -> None:
-    summary = tables.summary(frame)
-    assert tuple(summary.columns) == SUMMARY_COLUMNS
+    numbers = summary(frame)
+    assert tuple(numbers.columns) == SUMMARY_COLUMNS
     picked = frame[(frame.task == "digits") & (frame.model == "realnvp") & (frame.metric == "nll")].sort_values("seed")
     values = picked.value.to_numpy()
-    (row,) = summary[(summary.task == "digits") & (summary.model == "realnvp") & (summary.metric == "nll")].itertuples()
+    (row,) = numbers[(numbers.task == "digits") & (numbers.model == "realnvp") & (numbers.metric == "nll")].itertuples()
     half = 4.302652729911275 * values.std(ddof=1) / math.sqrt(3)  # t quantile 0.975 at 2 degrees of freedom
     assert row.mean == pytest.approx(values.sum() / 3)
     assert (row.ci_low, row.ci_high) == pytest.approx((row.mean - half, row.mean + half))
@@ -113,23 +116,23 @@ def test_summary_is_the_mean_with_students_interval(frame: pd.DataFrame) -> None
 
 def test_below_three_seeds_there_is_no_interval_anywhere(tmp_path: Path) -> None:
     folder = write_runs(tmp_path / "runs", ("digits",), seeds=2, models={"pixelcnn": "autoregressive", "iwae": "vae"})
-    frame = tables.measurements(load_runs(folder))
-    summary = tables.summary(frame)
-    assert summary.ci_low.isna().all()
-    assert summary.ci_high.isna().all()
+    frame = measurements(load_runs(folder))
+    numbers = summary(frame)
+    assert numbers.ci_low.isna().all()
+    assert numbers.ci_high.isna().all()
     table = tables.task_table(tables.Results(frame), "digits")
-    assert all("[" not in cell.text() for r in table.rows for cell in r.cells)
+    assert all("[" not in cell.text() for r in table.rows for cell in r.measured())
 
 
-def test_numbers_that_are_learnt_from_or_missing_do_not_enter_the_summary(frame: pd.DataFrame) -> None:
+def test_numbers_of_training_splits_and_missing_ones_are_not_in_the_summary(frame: pd.DataFrame) -> None:
     extra = frame[(frame.model == "realnvp") & (frame.metric == "nll") & (frame.task == "digits")].copy()
     extra["split"], extra["value"] = "train", 0.0
-    assert tables.summary(pd.concat([frame, extra])).equals(tables.summary(frame))
-    assert "causal-conv" not in set(tables.summary(frame).query("task == 'digits' and metric == 'nll'").model)
+    assert summary(pd.concat([frame, extra])).equals(summary(frame))
+    assert "causal-conv" not in set(summary(frame).query("task == 'digits' and metric == 'nll'").model)
 
 
 def test_failures_are_counted_in_summary_and_cells(frame: pd.DataFrame) -> None:
-    (row,) = tables.summary(frame).query("metric == 'failed_runs'").itertuples()
+    (row,) = summary(frame).query("metric == 'failed_runs'").itertuples()
     assert (row.task, row.model, row.mean, row.n_seeds) == ("two-gaussians", EVIL, 2.0, 3)
     assert len(row.run_ids.split(";")) == 2
     cell = tables.Results(frame).cell("two-gaussians", EVIL, "kl")
@@ -173,9 +176,9 @@ def test_pickles_in_arrays_are_refused(tmp_path: Path) -> None:
 # -- cells
 
 
-def number(kind: str, mean: float, half: float = 0.4) -> tables.Number:
+def number(kind: str, mean: float, half: float = 0.4) -> Number:
     """A number with a symmetric interval."""
-    return tables.Number(kind, "nats", mean, mean - half, mean + half, ((0, mean, "a" * 64),))
+    return Number(kind, "nats", mean, mean - half, mean + half, ((0, mean, "a" * 64),))
 
 
 @pytest.mark.parametrize(
@@ -188,20 +191,20 @@ def number(kind: str, mean: float, half: float = 0.4) -> tables.Number:
     ],
 )
 def test_every_cell_shows_its_kind_and_interval(kind: str, text: str) -> None:
-    cell = tables.Cell("nll", (number(kind, 92.31),))
+    cell = Cell("nll", (number(kind, 92.31),))
     assert cell.text() == text
     assert "seed 0: 92.31 (run aaaaaaaa)" in cell.tip()
 
 
-def test_cells_without_numbers_say_why() -> None:
-    assert tables.Cell("kl", reason="no density").text() == "n/a"
-    assert tables.Cell("kl", lost=2, tried=5).text() == "failed (2 of 5)"
-    assert tables.Cell("kl").text() == "-"
+def test_cells_without_numbers_show_the_reason() -> None:
+    assert Cell("kl", reason="no density").text() == "n/a"
+    assert Cell("kl", lost=2, tried=5).text() == "failed (2 of 5)"
+    assert Cell("kl").text() == "-"
 
 
 def test_a_number_that_may_flatter_is_never_marked_best() -> None:
-    def line(model: str, family: str, *numbers: tables.Number) -> tables.Row:
-        return tables.Row(family, (model,), family, (tables.Cell("nll", numbers),))
+    def line(model: str, family: str, *numbers: Number) -> Row:
+        return Row((family, model, Cell("nll", numbers)), family)
 
     rows = [
         line("exact", "flow", number("exact", 90)),
@@ -210,7 +213,7 @@ def test_a_number_that_may_flatter_is_never_marked_best() -> None:
         line("rough", "score", number("estimate", 60)),
         line("floor", "reference", number("exact", 10)),
     ]
-    assert [r.cells[0].best for r in tables.mark_best(rows, 1)] == [False, True, False, False, False]
+    assert [cell.best for r in tables.mark_best(rows) for cell in r.measured()] == [False, True, False, False, False]
 
 
 @pytest.mark.parametrize(
@@ -228,10 +231,9 @@ def test_numbers_have_one_fixed_form(value: float, decimals: int, text: str) -> 
 
 
 def test_only_suffixed_metrics_make_the_sampler_table(frame: pd.DataFrame) -> None:
-    table = tables.samplers_table(tables.Results(frame))
-    assert table is not None
-    assert {r.labels[1] for r in table.rows} == {"own", "ULA", "MALA"}
-    assert all(r.labels[0] != "kde" for r in table.rows)
+    (table,) = tables.samplers_table(tables.Results(frame))
+    assert {r.cells[2] for r in table.rows} == {"own", "ULA", "MALA"}
+    assert all(r.cells[1] != "kde" for r in table.rows)
     main = tables.task_table(tables.Results(frame), "two-gaussians")
     assert all(":" not in c.key for c in main.columns)
 
@@ -297,7 +299,7 @@ def test_latex_and_markdown_escape_hostile_names(frame: pd.DataFrame) -> None:
     )
     assert markdown("a|b<i>_\n`") == r"a\|b&lt;i&gt;\_ \`"
     table = tables.task_table(tables.Results(frame), "two-gaussians")
-    tex, md = tables.to_latex(table), tables.to_markdown(table)
+    tex, md = table.latex(), table.markdown()
     assert latex(EVIL) in tex
     assert "<" not in tex.replace(r"\textless{}", "")
     assert r"\toprule" in tex
@@ -308,7 +310,7 @@ def test_latex_and_markdown_escape_hostile_names(frame: pd.DataFrame) -> None:
     ampersands = {
         line.replace(r"\&", "").count("&") for line in tex.splitlines() if line.endswith(r"\\") and "&" in line
     }
-    assert ampersands == {len(table.columns)}
+    assert ampersands == {len(table.columns) - 2}
 
 
 def test_file_names_are_plain_and_never_shared() -> None:
@@ -355,30 +357,31 @@ def test_the_density_figures_csv_holds_the_normalised_maps(built: Path) -> None:
     assert float(truth[1 + i][2]) == pytest.approx(2, abs=0.8)
 
 
-def drawn_samples(frame: pd.DataFrame, rows: np.ndarray, levels: float) -> tuple[Drawing, list[Axes]]:
+def drawn_samples(frame: pd.DataFrame, rows: np.ndarray, levels: float) -> tuple[Figure, list[Axes]]:
     arrays = {"samples": rows[::-1], "reference_samples": rows, "levels": np.asarray(levels)}
-    drawing = samples_figure(tables.Results(frame), "mine", [Picture("vae", "vae", arrays)])
-    assert drawing is not None
-    return drawing, drawing.figure.axes
+    figure = samples_figure(tables.Results(frame), "mine", [Picture("vae", "vae", arrays)])
+    assert figure is not None
+    assert figure.canvas is not None
+    return figure, figure.canvas.axes
 
 
 def test_samples_of_a_table_are_scattered_by_its_most_correlated_columns(frame: pd.DataFrame) -> None:
     rows = np.random.default_rng(0).normal(size=(100, 5))
     rows[:, 4] = rows[:, 1] + 0.1 * rows[:, 0]
-    drawing, axes = drawn_samples(frame, rows, math.nan)
-    assert "1 and 4" in drawing.caption
+    figure, axes = drawn_samples(frame, rows, math.nan)
+    assert "1 and 4" in figure.caption
     points = [np.asarray(ax.collections[0].get_offsets()) for ax in axes]
     np.testing.assert_array_equal(points[0], rows[:, [1, 4]])
     np.testing.assert_array_equal(points[1], rows[::-1][:, [1, 4]])
-    lines = drawing.csv.splitlines()
+    lines = figure.csv.splitlines()
     assert lines[0] == "model,sample,x_0,x_1,x_2,x_3,x_4"
     assert len(lines) == 1 + 2 * 100
 
 
 def test_samples_of_bits_that_are_no_image_are_lines_of_a_picture(frame: pd.DataFrame) -> None:
     rows = np.random.default_rng(0).integers(0, 2, size=(100, 7))
-    drawing, axes = drawn_samples(frame, rows, 2)
-    assert "one of 7 bits" in drawing.caption
+    figure, axes = drawn_samples(frame, rows, 2)
+    assert "one of 7 bits" in figure.caption
     np.testing.assert_array_equal(axes[0].images[0].get_array(), rows[:36])
 
 
@@ -397,7 +400,7 @@ def test_drawing_leaves_no_global_state(small_runs: Path, tmp_path: Path) -> Non
     from replicate.report.figures import comparison_figure
 
     with style():
-        results = tables.Results(tables.measurements(runs))
+        results = tables.Results(measurements(runs))
         assert comparison_figure(results, ["digits"], "nll", "nll", "NLL") is not None
     assert dict(mpl.rcParams) == before
     assert plt.get_fignums() == figures
@@ -406,13 +409,11 @@ def test_drawing_leaves_no_global_state(small_runs: Path, tmp_path: Path) -> Non
 
 def test_measurements_survive_the_csv_bit_for_bit(built: Path, small_runs: Path) -> None:
     written = read_measurements(built / "measurements.csv")
-    pd.testing.assert_frame_equal(written, tables.measurements(load_runs(small_runs)), check_dtype=False)
-    assert (
-        written.value.dropna().to_numpy() == tables.measurements(load_runs(small_runs)).value.dropna().to_numpy()
-    ).all()
+    pd.testing.assert_frame_equal(written, measurements(load_runs(small_runs)), check_dtype=False)
+    assert (written.value.dropna().to_numpy() == measurements(load_runs(small_runs)).value.dropna().to_numpy()).all()
 
 
-def test_a_second_build_removes_what_is_no_longer_made_and_keeps_what_is_not_ours(
+def test_a_second_build_removes_figures_it_does_not_make_and_keeps_a_readers_files(
     copy: Path, small_runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(builder, "all_figures", lambda *_: iter(()))
@@ -501,7 +502,7 @@ def test_verify_finds_a_run_that_was_dropped_from_the_records(copy: Path) -> Non
 
 
 def test_the_headline_names_the_best_model_of_each_family(frame: pd.DataFrame) -> None:
-    text = headline_markdown(tables.summary(frame))
+    text = headline_markdown(summary(frame))
     (kl,) = [line for line in text.splitlines() if line.startswith("| two-gaussians<br>KL")]
     cells = [c.strip() for c in kl.strip("|").split("|")]
     assert cells[2].endswith("<br>spline-flow")
@@ -626,7 +627,7 @@ def test_differences_from_the_reference_are_classed() -> None:
     assert any("a on digits, seed 2, nll" in line for line in lines)
 
 
-def test_a_number_far_off_is_drawn_at_the_edge_and_squeezes_no_other() -> None:
+def test_a_number_off_the_scale_is_drawn_at_the_edge_and_squeezes_no_other() -> None:
     from replicate.report.figures import _far
 
     assert _far([80.0, 92.0, 105.0, 130.0]) == math.inf
@@ -635,15 +636,15 @@ def test_a_number_far_off_is_drawn_at_the_edge_and_squeezes_no_other() -> None:
 
 
 @pytest.mark.parametrize("high", [0.11, 0.3, 3.0, 300.0])
-def test_a_logarithmic_axis_has_numbers_to_read_it_by_and_none_on_another(high: float) -> None:
+def test_a_logarithmic_axis_has_two_numbers_and_none_overlaps_another(high: float) -> None:
     lines = [{"label": "error", "x": [1, 2, 3], "y": [0.06, 0.08, high]}]
     plot = {"name": "p", "title": "A title", "x_label": "x", "y_label": "y", "style": "line", "lines": lines}
     plot |= {"log_x": False, "log_y": True, "levels": {}}
     spec = {"kind": "experiment", "model": "toy", "task": "run", "seed": 0}
-    (drawing,) = experiment_drawings([Run("a", spec, Path(), plots=(plot,), about="a toy")])
-    figure = drawing.figure
-    figure.draw_without_rendering()
-    axis = figure.axes[0].yaxis
+    (figure,) = experiment_figures([RecordedExperiment("a", spec, plots=(plot,), about="a toy")])
+    assert figure.canvas is not None
+    figure.canvas.draw_without_rendering()
+    axis = figure.canvas.axes[0].yaxis
     low, top = axis.get_view_interval()
     ticks = [t for t in (*axis.get_major_ticks(), *axis.get_minor_ticks()) if low <= t.get_loc() <= top]
     boxes = [t.label1.get_window_extent() for t in ticks if t.label1.get_text()]
