@@ -3,7 +3,7 @@
 Follows Song et al. 2021 (2011.13456, section 3.4 and appendix B): variance exploding (VE), variance preserving
 (VP) and sub-VP. All have dx = f(t) x dt + g(t) dw, so that x_t given x_0 is N(s(t) x_0, sigma(t)^2 I), and what
 a kernel shows of the data depends on the noise-to-signal ratio rho = sigma / s alone (Karras et al. 2022,
-2206.00364, appendix B). Solvers and networks use its logarithm as their coordinate: `log_ratio`, with inverse `time_of`.
+2206.00364, appendix B). Solvers and networks use its logarithm as coordinate: `log_ratio`, with inverse `time_of`.
 
 Deviation: the paper's VE kernel at time 0 has variance 0 by its equation (29) and sigma_min^2 in its code; here,
 as in its code, the std is sigma(t) for every t: the data count as observed through noise sigma_min.

@@ -107,7 +107,7 @@ def parallel_tempering(
         >>> log_p = lambda x: torch.logaddexp(-0.5 * (x - 5) ** 2, -0.5 * (x + 5) ** 2).squeeze(-1)
         >>> score = lambda x: 5 * torch.tanh(5 * x) - x
         >>> start = torch.full((1000, 1), -5.0)
-        >>> found = parallel_tempering(log_p, score, start, torch.tensor([1.0, 4.0, 16.0]), 60, 3, 1.0, g)
+        >>> found = parallel_tempering(log_p, score, start, torch.tensor([1.0, 4.0, 16.0]), 40, 2, 1.0, g)
         >>> round(float((found.coldest.samples > 0).float().mean()), 1)
         0.5
     """
