@@ -39,7 +39,7 @@ def c2st(x: Tensor, y: Tensor, generator: torch.Generator) -> Estimate:
         Two sets that do not overlap:
 
         >>> g = torch.Generator().manual_seed(0)
-        >>> x = torch.randn(30, 2, generator=g)
+        >>> x = torch.randn(50, 2, generator=g)
         >>> c2st(x, x + 20, g).value
         1.0
     """

@@ -1,4 +1,4 @@
-"""The score-based models that the suite offers, with their default settings.
+"""The entries of the score-based models, with their default settings.
 
 Noise levels and step sizes are in standard deviations of the data: models see standardised inputs.
 """
@@ -129,7 +129,7 @@ SDE_VP = ModelEntry(
         "mixture-32": _WIDE,
         "mixture-64": _WIDE,
         "red-wine": {**_TABLE, "weight_decay": 0.3},
-        # rows ten and more standard deviations away are left to a Gaussian fit that is not too narrow for them
+        # the Gaussian fit, not too narrow for them, models the rows that are ten and more standard deviations away
         "white-wine": {**_TABLE, "lr": 4e-3, "steps": 3000, "reach": 4.0, "shrinkage": 0.1},
         "parkinsons": {**_TABLE, "dropout": 0.05, "weight_decay": 0.3, "steps": 3000, "reach": 4.0},
         "mushrooms": {"dropout": 0.05, "steps": 4000},
