@@ -26,7 +26,7 @@ def data_term(log_ratio: Tensor, noise_ratio: float) -> Tensor:
 
 
 def noise_term(log_ratio: Tensor, noise_ratio: float) -> Tensor:
-    """Return -log(1 - h) at noise in nats, from log p - log q (m,) there and nu; shape (m,). The loss has it nu times."""
+    """Return -log(1 - h) at noise in nats, from log p - log q (m,) there and nu; shape (m,). Its weight is nu."""
     return softplus(log_ratio - math.log(noise_ratio))
 
 
