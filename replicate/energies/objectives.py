@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from replicate.fit import fit
+from replicate.fitting import fit
 from replicate.likelihood.quadrature import grid
 from replicate.metrics.samples import median_distance
 from replicate.model import Model
