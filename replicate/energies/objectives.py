@@ -512,7 +512,7 @@ class NoiseContrastive(Objective):
         >>> objective, x = NoiseContrastive(FittedGaussian()), torch.randn(50, 1)
         >>> objective.prepare(x, torch.Generator())
         >>> loss = objective.loss(lambda x: -objective.noise.log_prob(x), x, torch.Generator())
-        >>> round(float(loss / torch.tensor(2.0).log()), 4)
+        >>> round((loss / torch.tensor(2.0).log()).item(), 4)
         2.0
     """
 
