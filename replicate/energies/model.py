@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -289,22 +289,8 @@ ENERGY = ModelEntry(
     build=build,
     domains=frozenset({"continuous"}),
     params={
-        "objective": "nce",
-        "hidden": 64,
-        "layers": 3,
-        "waves": 1.0,
-        "k": 1,
-        "move_step": 0.05,
-        "adjusted": True,
-        "chains": 256,
-        "sigma": 0.05,
-        "contrast": 0.5,
-        "ratio": 2,
-        "bandwidth": 0.3,
-        "flow_couplings": 6,
-        "flow_steps": 300,
-        "jumps": True,
-        "step_size": 0.05,
+        **{"objective": "nce", "hidden": 64, "layers": 3, "waves": 1.0, "step_size": 0.05},
+        **asdict(ObjectiveSettings(jumps=True)),
     },
     training=Training(steps=1500, batch_size=256, lr=5e-3, betas=(0.9, 0.99), ema=0.99),
 )

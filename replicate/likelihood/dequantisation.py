@@ -20,8 +20,8 @@ from replicate.model import DataInfo, Model, Sampler
 ROWS = 1_000
 
 
-class Affine(nn.Module):
-    """z = (x - mean) / std per dimension, fitted on the training split of continuous data."""
+class _Standardising(nn.Module):
+    """The mean and the standard deviation of each dimension, as buffers."""
 
     mean: Tensor
     std: Tensor
@@ -30,6 +30,18 @@ class Affine(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
+
+
+class Affine(_Standardising):
+    """The map z = (x - mean) / std per dimension, fitted on the training split of continuous data.
+
+    Example:
+        >>> affine = Affine(1)
+        >>> affine.fit(torch.tensor([[1.0], [3.0], [5.0]]), torch.Generator())
+        >>> z, log_det = affine(torch.tensor([[5.0]]))
+        >>> z.item(), round(log_det.item(), 4)  # log 1/2
+        (1.0, -0.6931)
+    """
 
     def fit(self, train: Tensor, generator: torch.Generator) -> None:
         """Set mean and standard deviation from train (n, D)."""
@@ -46,17 +58,12 @@ class Affine(nn.Module):
         return z * self.std + self.mean
 
 
-class DequantisedLogit(nn.Module):
-    """x + u on [0, L), squeezed to (alpha, 1 - alpha), logit, then standardised per dimension."""
-
-    mean: Tensor
-    std: Tensor
+class DequantisedLogit(_Standardising):
+    """The map of x + u on [0, L) to (alpha, 1 - alpha), then its logit, standardised per dimension."""
 
     def __init__(self, dim: int, levels: int, alpha: float = 1e-4) -> None:
-        super().__init__()
+        super().__init__(dim)
         self.levels, self.alpha = levels, alpha
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("std", torch.ones(dim))
 
     def _logit(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         u = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float64)
@@ -87,7 +94,7 @@ class DequantisedLogit(nn.Module):
 
 
 class DequantisedGaussian(nn.Module):
-    """x + u mapped through each dimension's smoothed training distribution to a standard normal.
+    """The map of x + u through each dimension's smoothed training distribution to a standard normal.
 
     z_d = Phi^-1(F_d(x_d + u_d)), where F_d is the piecewise linear distribution function of the dequantised
     training marginal with `smoothing` pseudo-counts per level. Under independence every z_d is exactly N(0, 1):

@@ -103,7 +103,8 @@ def _estimator(model: Model, effort: Effort, generator: torch.Generator) -> Esti
     if "importance_weights" in has:
         return lambda x: iw_bound(model, x, effort.importance_samples, generator)
     if "annealing" in has:
-        return _annealed(model, effort, generator)
+        both = _bracket(model, effort, generator)
+        return _shifted(model, both.log_z, both.details())
     if "diffusion" in has:
         return lambda x: ode_log_prob(model, x, generator, steps=effort.ode_steps, probes=effort.ode_probes)
     raise NotImplementedError(
@@ -145,11 +146,6 @@ def _by_quadrature(model: Model, effort: Effort, half_width: float, generator: t
 
 def _bracket(model: Model, effort: Effort, generator: torch.Generator) -> Bracket:
     return bracket(model, effort.ais_chains, schedule(effort.ais_steps), generator)
-
-
-def _annealed(model: Model, effort: Effort, generator: torch.Generator) -> Estimator:
-    both = _bracket(model, effort, generator)
-    return _shifted(model, both.log_z, both.details())
 
 
 def _dequantised(model: Preprocessed, x: Tensor, effort: Effort, generator: torch.Generator) -> LogLikelihood:
