@@ -156,7 +156,7 @@ class TrainedEnergy(Model):
         return self.base.sample(n, generator)
 
     @torch.no_grad()
-    def _move(self, x: Tensor, beta: float, generator: torch.Generator) -> Tensor:
+    def _transition(self, x: Tensor, beta: float, generator: torch.Generator) -> Tensor:
         """Take Langevin steps at beta between two independence steps from x (n, D): a palindrome, hence reversible."""
         mean, chol = self.base.mean, self.base.chol
 
@@ -177,15 +177,15 @@ class TrainedEnergy(Model):
     def anneal(self, x: Tensor, beta: float, beta_next: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             increment = (beta - beta_next) * self.tilt(x).double()
-        return increment, self._move(x, beta_next, generator)
+        return increment, self._transition(x, beta_next, generator)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Anneal base samples to the model, then continue at the model; (n, D)."""
         x = self.base_sample(n, generator)
         for k in range(self.annealing):
-            x = self._move(x, (k + 1) / self.annealing, generator)
+            x = self._transition(x, (k + 1) / self.annealing, generator)
         for _ in range(self.after):
-            x = self._move(x, 1.0, generator)
+            x = self._transition(x, 1.0, generator)
         return x
 
 

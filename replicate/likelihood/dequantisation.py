@@ -141,9 +141,8 @@ class DequantisedGaussian(nn.Module):
 class Preprocessed(Model):
     """A continuous model behind the shared preprocessing.
 
-    On continuous data every capability is carried over exactly through the affine change of variables. On
-    discrete data only training and sampling are; the likelihood of the wrapped model is a bound that
-    `replicate.likelihood` computes over several noise draws.
+    On continuous data the affine change of variables carries every capability over exactly. On discrete data the
+    wrapper trains and samples alone: the likelihood is a bound that `replicate.likelihood` computes over noise draws.
     """
 
     DISCRETE: ClassVar[dict[str, type[DequantisedLogit] | type[DequantisedGaussian]]] = {

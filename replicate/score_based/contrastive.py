@@ -1,7 +1,7 @@
 """Noise-contrastive estimation: learn an unnormalised density by separating data from noise of known density.
 
 Gutmann and Hyvarinen 2010 (AISTATS 9, 297-304) with as much noise as data; 2012 (JMLR 13, 307-361) with nu times as
-much. The model is log p(x) = f(x) + c, where c stands for -log Z and is learned like any other parameter. With
+much. The model is log p(x) = f(x) + c, where c replaces -log Z and is learned like any other parameter. With
 h(x) = sigmoid(f(x) + c - log q(x) - log nu), the probability that x is a datum and not noise, the objective is
 
     -E_data log h(x) - nu E_noise log(1 - h(y)),
