@@ -79,7 +79,7 @@ def test_other_weights_are_refused_before_anything_reads_them(weights: Path) -> 
         inception.inception()
 
 
-def test_missing_weights_or_package_are_named(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_named(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     assert "torch-fidelity cannot be imported" in inception.unavailable()
     assert "[inception]" in inception.unavailable()
@@ -87,7 +87,7 @@ def test_missing_weights_or_package_are_named(weights: Path, monkeypatch: pytest
     assert f"{inception.WEIGHTS} is not in REPLICATE_DATA" in inception.unavailable()
 
 
-def test_the_weights_are_in_the_hash_of_their_readers_alone(weights: Path) -> None:
+def test_the_weights_enter_the_hash_of_what_reads_them_and_of_nothing_else(weights: Path) -> None:
     reads, other = score_images.VP_LIKELIHOOD, replace(score_images.VP_LIKELIHOOD, optional_files=())
     assert reads.optional_files == (inception.WEIGHTS,)
     here = experiment_spec("scoreflow", reads, 0, "full").run_id()
