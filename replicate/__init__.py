@@ -1,8 +1,131 @@
-"""Scoreboard: every family of generative model p(x) = exp(-f(x)) / Z through one protocol."""
+# ruff: noqa: F401 - the names below are imported for type checkers and editors
+"""Scoreboard: every family of generative model p(x) = exp(-f(x)) / Z through one protocol.
 
+The names of `__all__` are the front door: `from replicate import ula`. Each is imported when it is first used, so that
+`import replicate` loads neither torch nor pandas.
+
+Example:
+    >>> import torch
+    >>> from replicate import ula, w2
+    >>> g = torch.Generator().manual_seed(0)
+    >>> chain = ula(lambda x: -x, torch.zeros(500, 1), 100, 0.1, g)
+    >>> w2(chain.samples, torch.randn(500, 1, generator=g)).value < 0.3
+    True
+"""
+
+import importlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 try:
     __version__ = version("scoreboard-replicate")
 except PackageNotFoundError:  # running from a source tree that was never installed
     __version__ = "0+source"
+
+if TYPE_CHECKING:
+    from replicate.energies.model import build_objective
+    from replicate.energies.objectives import (
+        ConditionalNoiseContrastive,
+        ContrastiveDivergence,
+        DenoisingScoreMatching,
+        ImplicitScoreMatching,
+        MaximumLikelihood,
+        MinimumKSD,
+        NoiseContrastive,
+        PersistentCD,
+        ShortRun,
+        SlicedScoreMatching,
+    )
+    from replicate.fitting import Check, Fit, fit
+    from replicate.likelihood.ais import ais, bracket, reverse_ais, schedule
+    from replicate.likelihood.enumeration import enumerate_log_z, rbm_log_z
+    from replicate.likelihood.estimator import Effort, log_likelihood
+    from replicate.likelihood.importance import elbo, iw_bound
+    from replicate.likelihood.ode import ode_log_prob
+    from replicate.likelihood.quadrature import log_z
+    from replicate.metrics.autocorrelation import autocorrelation_time
+    from replicate.metrics.classifier import c2st
+    from replicate.metrics.divergences import fisher_divergence, kl
+    from replicate.metrics.quality import frechet, precision_recall_density_coverage
+    from replicate.metrics.samples import mmd, mode_weight_error, w2
+    from replicate.model import DataInfo, Estimate, LogLikelihood, Model, ModelEntry, Training
+    from replicate.registry import model_entry, models
+    from replicate.runs.execute import run
+    from replicate.runs.experiment import Run, experiment
+    from replicate.runs.seeds import Streams
+    from replicate.runs.spec import make_spec
+    from replicate.runs.training import train
+    from replicate.sampling.annealed import annealed_langevin
+    from replicate.sampling.langevin import mala, ula
+    from replicate.sampling.predictor_corrector import predictor_corrector, reverse_sde
+    from replicate.sampling.probability_flow import probability_flow
+    from replicate.sampling.tempering import parallel_tempering
+    from replicate.score_based.bound import variational_bound
+    from replicate.score_based.contrastive import noise_contrastive
+    from replicate.score_based.matching import (
+        denoising_score_matching,
+        explicit_score_matching,
+        implicit_score_matching,
+        sliced_score_matching,
+        sliced_score_matching_vr,
+        tweedie,
+    )
+    from replicate.sde import SDE, VE, VP, SubVP
+    from replicate.tasks.loading import load_task
+
+#: public names by the module that defines them
+_NAMES = {
+    "replicate.energies.model": "build_objective",
+    "replicate.energies.objectives": (
+        "ConditionalNoiseContrastive ContrastiveDivergence DenoisingScoreMatching ImplicitScoreMatching "
+        "MaximumLikelihood MinimumKSD NoiseContrastive PersistentCD ShortRun SlicedScoreMatching"
+    ),
+    "replicate.fitting": "Check Fit fit",
+    "replicate.likelihood.ais": "ais bracket reverse_ais schedule",
+    "replicate.likelihood.enumeration": "enumerate_log_z rbm_log_z",
+    "replicate.likelihood.estimator": "Effort log_likelihood",
+    "replicate.likelihood.importance": "elbo iw_bound",
+    "replicate.likelihood.ode": "ode_log_prob",
+    "replicate.likelihood.quadrature": "log_z",
+    "replicate.metrics.autocorrelation": "autocorrelation_time",
+    "replicate.metrics.classifier": "c2st",
+    "replicate.metrics.divergences": "fisher_divergence kl",
+    "replicate.metrics.quality": "frechet precision_recall_density_coverage",
+    "replicate.metrics.samples": "mmd mode_weight_error w2",
+    "replicate.model": "DataInfo Estimate LogLikelihood Model ModelEntry Training",
+    "replicate.registry": "model_entry models",
+    "replicate.runs.execute": "run",
+    "replicate.runs.experiment": "Run experiment",
+    "replicate.runs.seeds": "Streams",
+    "replicate.runs.spec": "make_spec",
+    "replicate.runs.training": "train",
+    "replicate.sampling.annealed": "annealed_langevin",
+    "replicate.sampling.langevin": "mala ula",
+    "replicate.sampling.predictor_corrector": "predictor_corrector reverse_sde",
+    "replicate.sampling.probability_flow": "probability_flow",
+    "replicate.sampling.tempering": "parallel_tempering",
+    "replicate.score_based.bound": "variational_bound",
+    "replicate.score_based.contrastive": "noise_contrastive",
+    "replicate.score_based.matching": (
+        "denoising_score_matching explicit_score_matching implicit_score_matching sliced_score_matching "
+        "sliced_score_matching_vr tweedie"
+    ),
+    "replicate.sde": "SDE VE VP SubVP",
+    "replicate.tasks.loading": "load_task",
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'replicate' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return all names, loaded or not."""
+    return sorted({*globals(), *_HOME})

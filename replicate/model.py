@@ -1,10 +1,9 @@
-"""What the suite asks of a model, and the typed numbers that come back.
+"""The contract between a model and the suite, and the typed numbers that the suite reports.
 
-This module is the whole contract between a model and the suite: `baselines` and any user's plug-in import
-it and nothing else.
+This module is the whole contract: `baselines` and the plug-ins of users import nothing else.
 
-A likelihood is never a bare float. `Estimate` is one number with its kind; `LogLikelihood` is one number per
-example with its kind. The kind says on which side of the truth the number may lie.
+A likelihood is never a bare float. `Estimate` is one number with its kind; `LogLikelihood` is one number per example
+with its kind. The kind says on which side of the truth the number may be.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ Capability = Literal[
     "log_prob",  # log_prob(x): exact and normalised
     "importance_weights",  # log_weights(x, k, generator): E[mean_k exp] = p(x)
     "energy",  # energy(x): -log p(x) up to the constant log Z
-    "annealing",  # base_log_z, base_sample, anneal: what annealed importance sampling needs
-    "diffusion",  # sde and score_at(x, t): what the probability-flow ODE needs
+    "annealing",  # base_log_z, base_sample, anneal: for annealed importance sampling
+    "diffusion",  # sde and score_at(x, t): for the probability-flow ODE
     "score",  # score(x) = grad_x log p(x)
     "sample",  # sample(n, generator)
 ]
@@ -51,7 +50,7 @@ def flipped(kind: str) -> Kind:
 
 
 def kind_of_difference(a: str, b: str) -> Kind:
-    """Return the kind of a - b: a bound only where neither number pulls the other way."""
+    """Return the kind of a - b: a bound only where a and -b are bounds of one side, or exact."""
     parts = {a, flipped(b)} - {"exact"}
     if not parts:
         return "exact"
@@ -60,15 +59,19 @@ def kind_of_difference(a: str, b: str) -> Kind:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One number, what kind of number it is, and how sure we are of it.
+    """One number with its kind and its standard error.
 
     Attributes:
         value: the number, in `unit`.
         stderr: its standard error in `unit`; 0.0 where there is no sampling error, nan where it is unknown.
-        kind: on which side of the truth `value` may lie ("exact" still carries the sampling error of a
-            finite test set in `stderr`).
+        kind: the side of the truth on which `value` may be ("exact" still has the sampling error of a finite test set
+            in `stderr`).
         unit: in full words ("nats", "bits/dim", "seconds").
-        n: how many independent draws or examples the number averages.
+        n: number of independent draws or examples that the number averages.
+
+    Example:
+        >>> -Estimate(-1.4, 0.1, "lower_bound", "nats", 100)
+        Estimate(value=1.4, stderr=0.1, kind='upper_bound', unit='nats', n=100)
     """
 
     value: float
@@ -85,15 +88,15 @@ class Estimate:
 
     @property
     def symbol(self) -> str:
-        """The sign that a table cell shows before the number: = >= <= ~."""
+        """The sign before the number in a table cell: = >= <= ~."""
         return SYMBOLS[self.kind]
 
     def __neg__(self) -> Estimate:
-        """Negate the number: a lower bound becomes an upper bound."""
+        """Return the negated number: a lower bound becomes an upper bound."""
         return replace(self, value=-self.value, kind=flipped(self.kind))
 
     def __sub__(self, other: Estimate) -> Estimate:
-        """Subtract an independent number of the same unit.
+        """Return the difference of two independent numbers of one unit.
 
         Example:
             >>> Estimate(3.0, 0.3, "lower_bound", "nats", 10) - Estimate(1.0, 0.4, "exact", "nats", 5)
@@ -108,7 +111,7 @@ class Estimate:
         return Estimate(self.value - other.value, stderr, kind, self.unit, min(self.n, other.n))
 
     def times(self, factor: float, unit: str) -> Estimate:
-        """Convert the number to another unit; a negative factor swaps lower and upper bounds."""
+        """Return the number in another unit; a negative factor flips bounds."""
         flipped = -self if factor < 0 else self
         scale = abs(factor)
         return replace(flipped, value=flipped.value * scale, stderr=flipped.stderr * scale, unit=unit)
@@ -125,7 +128,12 @@ class Estimate:
 
     @staticmethod
     def mean_of(values: Tensor, kind: Kind, unit: str) -> Estimate:
-        """Average per-example values of shape (n,), with the standard error of the mean."""
+        """Return the mean of per-example values of shape (n,), with the standard error of that mean.
+
+        Example:
+            >>> Estimate.mean_of(torch.tensor([1.0, 3.0]), "exact", "nats")
+            Estimate(value=2.0, stderr=1.0, kind='exact', unit='nats', n=2)
+        """
         x = values.detach().double().flatten()
         n = x.numel()
         stderr = float(x.std(unbiased=True) / math.sqrt(n)) if n > 1 else math.nan
@@ -139,10 +147,9 @@ class LogLikelihood:
     Attributes:
         values: shape (n,).
         kind: of every value.
-        draws: random draws behind each value (importance samples, dequantisation draws, probes); 1 if none.
+        draws: random draws per value (importance samples, dequantisation draws, probes); 1 if none.
         shared_stderr: standard error in nats that all values share, such as that of one estimate of log Z.
-        details: further estimates worth a row of their own, by metric name (log Z, effective sample size,
-            solver error).
+        details: further estimates with a row of their own, by metric name (log Z, effective sample size, solver error).
     """
 
     values: Tensor
@@ -152,14 +159,14 @@ class LogLikelihood:
     details: Mapping[str, Estimate] = field(default_factory=dict)
 
     def mean(self) -> Estimate:
-        """Mean log-likelihood over the examples in nats; per-example and shared errors combined."""
+        """Return the mean log-likelihood over the examples in nats, with per-example and shared errors combined."""
         m = Estimate.mean_of(self.values, self.kind, "nats")
         return replace(m, stderr=math.hypot(m.stderr, self.shared_stderr))
 
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What a model may know of the data before it sees any: shapes and ranges, never the density.
+    """The shapes and ranges of the data, which a model may know before it sees any; never the density.
 
     Attributes:
         dim: number of dimensions D; every batch is (n, D).
@@ -177,49 +184,49 @@ class DataInfo:
 class Model(nn.Module):
     """Base of every model in the suite.
 
-    A subclass sets `family` and `capabilities` and implements the methods that its capabilities name; the
-    suite asks no more and prints "n/a" for the rest. All tensors are batches of shape (n, D); discrete data
-    arrive as floating point tensors that hold integers. Every random draw uses the generator handed in.
+    A subclass sets `family` and `capabilities` and implements the methods that its capabilities name; the suite prints
+    "n/a" for measurements that need another one. All tensors are batches of shape (n, D); discrete data are floating
+    point tensors of integers. Every random draw uses the generator that the caller gives.
     """
 
     family: ClassVar[Family]
     capabilities: frozenset[str] = frozenset()
-    #: sequential network evaluations for one batch of `sample`
+    #: sequential network evaluations of `sample` for one batch
     nfe: int = 1
-    #: a score costs too much for hundreds of Langevin steps: the sampler comparison leaves the model out
+    #: true if a score costs too much for hundreds of Langevin steps: the sampler comparison skips the model
     costly_score: bool = False
 
     def initialise(self, train: Tensor, generator: torch.Generator) -> None:
-        """Data-dependent initialisation, called once before training with the training split (n, D).
+        """Initialise from the training split (n, D); called once before training.
 
-        Models that are fitted in closed form or by EM do all their training here.
+        Models with a fit in closed form or by EM do all their training here.
         """
 
     def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
-        """Scalar training objective on a batch of shape (n, D)."""
+        """Return the training objective, a scalar, on a batch of shape (n, D)."""
         raise NotImplementedError
 
     def validation_loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
-        """Scalar by which the best step is selected on the validation split; `loss` unless overridden."""
+        """Return the scalar that selects the best step on the validation split; `loss` unless overridden."""
         return self.loss(batch, generator)
 
     def after_step(self, generator: torch.Generator) -> None:
-        """Run after each optimizer step (constraints, persistent chains)."""
+        """Update constraints or persistent chains; called after each optimizer step."""
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Exact normalised log density (or log mass) in nats, shape (n,)."""
+        """Return the exact normalised log density (or log mass) in nats, shape (n,)."""
         raise NotImplementedError
 
     def log_weights(self, x: Tensor, k: int, generator: torch.Generator) -> Tensor:
-        """Log importance weights, shape (n, k), whose exponentials average to p(x) in expectation."""
+        """Return log importance weights, shape (n, k), whose exponentials have mean p(x)."""
         raise NotImplementedError
 
     def energy(self, x: Tensor) -> Tensor:
-        """Energy f(x) = -log p(x) - log Z in nats, shape (n,)."""
+        """Return the energy f(x) = -log p(x) - log Z in nats, shape (n,)."""
         raise NotImplementedError
 
     def score(self, x: Tensor) -> Tensor:
-        """grad_x log p(x), shape (n, D). Without an override: autograd of `log_prob`, else of `-energy`."""
+        """Return grad_x log p(x), shape (n, D). Without an override: autograd of `log_prob`, else of `-energy`."""
         with torch.enable_grad():
             x = x.detach().requires_grad_(True)
             if "log_prob" in self.capabilities:
@@ -232,27 +239,27 @@ class Model(nn.Module):
         return grad
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """N samples by the model's own sampler, shape (n, D)."""
+        """Draw n samples by the model's own sampler, shape (n, D)."""
         raise NotImplementedError
 
     def samplers(self) -> Mapping[str, Sampler]:
-        """Further samplers by name, measured beside `sample`; each gives (samples (n, D), network evaluations)."""
+        """Return further samplers by name, measured like `sample`; each gives (samples (n, D), network evaluations)."""
         return {}
 
     # annealed importance sampling between a tractable base (beta = 0) and the model (beta = 1)
     def base_log_z(self) -> float:
-        """Exact log normalising constant of the annealing path at beta = 0, in nats."""
+        """Return the exact log normalising constant of the annealing path at beta = 0, in nats."""
         raise NotImplementedError
 
     def base_sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """N exact samples of the annealing path at beta = 0, shape (n, D)."""
+        """Draw n exact samples of the annealing path at beta = 0, shape (n, D)."""
         raise NotImplementedError
 
     def anneal(self, x: Tensor, beta: float, beta_next: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """One annealing step.
+        """Take one annealing step.
 
         Returns:
-            (log f_{beta_next}(x) - log f_{beta}(x) of shape (n,), x moved by a kernel that is reversible with
+            (log f_{beta_next}(x) - log f_{beta}(x) of shape (n,), x after an MCMC kernel that is reversible with
             respect to f_{beta_next}, shape (n, D)).
         """
         raise NotImplementedError
@@ -269,11 +276,11 @@ def later(default: Any) -> Any:
 
 @dataclass(frozen=True)
 class Training:
-    """How a model is trained; every field may be set from the command line by `--set NAME=VALUE`.
+    """Training settings; the command line sets each field by `--set NAME=VALUE`.
 
     Attributes:
         steps: optimizer steps; 0 for models that `initialise` fits.
-        batch_size: examples a step.
+        batch_size: examples per step.
         lr: peak learning rate.
         optimizer: "adam" (decoupled weight decay) or "sgd" (momentum 0.9).
         betas: Adam's two decay rates.
@@ -281,7 +288,7 @@ class Training:
         warmup: steps of linear warm-up.
         weight_decay: decoupled weight decay.
         grad_clip: largest gradient norm; 0 switches clipping off.
-        ema: decay of the exponential moving average of the weights that is evaluated; 0 switches it off.
+        ema: decay of the exponential moving average of the weights, which is evaluated; 0 switches it off.
         validate_every: steps between validations that select the best weights; 0 keeps the last weights.
     """
 
@@ -300,23 +307,23 @@ class Training:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """How the suite finds a model: the object that an entry point in `replicate.models` names.
+    """A model of the suite: the object that an entry point in `replicate.models` names.
 
     Attributes:
         family: one of FAMILIES.
         about: one line for `replicate list` and the report.
         paper: the source, author and year with arXiv number or place.
-        build: called as build(info, **params) with the model's parameters initialised from torch's generator,
-            which the suite seeds and restores around the call.
-        domains: the data domains that the model handles itself. A continuous model on discrete data is wrapped
-            by the suite in the shared dequantise-logit-standardise preprocessing.
+        build: called as build(info, **params); initialises parameters from torch's generator, which the suite seeds
+            before the call and restores after it.
+        domains: the data domains of the model. The suite wraps a continuous model on discrete data in the shared
+            dequantise-logit-standardise preprocessing.
         params: default hyperparameters (JSON scalars) of `build`.
         training: default training settings.
         overrides: changes to params and training (one flat mapping) by data domain ("continuous", "levels",
             "bits"), task name, or "TASK@PROFILE"; applied in that order.
         needs_image: build raises ValueError on data without rows and columns.
         needs_density: build also gets density=task.density (None where the truth is not known, if the model lists
-            that domain), and the model sees the data as they are, without preprocessing.
+            that domain), and the model sees the data without preprocessing.
         later: parameters that came after the model's first committed runs, each with the value that computes what these
             runs did. At that value a parameter is left out of the spec, so that it gives no earlier run another id.
     """
@@ -335,7 +342,7 @@ class ModelEntry:
 
     @property
     def problem(self) -> str:
-        """Why no model can be made of this entry, or "" where one can."""
+        """The reason why this entry cannot be used, or "" if it can."""
         known = self.family in FAMILIES
         return "" if known else f"family {self.family!r} is not one of {', '.join(FAMILIES)}"
 

@@ -1,12 +1,12 @@
 """Diffusions with affine drift and their Gaussian perturbation kernels.
 
 Follows Song et al. 2021 (2011.13456, section 3.4 and appendix B): variance exploding (VE), variance preserving
-(VP) and sub-VP. All have dx = f(t) x dt + g(t) dw, so that x_t given x_0 is N(s(t) x_0, sigma(t)^2 I), and all
-that a kernel says about the data depends on the noise-to-signal ratio rho = sigma / s alone (Karras et al. 2022,
-2206.00364, appendix B): `log_ratio` and its inverse `time_of` are the coordinate that solvers and networks use.
+(VP) and sub-VP. All have dx = f(t) x dt + g(t) dw, so that x_t given x_0 is N(s(t) x_0, sigma(t)^2 I), and what
+a kernel shows of the data depends on the noise-to-signal ratio rho = sigma / s alone (Karras et al. 2022,
+2206.00364, appendix B). Solvers and networks use its logarithm as coordinate: `log_ratio`, with inverse `time_of`.
 
 Deviation: the paper's VE kernel at time 0 has variance 0 by its equation (29) and sigma_min^2 in its code; here,
-as in its code, the std is sigma(t) for every t, that is, data count as observed through noise sigma_min.
+as in its code, the std is sigma(t) for every t: the data count as observed through noise sigma_min.
 """
 
 from __future__ import annotations
@@ -22,9 +22,16 @@ class SDE(ABC):
     """dx = f(t) x dt + g(t) dw for t in [t_min, t_max]; every method takes t (n,) and returns (n,) or (n, D).
 
     Attributes:
-        t_min: the time at which the data are taken to live; above 0 where sigma(0) = 0.
+        t_min: the time of the data; above 0 where sigma(0) = 0.
         t_max: the horizon, where x_t is N(0, prior_std^2 I) for every practical purpose.
         prior_std: standard deviation of that Gaussian.
+
+    Example:
+        The variance exploding SDE keeps the data and adds noise, here from 0.01 to 10 in geometric progression:
+
+        >>> scale, std = VE(0.01, 10.0).marginal(torch.tensor([0.0, 0.5, 1.0]))
+        >>> scale.tolist(), [round(s, 3) for s in std.tolist()]
+        ([1.0, 1.0, 1.0], [0.01, 0.316, 10.0])
     """
 
     t_min: float
@@ -33,46 +40,41 @@ class SDE(ABC):
 
     @abstractmethod
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(s(t), sigma(t)): x_t = s x_0 + sigma z with z ~ N(0, I)."""
+        """Return (s(t), sigma(t)): x_t = s x_0 + sigma z with z ~ N(0, I)."""
 
     @abstractmethod
     def drift_rate(self, t: Tensor) -> Tensor:
-        """f(t) = d log s / dt."""
+        """Return f(t) = d log s / dt."""
 
     @abstractmethod
     def diffusion(self, t: Tensor) -> Tensor:
-        """g(t); its square is d(sigma^2)/dt - 2 f sigma^2."""
+        """Return g(t); its square is d(sigma^2)/dt - 2 f sigma^2."""
 
     @abstractmethod
     def time_of(self, log_ratio: Tensor) -> Tensor:
-        """The time t at which log(sigma / s) has the given value: the inverse of `log_ratio`."""
+        """Return the time t at which log(sigma / s) has the given value: the inverse of `log_ratio`."""
 
     def log_ratio(self, t: Tensor) -> Tensor:
-        """log rho(t) = log(sigma / s), increasing in t."""
+        """Return log rho(t) = log(sigma / s), which increases with t."""
         scale, std = self.marginal(t)
         return std.log() - scale.log()
 
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
-        """f(t) x for x (n, D)."""
+        """Return f(t) x for x (n, D)."""
         return self.drift_rate(t)[:, None] * x
 
-    def perturb(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        """x_t = s(t) x + sigma(t) z for data x (n, D) and noise z (n, D)."""
-        scale, std = self.marginal(t)
-        return scale[:, None] * x + std[:, None] * z
-
     def prior_sample(self, n: int, dim: int, generator: torch.Generator) -> Tensor:
-        """n draws (n, dim) of the distribution at t_max."""
+        """Draw n samples (n, dim) of the distribution at t_max."""
         return self.prior_std * torch.randn(n, dim, generator=generator, device=generator.device)
 
     def prior_log_prob(self, x: Tensor) -> Tensor:
-        """Log density in nats (n,) of x (n, D) under the distribution at t_max."""
+        """Return the log density in nats (n,) of x (n, D) under the distribution at t_max."""
         norm = x.shape[1] * (0.5 * math.log(2 * math.pi) + math.log(self.prior_std))
         return -0.5 * (x / self.prior_std).square().sum(-1) - norm
 
 
 class VE(SDE):
-    """Variance exploding, sigma(t) = sigma_min (sigma_max / sigma_min)^t and s = 1 (2011.13456, eq. 30)."""
+    """Variance exploding: sigma(t) = sigma_min (sigma_max / sigma_min)^t and s = 1 (2011.13456, eq. 30)."""
 
     def __init__(self, sigma_min: float = 1e-3, sigma_max: float = 50.0) -> None:
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
@@ -96,30 +98,36 @@ class VE(SDE):
 
 
 class _LinearBeta(SDE):
-    """What VP and sub-VP share: beta(t) linear in t, its integral B(t), and s = exp(-B / 2)."""
+    """The common part of VP and sub-VP: beta(t) linear in t, its integral B(t), and s = exp(-B / 2)."""
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-5) -> None:
         self.beta_min, self.beta_max, self.t_min = beta_min, beta_max, t_min
 
     def beta(self, t: Tensor) -> Tensor:
-        """beta(t) = beta_min + t (beta_max - beta_min)."""
+        """Return beta_min + t (beta_max - beta_min)."""
         return self.beta_min + t * (self.beta_max - self.beta_min)
 
     def beta_integral(self, t: Tensor) -> Tensor:
-        """B(t), the integral of beta from 0 to t."""
+        """Return B(t), the integral of beta from 0 to t."""
         return self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t.square()
 
     def drift_rate(self, t: Tensor) -> Tensor:
         return -0.5 * self.beta(t)
 
     def _time_of_integral(self, b: Tensor) -> Tensor:
-        """The root t >= 0 of B(t) = b, in the form that does not cancel at small b."""
+        """Return the root t >= 0 of B(t) = b, in the form that does not cancel at small b."""
         slope = self.beta_max - self.beta_min
         return 2 * b / (self.beta_min + (self.beta_min**2 + 2 * slope * b).sqrt())
 
 
 class VP(_LinearBeta):
-    """Variance preserving, sigma^2 = 1 - exp(-B) (2011.13456, eq. 32-33)."""
+    """Variance preserving: sigma^2 = 1 - exp(-B) (2011.13456, eq. 32-33).
+
+    Example:
+        >>> scale, std = VP().marginal(torch.tensor([0.1, 0.5, 1.0]))
+        >>> [round(v, 3) for v in (scale**2 + std**2).tolist()]
+        [1.0, 1.0, 1.0]
+    """
 
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         b = self.beta_integral(t)
@@ -133,9 +141,14 @@ class VP(_LinearBeta):
 
 
 class SubVP(_LinearBeta):
-    """Sub-VP, sigma = 1 - exp(-B): the variance is the square of VP's (2011.13456, eq. 27-29).
+    """Sub-VP: sigma = 1 - exp(-B), so that the std is the square of VP's (2011.13456, eq. 27-29).
 
-    sigma grows like beta_min t, not its square root, so that t_min = 1e-2 means the same noise here as 1e-5 for VP.
+    sigma grows like beta_min t, not like its square root: t_min = 1e-2 means the same noise here as 1e-5 for VP.
+
+    Example:
+        >>> t = torch.tensor([0.1, 0.5, 1.0])
+        >>> torch.allclose(SubVP().marginal(t)[1], VP().marginal(t)[1] ** 2)
+        True
     """
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-2) -> None:

@@ -1,4 +1,4 @@
-"""SDEs: the perturbation kernels against the moments of the equations that they claim to solve."""
+"""SDEs: the perturbation kernels against the moments of their equations."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def test_simulated_paths_have_the_marginal_moments(name: str) -> None:
     g = torch.Generator().manual_seed(0)
     start = torch.tensor([max(sde.t_min, 0.01)], dtype=torch.float64)
     x0 = torch.full((n, 1), 1.5, dtype=torch.float64)
-    x = sde.perturb(x0, start.expand(n), torch.randn(n, 1, generator=g, dtype=torch.float64))
+    first_scale, first_std = sde.marginal(start)
+    x = first_scale * x0 + first_std * torch.randn(n, 1, generator=g, dtype=torch.float64)
     grid = torch.linspace(float(start), 0.6, steps + 1, dtype=torch.float64)
     h = float(grid[1] - grid[0])
     for t in grid[:-1] + h / 2:  # coefficients at the midpoint: the drift's bias is of second order
@@ -58,7 +59,7 @@ def test_simulated_paths_have_the_marginal_moments(name: str) -> None:
     assert float(x.std()) == pytest.approx(float(std), rel=4 / (2 * n) ** 0.5 + 5e-3)
 
 
-def test_sub_vp_has_the_square_of_vp_s_variance_and_the_same_mean() -> None:
+def test_sub_vp_has_the_square_of_the_variance_of_vp_and_the_same_mean() -> None:
     vp, sub = VP(), SubVP()
     t = times(sub)
     (scale, std), (sub_scale, sub_std) = vp.marginal(t), sub.marginal(t)
@@ -86,7 +87,7 @@ def test_time_of_inverts_log_ratio(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", SDES)
-def test_the_horizon_has_forgotten_data_of_unit_scale(name: str) -> None:
+def test_at_the_horizon_nothing_is_left_of_data_of_unit_scale(name: str) -> None:
     sde = SDES[name]
     scale, std = sde.marginal(torch.tensor([sde.t_max], dtype=torch.float64))
     assert float(std) == pytest.approx(sde.prior_std, rel=1e-4)
@@ -94,7 +95,7 @@ def test_the_horizon_has_forgotten_data_of_unit_scale(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SDES)
-def test_the_prior_s_density_is_its_sampler_s(name: str) -> None:
+def test_the_density_of_the_prior_is_that_of_its_sampler(name: str) -> None:
     sde = SDES[name]
     x = sde.prior_sample(5, 3, torch.Generator().manual_seed(0))
     expected = torch.distributions.Normal(0.0, sde.prior_std).log_prob(x).sum(-1)
@@ -103,7 +104,7 @@ def test_the_prior_s_density_is_its_sampler_s(name: str) -> None:
     torch.testing.assert_close(many.std(0), torch.full((2,), float(sde.prior_std)), rtol=0.02, atol=0)
 
 
-def test_the_proposal_s_density_integrates_to_one_and_is_its_sampler_s() -> None:
+def test_the_density_of_the_proposal_integrates_to_one_and_is_that_of_its_sampler() -> None:
     proposal = LevelProposal(-4.0, 5.0, -1.5, 0.6, 0.2)
     grid = torch.linspace(-4, 5, 20_001, dtype=torch.float64)
     density = proposal.density(grid)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from replicate.cli.console import AsJson, Profile, Results, complain, print_table, say
+from replicate.cli.console import AsJson, Profile, Results, complain, console, print_table, say
 from replicate.errors import UsageError
 
 

@@ -1,1 +1,1 @@
-"""Any energy by any training method: the objectives, and the model of the suite that they make of a network."""
+"""Train any energy by any method: the objectives, and the suite's model of an energy network."""

@@ -1,15 +1,15 @@
-"""What training an energy on bits needs beside `objectives`: moves, noise and matching that have no gradient in x.
+"""Train an energy on bits, where x has no gradient: a kernel, noise and objectives beside those of `objectives`.
 
 - `block_gibbs`: the transition of a restricted Boltzmann machine, which leaves its distribution invariant (Hinton 2002,
   Neural Computation 14);
-- `FactorisedBernoulli`: independent bits at the data's base rates, where chains start and what data are told from;
-- `BitFlipContrastive`: conditional noise contrast (Ceylan and Gutmann 2018, 1806.03664) with independent bit flips for
-  the Gaussian kernel. Flips are symmetric too, so that log Z and the kernel's density cancel;
-- `RatioMatching`: score matching's sibling for bits (Hyvarinen 2007, Some extensions of score matching, CSDA 51).
+- `FactorisedBernoulli`: independent bits at the data's base rates, the start of chains and the noise of contrasts;
+- `BitFlipContrastive`: conditional noise contrast (Ceylan and Gutmann 2018, 1806.03664) with independent bit flips in
+  place of the Gaussian kernel. Flips are symmetric too, so that log Z and the kernel's density cancel;
+- `RatioMatching`: score matching's counterpart for bits (Hyvarinen 2007, Some extensions of score matching, CSDA 51).
 
-Exact log Z by enumeration is in `replicate.likelihood.enumeration`. Left out: the kernelised Stein discrepancy on bits
-(Yang et al. 2018, ICML), whose difference operator asks for the same D neighbours as ratio matching and for a kernel
-between bit strings besides.
+Exact log Z by enumeration is in `replicate.likelihood.enumeration`. The kernelised Stein discrepancy on bits (Yang et
+al. 2018, ICML) is missing: its difference operator requires the D neighbours of ratio matching, and a kernel between
+bit strings as well.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from replicate.energies.objectives import EnergyFunction, Move, Noise, Objective, conditional_contrast
+from replicate.energies.objectives import EnergyFunction, Kernel, Noise, Objective, conditional_contrast
 
 
 class HasGibbs(Protocol):
     """An energy with hidden units, such as `baselines.ebm.RBM`."""
 
     def gibbs_sweeps(self, x: Tensor, sweeps: int, generator: torch.Generator) -> Tensor:
-        """x (n, D) after that many draws of the hidden units given x and of x given them."""
+        """Return x (n, D) after that many draws of the hidden units given x and of x given them."""
 
 
-def block_gibbs(machine: HasGibbs) -> Move:
-    """One Gibbs sweep of the machine, whatever function of it stands for the energy."""
+def block_gibbs(machine: HasGibbs) -> Kernel:
+    """Return one Gibbs sweep of the machine as a kernel; it ignores the energy function, which is the machine's."""
     return lambda energy, x, generator: machine.gibbs_sweeps(x, 1, generator)
 
 
 class FactorisedBernoulli(Noise):
-    """Independent bits at the base rates of the data, with half a count on either side."""
+    """Independent bits at the base rates of the data, with half a count for each value."""
 
     rates: Tensor
 
@@ -54,21 +54,29 @@ class FactorisedBernoulli(Noise):
 
 
 def flipped(x: Tensor, rate: float, generator: torch.Generator) -> Tensor:
-    """Bits x (n, D), each turned over with probability `rate` by itself."""
+    """Flip each of the bits x (n, D) independently with probability `rate`."""
     return (x - torch.bernoulli(torch.full_like(x, rate), generator=generator)).abs()
 
 
 def neighbours(x: Tensor) -> Tensor:
-    """The D bit strings at one flip from each of x (n, D), shape (n, D, D); [:, i] has bit i turned over."""
+    """Return the D bit strings at one flip from each of x (n, D), shape (n, D, D); [:, i] has bit i flipped."""
     return (x[:, None, :] - torch.eye(x.shape[1], device=x.device, dtype=x.dtype)).abs()
 
 
 class BitFlipContrastive(Objective):
-    """Conditional noise contrast between the data and what bit flips make of them.
+    """Conditional noise contrast between the data and copies of them with flipped bits.
 
     Args:
-        rate: probability that a bit is turned over; below 1/D most draws change nothing and tell nothing.
-        ratio: noise draws an example.
+        rate: probability of a flip; below 1/D most draws change nothing and carry no information.
+        ratio: noise draws per example.
+
+    Example:
+        A constant energy separates nothing, and the loss is 2 log 2:
+
+        >>> x = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+        >>> loss = BitFlipContrastive(0.5).loss(lambda x: torch.zeros(len(x)), x, torch.Generator())
+        >>> round(float(loss / torch.tensor(2.0).log()), 6)
+        2.0
     """
 
     def __init__(self, rate: float, ratio: int = 2) -> None:
@@ -81,10 +89,16 @@ class BitFlipContrastive(Objective):
 
 
 class RatioMatching(Objective):
-    """Ratio matching: E_data sum_i sigmoid(f(x) - f(x with bit i turned over))^2.
+    """Ratio matching: E_data sum_i sigmoid(f(x) - f(x with bit i flipped))^2.
 
-    Up to a constant this is the mean squared distance between the data's and the model's p(x) / p(x with bit i turned
-    over), each through g(u) = 1 / (1 + u) (Hyvarinen 2007). No log Z and no noise, at D + 1 energies an example.
+    Up to a constant this is the mean squared distance between the data's and the model's p(x) / p(x with bit i
+    flipped), each through g(u) = 1 / (1 + u) (Hyvarinen 2007). No log Z and no noise, at D + 1 energies per example.
+
+    Example:
+        With a constant energy every ratio is 1, and each of 3 bits costs 1/4:
+
+        >>> float(RatioMatching().loss(lambda x: torch.zeros(len(x)), torch.zeros(5, 3), torch.Generator()))
+        0.75
     """
 
     def loss(self, energy: EnergyFunction, batch: Tensor, generator: torch.Generator) -> Tensor:

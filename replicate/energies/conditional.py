@@ -1,19 +1,19 @@
-"""F(x, y), the compatibility of an observation x with an answer y, and inference y* = argmin_y F(x, y).
+"""Learn F(x, y), the compatibility of an observation x with an answer y, and infer y* = argmin_y F(x, y).
 
 LeCun, Chopra, Hadsell, Ranzato and Huang 2006, "A Tutorial on Energy-Based Learning" (in Predicting Structured Data):
 training gives right answers lower energies than wrong ones, inference searches for the answer of lowest energy, and
-exp(-F / T) / Z(x) is a law of answers where one is wanted. Two losses, neither of which needs Z(x):
+exp(-F / T) / Z(x) is a distribution of answers. Two losses, neither of which needs Z(x):
 
 - ranking noise contrast (Ma and Collins 2018, 1809.01812; the same loss is called InfoNCE by van den Oord et al.
   2018, 1807.03748): the right answer against those of all other rows of the batch. Its minimiser is
-  F = log p(y) - log p(y | x) + c(x): the pointwise mutual information, which is the best test of right against wrong.
+  F = log p(y) - log p(y | x) + c(x): the negative pointwise mutual information, the best test of right against wrong.
 - denoising score matching in y (Vincent 2011, Neural Computation 23) at one noise level sigma. Its minimiser is
-  F = -log p_sigma(y | x) + c(x) with the noised density p_sigma, whose wells are about sigma wide: what descent needs.
+  F = -log p_sigma(y | x) + c(x) with the noised density p_sigma, whose wells are about sigma wide, as descent needs.
 
-The sum is a compromise, and `weight` says which: the two minimisers differ by log p(y), so that a model with much
-denoising ranks worse and one with little of it has its least energy at a caricature, where y is surprising without x.
+The sum is a compromise, which `weight` sets: the two minimisers differ by log p(y), so that a model with much denoising
+ranks worse, and one with little has its least energy at a caricature, where y is surprising without x.
 
-Answers lie in the box [0, 1]^b: descent is projected on it, Langevin dynamics is reflected at its walls.
+Answers are in the box [0, 1]^b: descent is projected on it, Langevin dynamics is reflected at its walls.
 """
 
 from __future__ import annotations
@@ -39,35 +39,35 @@ Distractors = Callable[[Tensor, torch.Generator], Tensor]
 class PairEnergy(nn.Module):
     """An energy of pairs in nats, differentiable in y.
 
-    What depends on x alone is computed once (`observe`); inference then moves y.
+    The part that depends on x alone is computed once (`observe`); inference then changes y.
     """
 
     def observe(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What the energy needs of x (n, a): tensors whose first dimension is n."""
+        """Return the part of the computation that depends on x (n, a): tensors whose first dimension is n."""
         raise NotImplementedError
 
     def energy(self, seen: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        """F(x_i, y_ij) of k answers to each observation, y (n, k, b), shape (n, k)."""
+        """Return F(x_i, y_ij) of k answers to each observation, y (n, k, b), shape (n, k)."""
         raise NotImplementedError
 
     def pairs(self, seen: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        """F(x_i, y_j) of every observation and every answer y (m, b), shape (n, m)."""
+        """Return F(x_i, y_j) of every observation and every answer y (m, b), shape (n, m)."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """F(x_i, y_i) of x (n, a) and y (n, b), shape (n,)."""
+        """Return F(x_i, y_i) of x (n, a) and y (n, b), shape (n,)."""
         return self.energy(self.observe(x), y.unsqueeze(1)).squeeze(1)
 
 
 class ProductEnergy(PairEnergy):
-    """F(x, y) = U(y) - a(x)'b(y) / sqrt(rank), with networks a, b and U.
+    """The energy F(x, y) = U(y) - a(x)'b(y) / sqrt(rank), with networks a, b and U.
 
-    a and b have a linear path beside the networks, and U a quadratic form whose eigenvalues are positive: at the
-    least, F is the energy of a Gaussian whose mean is linear in x. All pairs of n and m cost n + m evaluations.
+    a and b have a linear path beside the networks, and U has a quadratic form with positive eigenvalues: without the
+    networks F is the energy of a Gaussian whose mean is linear in x. All pairs of n and m cost n + m evaluations.
 
     Args:
         of_x: network (.., a) -> (.., rank).
-        of_y: network (.., b) -> (.., rank + 1); its last output is U beside the quadratic form.
+        of_y: network (.., b) -> (.., rank + 1); its last output is U without the quadratic form.
         observed: a, numbers in x.
         answer: b, numbers in y.
         rank: width of a(x) and b(y).
@@ -82,11 +82,11 @@ class ProductEnergy(PairEnergy):
         self.raw_curvature = nn.Parameter(torch.tensor(2.0))
 
     def observe(self, x: Tensor) -> tuple[Tensor, ...]:
-        """a(x) / sqrt(rank), (n, rank)."""
+        """Return a(x) / sqrt(rank), (n, rank)."""
         return ((self.of_x(x) + self.straight_x(x)) / math.sqrt(self.rank),)
 
     def _answers(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """b(y) (.., rank) and U(y) (..) of y (.., b)."""
+        """Return b(y) (.., rank) and U(y) (..) of y (.., b)."""
         out = self.of_y(y)
         curvature = nn.functional.softplus(self.raw_curvature)
         bowl = curvature * y.square().sum(-1) + (y @ self.root).square().sum(-1)
@@ -102,10 +102,10 @@ class ProductEnergy(PairEnergy):
 
 
 class WellsEnergy(PairEnergy):
-    """F(x, y) = -log sum_z exp(-E(x, y, z)), E(x, y, z) = |y - c_z(x)|^2 / (2 width^2) + G_z(x).
+    """The energy F(x, y) = -log sum_z exp(-E(x, y, z)), E(x, y, z) = |y - c_z(x)|^2 / (2 width^2) + G_z(x).
 
-    The free energy of a latent variable z with K values (LeCun et al. 2006; z summed out at temperature 1):
-    a well round each candidate answer c_z, as deep as z is likely.
+    The free energy of a latent variable z with K values (LeCun et al. 2006; z summed out at temperature 1) has a well
+    around each candidate answer c_z, as deep as z is likely.
 
     Args:
         width: standard deviation of a well, in units of y.
@@ -116,19 +116,19 @@ class WellsEnergy(PairEnergy):
         self.width = width
 
     def candidates(self, x: Tensor) -> Tensor:
-        """c_z(x) of x (n, a), shape (n, K, b)."""
+        """Return c_z(x) of x (n, a), shape (n, K, b)."""
         raise NotImplementedError
 
     def costs(self, x: Tensor) -> Tensor:
-        """G_z(x) in nats of x (n, a), shape (n, K)."""
+        """Return G_z(x) in nats of x (n, a), shape (n, K)."""
         raise NotImplementedError
 
     def observe(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(c (n, K, b), G (n, K))."""
+        """Return (c (n, K, b), G (n, K))."""
         return self.candidates(x), self.costs(x)
 
     def _summed_out(self, y: Tensor, products: Tensor, c: Tensor, costs: Tensor) -> Tensor:
-        """F from |y|^2 of y, the products y'c_z (n, k, K), c (n, K, b) and G (n, K); no (n, k, K, b) tensor is made."""
+        """Return F from y, y'c_z (n, k, K), c (n, K, b) and G (n, K), without a tensor (n, k, K, b)."""
         squared = y.square().sum(-1, keepdim=True) - 2 * products + c.square().sum(-1).unsqueeze(1)
         return -(-squared / (2 * self.width**2) - costs.unsqueeze(1)).logsumexp(-1)
 
@@ -142,20 +142,27 @@ class WellsEnergy(PairEnergy):
 
 
 def ranking_loss(energies: Tensor, right: Tensor) -> Tensor:
-    """Mean -log of the right answer's share of exp(-F) in nats, from energies (n, m) and its column (n,) int64."""
+    """Return the mean -log share of the right answer in exp(-F), nats, from energies (n, m) and its column (n,) int64.
+
+    Example:
+        Four equal energies share exp(-F) equally, and the loss is log 4:
+
+        >>> round(float(ranking_loss(torch.zeros(2, 4), torch.tensor([0, 1]))), 3), round(math.log(4), 3)
+        (1.386, 1.386)
+    """
     return nn.functional.cross_entropy(-energies, right)
 
 
 class ConditionalEnergy(Model):
-    """A pair energy and its training, as the training loop of the suite takes it: rows are (x, y) side by side.
+    """A pair energy as a model that the suite can train: a row is x followed by y.
 
     Args:
         network: F.
-        observed: how many of a row's numbers are x.
+        observed: number of columns of x.
         sigma: noise level of the denoising, in units of y.
-        weight: of the denoising loss beside the ranking loss.
+        weight: of the denoising loss, added to the ranking loss.
         jitter: standard deviation of noise on both parts in the ranking and on x in the denoising.
-        distractors: wrong answers to rank against beside those of the other rows.
+        distractors: further wrong answers to rank against, added to those of the other rows.
     """
 
     family: ClassVar[Family] = "ebm"
@@ -175,7 +182,7 @@ class ConditionalEnergy(Model):
         self.sigma, self.weight, self.jitter, self.distractors = sigma, weight, jitter, distractors
 
     def energy(self, x: Tensor) -> Tensor:
-        """F of rows (n, a + b), nats, shape (n,)."""
+        """Return F of rows (n, a + b), nats, shape (n,)."""
         out: Tensor = self.network(x[:, : self.observed], x[:, self.observed :])
         return out
 
@@ -202,12 +209,12 @@ class ConditionalEnergy(Model):
 
 @dataclass(frozen=True)
 class Inference:
-    """What descent found.
+    """The answers that descent found.
 
     Attributes:
         y: the answer of lowest energy over the starts, shape (n, b).
         energy: F there in nats, shape (n,).
-        start: which start it came from, shape (n,).
+        start: index of the start that led there, shape (n,).
         spread: standard deviation over the starts of the final energies in nats, shape (n,).
     """
 
@@ -219,7 +226,7 @@ class Inference:
 
 @torch.no_grad()
 def descend(network: PairEnergy, x: Tensor, starts: Tensor, steps: int, step_size: float) -> Inference:
-    """argmin_y F(x, y) over the box by projected gradient descent from several starts; the lowest energy wins.
+    """Return argmin_y F(x, y) over the box by projected gradient descent from several starts; the lowest energy wins.
 
     Args:
         network: F.
@@ -227,6 +234,18 @@ def descend(network: PairEnergy, x: Tensor, starts: Tensor, steps: int, step_siz
         starts: s for each, shape (n, s, b), within the box.
         steps: of each descent.
         step_size: in squared units of y; stable below 2 over the largest curvature.
+
+    Example:
+        One well of width 1 around y = x; the answer to x = 0.3 is 0.3, and to x = 2 the nearest point of the box:
+
+        >>> class Well(WellsEnergy):
+        ...     def candidates(self, x):
+        ...         return x[:, None]
+        ...     def costs(self, x):
+        ...         return torch.zeros(len(x), 1)
+        >>> found = descend(Well(1.0), torch.tensor([[0.3], [2.0]]), torch.zeros(2, 1, 1), 100, 0.5)
+        >>> [round(y, 3) for y in found.y.flatten().tolist()]
+        [0.3, 1.0]
     """
     seen = network.observe(x)
     score = score_of(lambda y: network.energy(seen, y))
@@ -240,7 +259,7 @@ def descend(network: PairEnergy, x: Tensor, starts: Tensor, steps: int, step_siz
 
 
 def reflected(y: Tensor) -> Tensor:
-    """y folded into [0, 1] by reflection at 0 and 1."""
+    """Fold y into [0, 1] by reflection at 0 and 1."""
     return 1 - (1 - y % 2).abs()
 
 
@@ -254,10 +273,10 @@ def langevin_answers(
     temperature: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """Answers (n, s, b) after Langevin steps for exp(-F(x, .) / T) on the box, reflected at its walls.
+    """Return answers (n, s, b) after Langevin steps for exp(-F(x, .) / T) on the box, reflected at its walls.
 
     y <- reflect(y - (eps / 2T) grad F + sqrt(eps) z), the suite's convention. Reflection leaves the uniform density
-    of the box as it is, so that as eps goes to 0 the chain's law is exp(-F / T) restricted to the box.
+    of the box invariant, so that as eps goes to 0 the chain's law is exp(-F / T) restricted to the box.
 
     Args:
         network: F.
@@ -270,6 +289,19 @@ def langevin_answers(
 
     Raises:
         ValueError: steps < 0, step_size <= 0 or temperature <= 0.
+
+    Example:
+        Energy y / 0.1 on [0, 1]: an exponential law of mean 0.1.
+
+        >>> class Slope(PairEnergy):
+        ...     def observe(self, x):
+        ...         return ()
+        ...     def energy(self, seen, y):
+        ...         return 10 * y.squeeze(-1)
+        >>> x, starts = torch.zeros(1, 1), torch.full((1, 2000, 1), 0.1)
+        >>> answers = langevin_answers(Slope(), x, starts, 200, 1e-3, 1.0, torch.Generator().manual_seed(0))
+        >>> round(float(answers.mean()), 1)
+        0.1
     """
     check_settings(steps, step_size, temperature)
     seen = network.observe(x)
@@ -287,7 +319,7 @@ def langevin_answers(
 
 
 def ranked_right(energies: Tensor, generator: torch.Generator) -> dict[str, Estimate]:
-    """How often wrong pairs have the higher energy; a tie counts as a failure.
+    """Measure the share of wrong pairs with a higher energy than the right one; a tie counts as a failure.
 
     Args:
         energies: F(x_i, y_j) of test cases, shape (n, n), right pairs on the diagonal.
@@ -295,7 +327,12 @@ def ranked_right(energies: Tensor, generator: torch.Generator) -> dict[str, Esti
 
     Returns:
         "random": share of x whose energy with one random other y is higher than with its own; "all": mean share over
-        all other y, which is what "random" estimates; "first": share of x whose own y is the lowest of all n.
+        all other y, which "random" estimates; "first": share of x whose own y has the lowest energy of all n.
+
+    Example:
+        >>> found = ranked_right(1 - torch.eye(3), torch.Generator())
+        >>> found["random"].value, found["all"].value, found["first"].value
+        (1.0, 1.0, 1.0)
     """
     n = len(energies)
     right = energies.diagonal()

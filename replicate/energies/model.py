@@ -1,19 +1,19 @@
-"""Any energy network and any objective as one model of the suite.
+"""Combine any energy network and any objective into a model of the suite.
 
 The energy tilts the data's Gaussian fit, f(x) = -log p0(x) + g(x) (Xie et al. 2016, 1602.03264, tilt a fixed one), so
 that exp(-f) can be normalised while g grows at most linearly, noise contrast begins at log Z = 0, and the path
-log f_beta = log p0 - beta g leads from exact samples to the model: annealed importance sampling and the sampler walk it
-by Metropolis-adjusted Langevin in the coordinates in which p0 is N(0, I), with proposals drawn from p0 between.
+log f_beta = log p0 - beta g leads from exact samples to the model: annealed importance sampling and the sampler follow
+it by Metropolis-adjusted Langevin in the coordinates where p0 is N(0, I), between independence proposals from p0.
 
-What the objective needs of its own (chains, noise, log Z) belongs to it and is trained and saved with the model. For
-the noise-contrastive objectives the learned log Z is not used as the model's: the suite measures log Z anew, by
-quadrature or annealing, as for every energy.
+The state of the objective (chains, noise, log Z) is trained and saved with the model. The model does not use the log Z
+that a noise-contrastive objective learns: the suite measures log Z by quadrature or annealing, as for every energy.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -37,9 +37,9 @@ from replicate.energies.objectives import (
     Quadrature,
     ShortRun,
     SlicedScoreMatching,
-    jump,
-    jumping,
+    independence_step,
     langevin_move,
+    with_independence,
 )
 from replicate.errors import UsageError
 from replicate.model import DataInfo, Family, Model, ModelEntry, Training
@@ -53,13 +53,14 @@ GAUSSIAN_STEP = 1.65**2
 
 
 class EnergyNet(nn.Module):
-    """g(x), a multilayer perceptron with SiLU and a last layer that starts at zero: x (n, D) -> (n,).
+    """The multilayer perceptron g(x) with SiLU and a last layer that starts at zero: x (n, D) -> (n,).
 
     Args:
         dim: D.
         hidden, layers: width and number of hidden layers.
-        waves: the first layer is sin and cos of trainable projections, drawn from N(0, waves^2), in place of SiLU:
-            it lets a small network draw narrow shapes (Tancik et al. 2020, 2006.10739, keep them fixed); 0 for none.
+        waves: the first layer has Fourier features of trainable projections, drawn from N(0, waves^2), in place of
+            SiLU, so that a small network can have narrow shapes (Tancik et al. 2020, 2006.10739, keep them fixed); 0
+            for none.
     """
 
     def __init__(self, dim: int, hidden: int, layers: int, waves: float = 0.0) -> None:
@@ -81,16 +82,19 @@ class EnergyNet(nn.Module):
 
 
 class TrainedEnergy(Model):
-    """p(x) = p0(x) exp(-g(x)) / Z with p0 the data's Gaussian fit, g any network, trained by any objective.
+    """The model p(x) = p0(x) exp(-g(x)) / Z: p0 is the data's Gaussian fit, g any network, the objective any.
 
     Args:
-        network: g, (n, D) -> (n,), growing at most linearly; x comes in as the model sees the data.
-        objective: of `replicate.energies.objectives`, or one like them.
+        network: g, (n, D) -> (n,), growing at most linearly; x is in the model's coordinates.
+        objective: any `Objective`.
         info: continuous data of about unit scale.
-        moves: Langevin moves per annealing step and per step of `sample` after it.
-        jumps: propose fresh draws of p0 before and after them; of no use in many dimensions.
-        step_size: eps of those moves at the model, in squared standard deviations of p0.
+        moves: Langevin steps per annealing step and per step of `sample` after it.
+        jumps: take an independence step before and after them, with draws of p0; of no use in many dimensions.
+        step_size: eps of the Langevin steps at the model, in squared standard deviations of p0.
         annealing, after: temperatures of `sample`, and steps at the model after them.
+
+    Raises:
+        ValueError: the data are bits.
     """
 
     family: ClassVar[Family] = "ebm"
@@ -121,19 +125,19 @@ class TrainedEnergy(Model):
         self.register_buffer("inverse", torch.eye(info.dim))
 
     def initialise(self, train: Tensor, generator: torch.Generator) -> None:
-        """Fit the base, then let the objective prepare."""
+        """Fit the base, then prepare the objective."""
         self.base.fit(train, generator)
         identity = torch.eye(train.shape[1], dtype=train.dtype, device=train.device)
         self.inverse.copy_(torch.linalg.solve_triangular(self.base.chol, identity, upper=False))
         self.objective.prepare(train, generator)
 
     def tilt(self, x: Tensor) -> Tensor:
-        """g(x), shape (n,)."""
+        """Return g(x), shape (n,)."""
         out: Tensor = self.network(x)
         return out
 
     def _base_energy(self, u: Tensor) -> Tensor:
-        """-log p0 at x = m + L u, from u (n, D); shape (n,)."""
+        """Return -log p0 at x = m + L u, from u (n, D); shape (n,)."""
         log_z = 0.5 * u.shape[1] * math.log(2 * math.pi) - self.inverse.diagonal().log().sum()
         return 0.5 * u.square().sum(1) + log_z
 
@@ -145,15 +149,15 @@ class TrainedEnergy(Model):
 
     # log f_beta(x) = log p0(x) - beta g(x)
     def base_log_z(self) -> float:
-        """0: the base is normalised."""
+        """Return 0: the base is normalised."""
         return 0.0
 
     def base_sample(self, n: int, generator: torch.Generator) -> Tensor:
         return self.base.sample(n, generator)
 
     @torch.no_grad()
-    def _move(self, x: Tensor, beta: float, generator: torch.Generator) -> Tensor:
-        """x (n, D) after Langevin moves at beta between two jumps: a palindrome, hence reversible."""
+    def _transition(self, x: Tensor, beta: float, generator: torch.Generator) -> Tensor:
+        """Take Langevin steps at beta between two independence steps from x (n, D): a palindrome, hence reversible."""
         mean, chol = self.base.mean, self.base.chol
 
         def whitened(u: Tensor) -> Tensor:
@@ -164,81 +168,94 @@ class TrainedEnergy(Model):
 
         target = LogDensity(whitened)
         eps = self.first_step ** (1 - beta) * self.step_size**beta
-        x = jump(energy, self.base, x, generator) if self.jumps else x
+        x = independence_step(energy, self.base, x, generator) if self.jumps else x
         u = (x - mean) @ self.inverse.T
         u = mala(target.value, target.score, u, self.moves, eps, generator).samples
         x = mean + u @ chol.T
-        return jump(energy, self.base, x, generator) if self.jumps else x
+        return independence_step(energy, self.base, x, generator) if self.jumps else x
 
     def anneal(self, x: Tensor, beta: float, beta_next: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             increment = (beta - beta_next) * self.tilt(x).double()
-        return increment, self._move(x, beta_next, generator)
+        return increment, self._transition(x, beta_next, generator)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """Anneal base samples to the model, then go on at the model; (n, D)."""
+        """Anneal base samples to the model, then continue at the model; (n, D)."""
         x = self.base_sample(n, generator)
         for k in range(self.annealing):
-            x = self._move(x, (k + 1) / self.annealing, generator)
+            x = self._transition(x, (k + 1) / self.annealing, generator)
         for _ in range(self.after):
-            x = self._move(x, 1.0, generator)
+            x = self._transition(x, 1.0, generator)
         return x
 
 
-def build_objective(
-    name: str,
-    dim: int,
-    *,
-    k: int = 1,
-    move_step: float = 0.05,
-    adjusted: bool = True,
-    chains: int = 256,
-    jumps: bool = False,
-    sigma: float = 0.05,
-    contrast: float = 0.5,
-    ratio: int = 2,
-    bandwidth: float = 0.3,
-    flow_couplings: int = 6,
-    flow_steps: int = 300,
-) -> Objective:
-    """An objective by its name in `METHODS`, on data of unit scale; each reads the settings that concern it.
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """The settings of all objectives; each objective reads its own.
 
-    Args:
-        name: key of `METHODS`.
-        dim: D.
-        k: moves an update, for chains (cd, pcd, short-run).
-        move_step: eps of a move, in squared units of x.
-        adjusted: whether a move is Metropolis-adjusted.
+    Attributes:
+        k: steps per update of the chains (cd, pcd, short-run).
+        move_step: eps of a Langevin step, in squared units of x.
+        adjusted: whether it is Metropolis-adjusted.
         chains: persistent chains (pcd).
-        jumps: their moves begin with proposals from the data's Gaussian (pcd).
+        jumps: their steps begin with an independence proposal from the data's Gaussian (pcd).
         sigma: noise level of denoising (dsm).
         contrast: sigma of the conditional kernel (cnce).
-        ratio: noise draws an example (nce, cnce, flow-nce).
+        ratio: noise draws per example (nce, cnce, flow-nce).
         bandwidth: of the kernel, in median distances (ksd).
         flow_couplings, flow_steps: size and fit of the noise flow (flow-nce).
+    """
+
+    k: int = 1
+    move_step: float = 0.05
+    adjusted: bool = True
+    chains: int = 256
+    jumps: bool = False
+    sigma: float = 0.05
+    contrast: float = 0.5
+    ratio: int = 2
+    bandwidth: float = 0.3
+    flow_couplings: int = 6
+    flow_steps: int = 300
+
+
+def build_objective(name: str, dim: int, **settings: Any) -> Objective:
+    """Build an objective for data of unit scale.
+
+    Args:
+        name: one of `METHODS`.
+        dim: D.
+        settings: fields of `ObjectiveSettings`.
 
     Raises:
         UsageError: there is no such objective, or it is ml and the data are not in the plane.
+
+    Example:
+        >>> build_objective("dsm", 2, sigma=0.1).sigma
+        0.1
     """
-    move, gaussian = langevin_move(move_step, adjusted), FittedGaussian()
+    s = ObjectiveSettings(**settings)
+    kernel, gaussian = langevin_move(s.move_step, s.adjusted), FittedGaussian()
     makers: dict[str, Callable[[], Objective]] = {
         "ml": lambda: MaximumLikelihood(Quadrature(BOX, POINTS)),
-        "cd": lambda: ContrastiveDivergence(move, k),
-        "pcd": lambda: PersistentCD(jumping(move, gaussian) if jumps else move, k, chains, gaussian),
-        "short-run": lambda: ShortRun(move, k, gaussian),
+        "cd": lambda: ContrastiveDivergence(kernel, s.k),
+        "pcd": lambda: PersistentCD(
+            with_independence(kernel, gaussian) if s.jumps else kernel, s.k, s.chains, gaussian
+        ),
+        "short-run": lambda: ShortRun(kernel, s.k, gaussian),
         "ism": ImplicitScoreMatching,
-        "dsm": lambda: DenoisingScoreMatching(sigma),
+        "dsm": lambda: DenoisingScoreMatching(s.sigma),
         "ssm": SlicedScoreMatching,
-        "nce": lambda: NoiseContrastive(gaussian, ratio),
-        "cnce": lambda: ConditionalNoiseContrastive(contrast, ratio),
-        "ksd": lambda: MinimumKSD(bandwidth),
-        "flow-nce": lambda: FlowContrastive(_flow(dim, flow_couplings), flow_steps, ratio),
+        "nce": lambda: NoiseContrastive(gaussian, s.ratio),
+        "cnce": lambda: ConditionalNoiseContrastive(s.contrast, s.ratio),
+        "ksd": lambda: MinimumKSD(s.bandwidth),
+        "flow-nce": lambda: FlowContrastive(_flow(dim, s.flow_couplings), s.flow_steps, s.ratio),
     }
     if name not in makers:
         raise unknown("objective", name, METHODS, f"Set objective to one of {', '.join(METHODS)}.")
     if name == "ml" and dim != 2:
         raise UsageError(
-            f"objective 'ml' needs log Z, which is had by quadrature in 2 dimensions and the data have {dim}. "
+            f"objective 'ml' needs log Z by quadrature, which requires 2 dimensions, and the data have {dim}. "
             f"Set objective to one of {', '.join(m for m in METHODS if m != 'ml')}."
         )
     return makers[name]()
@@ -259,7 +276,7 @@ def build(
     step_size: float,
     **rest: Any,
 ) -> TrainedEnergy:
-    """A multilayer perceptron trained by the objective of that name, whose settings are `rest`; jumps serve both."""
+    """Build a multilayer perceptron with the objective of that name; `rest` are its settings, and both read `jumps`."""
     network = EnergyNet(info.dim, hidden, layers, waves)
     trained_by = build_objective(objective, info.dim, jumps=jumps, **rest)
     return TrainedEnergy(network, trained_by, info, jumps=jumps, step_size=step_size)
@@ -272,22 +289,8 @@ ENERGY = ModelEntry(
     build=build,
     domains=frozenset({"continuous"}),
     params={
-        "objective": "nce",
-        "hidden": 64,
-        "layers": 3,
-        "waves": 1.0,
-        "k": 1,
-        "move_step": 0.05,
-        "adjusted": True,
-        "chains": 256,
-        "sigma": 0.05,
-        "contrast": 0.5,
-        "ratio": 2,
-        "bandwidth": 0.3,
-        "flow_couplings": 6,
-        "flow_steps": 300,
-        "jumps": True,
-        "step_size": 0.05,
+        **{"objective": "nce", "hidden": 64, "layers": 3, "waves": 1.0, "step_size": 0.05},
+        **asdict(ObjectiveSettings(jumps=True)),
     },
     training=Training(steps=1500, batch_size=256, lr=5e-3, betas=(0.9, 0.99), ema=0.99),
 )

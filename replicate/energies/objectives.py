@@ -1,40 +1,45 @@
-"""Every way to train an unnormalised density exp(-f), without a word about what f is.
+"""Train an unnormalised density exp(-f) by any objective, whatever f is.
 
-Song and Kingma 2021, "How to train your energy-based models" (2101.03288), sort the ways by what they do about log Z:
+Song and Kingma 2021, "How to train your energy-based models" (2101.03288), sort the objectives by their use of log Z:
 
 - maximum likelihood, E_data f + log Z, with log Z by quadrature (`MaximumLikelihood`) or with its gradient
   -E_model grad f estimated from Markov chains: started at the data (`ContrastiveDivergence`, Hinton 2002, Neural
-  Computation 14), going on from update to update (`PersistentCD`, Tieleman 2008, ICML) or started at noise and kept
+  Computation 14), continued from update to update (`PersistentCD`, Tieleman 2008, ICML) or started at noise and kept
   short (`ShortRun`, Nijkamp et al. 2019, 1904.09770);
-- score matching, in which Z has no part: implicit, denoising and sliced (`replicate.score_based.matching` has the
+- score matching, which does not use Z: implicit, denoising and sliced (`replicate.score_based.matching` has the
   papers), and by a kernelised Stein discrepancy (`MinimumKSD`; Liu, Lee and Jordan 2016, 1602.03253; Chwialkowski,
   Strathmann and Gretton 2016, 1602.02964; as an estimator Barp et al. 2019, 1906.08283);
-- noise contrast, in which Z is one more parameter (`NoiseContrastive`, Gutmann and Hyvarinen 2010, AISTATS 9) or
+- noise contrast, where Z is one more parameter (`NoiseContrastive`, Gutmann and Hyvarinen 2010, AISTATS 9) or
   cancels (`ConditionalNoiseContrastive`, Ceylan and Gutmann 2018, 1806.03664); with the noise of a flow fitted to the
   data `FlowContrastive` (Gao et al. 2020, 1912.00589).
 
-Deviations: contrastive divergence and persistent chains move by Metropolis-adjusted Langevin in place of Gibbs
+As the data grow all of them are minimal at the truth, but for `ContrastiveDivergence`, which is stationary there yet
+blind to mass that k steps from the data do not reach, and `ShortRun`, where the end of the chains and not exp(-f)
+matches the data. `PersistentCD` requires chains that follow the model, denoising finds the density of the data plus
+N(0, sigma^2 I), and the other score matching objectives and the Stein discrepancy are blind to the weights of modes far
+apart, as conditional contrast is to those many sigma apart.
+
+Deviations: contrastive divergence and persistent chains use Metropolis-adjusted Langevin steps in place of Gibbs
 sampling, since a general f has no conditionals; `FlowContrastive` fits its flow by maximum likelihood once and keeps
-it, where Gao et al. go on to update it against the energy. That second part makes a better flow, not a more consistent
+it, whereas Gao et al. also update it against the energy. Their second part makes a better flow, not a more consistent
 energy, and the method without it has a fixed objective whose gradient can be checked.
 
-An objective is a module so that a checkpoint carries what it owns: chains, the fitted noise, a learned log Z.
+An objective is a module so that a checkpoint has its state: chains, the fitted noise, a learned log Z.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from replicate.fitting import fit
 from replicate.likelihood.quadrature import grid
 from replicate.metrics.samples import median_distance
 from replicate.model import Model
-from replicate.resume import State, resumable
 from replicate.sampling.langevin import mala, ula
 from replicate.score_based import matching
 from replicate.score_based.contrastive import GaussianNoise, noise_contrastive
@@ -42,18 +47,20 @@ from replicate.score_based.networks import score_of
 
 #: f: (n, D) -> (n,) in nats, differentiable in x and in its parameters
 EnergyFunction = Callable[[Tensor], Tensor]
-#: one Markov transition (n, D) -> (n, D) for the density exp(-f) / Z
-Move = Callable[[EnergyFunction, Tensor, torch.Generator], Tensor]
+#: MCMC kernel: one transition (n, D) -> (n, D) for the density exp(-f) / Z
+Kernel = Callable[[EnergyFunction, Tensor, torch.Generator], Tensor]
 
-#: examples from which the kernel's bandwidth is read
+#: names of the objectives that `replicate.energies.model.build_objective` knows
+METHODS = ("ml", "cd", "pcd", "short-run", "ism", "dsm", "ssm", "nce", "cnce", "ksd", "flow-nce")
+#: examples that set the Stein kernel's bandwidth
 BANDWIDTH_EXAMPLES = 1000
 
 
-# -- what the methods share
+# -- energies, kernels and noise
 
 
 class LogDensity:
-    """-f and its gradient, evaluated together: MALA asks for both at the same point."""
+    """The log density -f and its gradient, evaluated together: MALA needs both at the same point."""
 
     def __init__(self, energy: EnergyFunction) -> None:
         self.energy = energy
@@ -69,35 +76,43 @@ class LogDensity:
             self._x, self._value = x, value.detach()
 
     def value(self, x: Tensor) -> Tensor:
-        """-f(x), shape (n,), without a graph."""
+        """Return -f(x), shape (n,), without a graph."""
         self._evaluate(x)
         return self._value
 
     def score(self, x: Tensor) -> Tensor:
-        """-grad f(x), shape (n, D), without a graph."""
+        """Return -grad f(x), shape (n, D), without a graph."""
         self._evaluate(x)
         return self._grad
 
 
-def langevin_move(step_size: float, adjusted: bool = True) -> Move:
-    """One Langevin step at temperature 1; `adjusted` leaves exp(-f) invariant, unadjusted does so to first order.
+def langevin_move(step_size: float, adjusted: bool = True) -> Kernel:
+    """Return one Langevin step at temperature 1: adjusted it leaves exp(-f) invariant, unadjusted to first order.
 
     Args:
         step_size: eps of `replicate.sampling.langevin`, in squared units of x.
-        adjusted: accept or reject (MALA, at two gradients a move) or not (ULA, at one).
+        adjusted: accept or reject (MALA, at two gradients per step) or not (ULA, at one).
+
+    Example:
+        >>> g = torch.Generator().manual_seed(0)
+        >>> kernel, x = langevin_move(1.0), torch.zeros(5000, 1)
+        >>> for _ in range(20):
+        ...     x = kernel(lambda x: 0.5 * x.square().sum(1), x, g)
+        >>> round(float(x.var()), 1)
+        1.0
     """
 
-    def move(energy: EnergyFunction, x: Tensor, generator: torch.Generator) -> Tensor:
+    def step(energy: EnergyFunction, x: Tensor, generator: torch.Generator) -> Tensor:
         target = LogDensity(energy)
         if adjusted:
             return mala(target.value, target.score, x, 1, step_size, generator).samples
         return ula(target.score, x, 1, step_size, generator).samples
 
-    return move
+    return step
 
 
-def jump(energy: EnergyFunction, noise: Noise, x: Tensor, generator: torch.Generator) -> Tensor:
-    """A Metropolis-Hastings step of exp(-f) whose proposals are independent draws of the noise; (n, D) -> (n, D)."""
+def independence_step(energy: EnergyFunction, noise: Noise, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Take a Metropolis-Hastings step of exp(-f) from x (n, D) with independence proposals, drawn from the noise."""
     with torch.no_grad():
         both = torch.cat([x, noise.sample(len(x), generator)])
         log_weight = -energy(both) - noise.log_prob(both)
@@ -106,17 +121,22 @@ def jump(energy: EnergyFunction, noise: Noise, x: Tensor, generator: torch.Gener
         return torch.where((u.log() < proposed - now)[:, None], both[len(x) :], x)
 
 
-def jumping(move: Move, noise: Noise) -> Move:
-    """`move` after a `jump`: mass crosses where no local move goes. Whoever starts chains from the noise fits it."""
-    return lambda energy, x, generator: move(energy, jump(energy, noise, x, generator), generator)
+def with_independence(kernel: Kernel, noise: Noise) -> Kernel:
+    """Return `kernel` after an `independence_step`, which crosses where local steps cannot; the caller fits noise."""
+    return lambda energy, x, generator: kernel(energy, independence_step(energy, noise, x, generator), generator)
 
 
 class Quadrature(nn.Module):
-    """log Z of an energy in the plane, differentiable in its parameters: the midpoint rule on a centred square.
+    """Differentiable log Z of an energy in the plane: the midpoint rule on a centred square.
 
     Args:
         half_width: of the square, which must hold all but a negligible part of exp(-f).
         points: per axis.
+
+    Example:
+        >>> log_z = Quadrature(8.0, 80)(lambda x: 0.5 * x.square().sum(1))
+        >>> round(float(log_z.exp() / torch.pi), 4)
+        2.0
     """
 
     nodes: Tensor
@@ -127,12 +147,12 @@ class Quadrature(nn.Module):
         self.register_buffer("nodes", nodes, persistent=False)
 
     def forward(self, energy: EnergyFunction) -> Tensor:
-        """log Z in nats, a scalar."""
+        """Return log Z in nats, a scalar."""
         return torch.logsumexp(-energy(self.nodes), 0) + self.log_cell
 
 
 class Owner(nn.Module):
-    """A module whose buffers take their size from the data: loading a state gives them the size that was saved."""
+    """A module whose buffers have a size that depends on the data: loading a state gives them the saved size."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name, buffer in self._buffers.items():
@@ -143,23 +163,23 @@ class Owner(nn.Module):
 
 
 class Noise(Owner):
-    """A distribution that is fitted to the data and drawn from: where chains start, or what data are told from."""
+    """A distribution fitted to the data: the start of chains, or the noise that data are contrasted with."""
 
     def fit(self, train: Tensor, generator: torch.Generator) -> None:
-        """Take what is needed from the training data (n, D); called once."""
+        """Fit the distribution to the training data (n, D); called once."""
         raise NotImplementedError
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """n draws, shape (n, D), without a graph."""
+        """Draw n samples, shape (n, D), without a graph."""
         raise NotImplementedError
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Exact log density in nats at x (n, D), shape (n,); chains that only start here do not ask for it."""
+        """Return the exact log density in nats at x (n, D), shape (n,); the start of chains does not need it."""
         raise NotImplementedError
 
 
 class FittedGaussian(Noise):
-    """The Gaussian of the data's mean and covariance."""
+    """The Gaussian with the data's mean and covariance."""
 
     mean: Tensor
     chol: Tensor
@@ -170,8 +190,8 @@ class FittedGaussian(Noise):
         self.register_buffer("chol", torch.empty(0, 0))
 
     def fit(self, train: Tensor, generator: torch.Generator) -> None:
-        found = GaussianNoise.fit(train)
-        self.mean, self.chol = found.mean, found.chol
+        fitted = GaussianNoise.fit(train)
+        self.mean, self.chol = fitted.mean, fitted.chol
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         return GaussianNoise(self.mean, self.chol).sample(n, generator)
@@ -181,12 +201,12 @@ class FittedGaussian(Noise):
 
 
 class FlowNoise(Noise):
-    """One of the suite's flows, fitted by maximum likelihood (Adam, rate to 0 along a cosine) and then frozen.
+    """A flow of the suite, fitted by maximum likelihood (Adam, rate to 0 along a cosine) and then frozen.
 
     Args:
         flow: an untrained model with `log_prob` and `sample`.
         steps: of the fit.
-        batch: examples a step.
+        batch: examples per step.
         lr: first learning rate.
     """
 
@@ -200,13 +220,12 @@ class FlowNoise(Noise):
         flow.requires_grad_(True)
         optimizer = torch.optim.Adam(flow.parameters(), lr=self.lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, self.steps))
-        state: State = {"flow": flow, "optimizer": optimizer, "schedule": schedule, "generator": generator}
-        for _ in resumable("fitting the noise", self.steps, state):
+
+        def loss() -> Tensor:
             chosen = torch.randint(len(train), (self.batch,), generator=generator, device=train.device)
-            optimizer.zero_grad()
-            flow.loss(train[chosen], generator).backward()
-            optimizer.step()
-            schedule.step()
+            return flow.loss(train[chosen], generator)
+
+        fit(flow, loss, optimizer, self.steps, {"generator": generator}, schedule=schedule, name="fitting the noise")
         flow.requires_grad_(False).eval()
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
@@ -223,7 +242,7 @@ class Objective(Owner):
         """Fit noise and start chains from the training data (n, D); called once, before the first update."""
 
     def loss(self, energy: EnergyFunction, batch: Tensor, generator: torch.Generator) -> Tensor:
-        """A scalar whose gradient in the parameters is the method's update, from the data `batch` (n, D)."""
+        """Return a scalar whose gradient in the parameters is the update, from the data `batch` (n, D)."""
         raise NotImplementedError
 
 
@@ -235,6 +254,14 @@ class MaximumLikelihood(Objective):
 
     Args:
         log_z: of an energy, differentiable in its parameters: `Quadrature`, or enumeration for bits.
+
+    Example:
+        At 0 a standard normal in the plane has -log p = log(2 pi) = 1.838:
+
+        >>> objective = MaximumLikelihood(Quadrature(8.0, 80))
+        >>> loss = objective.loss(lambda x: 0.5 * x.square().sum(1), torch.zeros(4, 2), torch.Generator())
+        >>> round(float(loss), 3)
+        1.838
     """
 
     def __init__(self, log_z: Callable[[EnergyFunction], Tensor]) -> None:
@@ -246,46 +273,72 @@ class MaximumLikelihood(Objective):
 
 
 def energy_gap(energy: EnergyFunction, batch: Tensor, negatives: Tensor) -> Tensor:
-    """E_data f - E_negatives f: with negatives from the model its gradient is that of maximum likelihood."""
+    """Return E_data f - E_negatives f; with negatives from the model its gradient is that of maximum likelihood.
+
+    Example:
+        >>> float(energy_gap(lambda x: x.sum(1), torch.ones(3, 2), torch.zeros(5, 2)))
+        2.0
+    """
     at_data, at_negatives = energy(torch.cat([batch, negatives])).split([len(batch), len(negatives)])
     return at_data.mean() - at_negatives.mean()
 
 
 class _Chains(Objective):
-    """The energy gap to what `k` moves make of a start, which subclasses name."""
+    """The energy gap to the end of chains of `k` steps; subclasses set their start."""
 
-    def __init__(self, move: Move, k: int) -> None:
+    def __init__(self, kernel: Kernel, k: int) -> None:
         super().__init__()
-        self.move, self.k = move, k
+        self.kernel, self.k = kernel, k
 
     def run(self, energy: EnergyFunction, x: Tensor, generator: torch.Generator) -> Tensor:
-        """x (n, D) after k moves."""
+        """Return x (n, D) after k steps."""
         for _ in range(self.k):
-            x = self.move(energy, x, generator)
+            x = self.kernel(energy, x, generator)
         return x.detach()
 
 
 class ContrastiveDivergence(_Chains):
-    """CD-k: chains of k moves from the data of the batch. Its mean update is not the gradient of any likelihood."""
+    """CD-k: chains of k steps from the data of the batch. Its mean update is not the gradient of any likelihood.
+
+    Args:
+        kernel: one transition.
+        k: steps per update.
+
+    Example:
+        Data at 3 under the energy x^2 / 2: one step lowers the energy, so the gap is positive.
+
+        >>> objective, g = ContrastiveDivergence(langevin_move(0.1), 1), torch.Generator().manual_seed(0)
+        >>> float(objective.loss(lambda x: 0.5 * x.square().sum(1), torch.full((500, 1), 3.0), g)) > 0
+        True
+    """
 
     def loss(self, energy: EnergyFunction, batch: Tensor, generator: torch.Generator) -> Tensor:
         return energy_gap(energy, batch, self.run(energy, batch, generator))
 
 
 class PersistentCD(_Chains):
-    """Persistent CD: the chains go on from update to update, and follow the model while it changes slowly.
+    """Persistent CD: the chains continue from update to update, and follow the model while it changes slowly.
 
     Args:
-        move: one transition.
-        k: moves an update.
-        chains: how many; all of them move.
-        start: what they are drawn from at first; the data's Gaussian by default.
+        kernel: one transition.
+        k: steps per update.
+        chains: number of chains; each update runs all of them.
+        start: distribution of their first states; the data's Gaussian by default.
+
+    Example:
+        >>> objective, g = PersistentCD(langevin_move(0.1), 1, chains=10), torch.Generator().manual_seed(0)
+        >>> data = torch.randn(500, 2, generator=g)
+        >>> objective.prepare(data, g)
+        >>> before = objective.state
+        >>> _ = objective.loss(lambda x: 0.5 * x.square().sum(1), data, g)
+        >>> objective.state.shape, torch.equal(objective.state, before)
+        (torch.Size([10, 2]), False)
     """
 
     state: Tensor
 
-    def __init__(self, move: Move, k: int, chains: int, start: Noise | None = None) -> None:
-        super().__init__(move, k)
+    def __init__(self, kernel: Kernel, k: int, chains: int, start: Noise | None = None) -> None:
+        super().__init__(kernel, k)
         self.chains, self.start = chains, start or FittedGaussian()
         self.register_buffer("state", torch.empty(0, 0))
 
@@ -299,18 +352,27 @@ class PersistentCD(_Chains):
 
 
 class ShortRun(_Chains):
-    """Short-run chains from noise: k moves from a fresh draw each update, as many chains as data.
+    """Short-run chains from noise: k steps from a fresh draw per update, as many chains as data.
 
-    The energy learns to make these chains end at the data, which is not to be their steady state's energy.
+    The energy learns to make these chains end at the data; their stationary distribution need not match the data.
 
     Args:
-        move: one transition.
-        k: moves an update.
+        kernel: one transition.
+        k: steps per update.
         start: the noise; the data's Gaussian by default.
+
+    Example:
+        Chains that start at the data's Gaussian, which is the model, stay there: the gap is about 0.
+
+        >>> objective, g = ShortRun(langevin_move(0.1), 3), torch.Generator().manual_seed(0)
+        >>> data = torch.randn(5000, 1, generator=g)
+        >>> objective.prepare(data, g)
+        >>> abs(round(float(objective.loss(lambda x: 0.5 * x.square().sum(1), data, g)), 1))
+        0.0
     """
 
-    def __init__(self, move: Move, k: int, start: Noise | None = None) -> None:
-        super().__init__(move, k)
+    def __init__(self, kernel: Kernel, k: int, start: Noise | None = None) -> None:
+        super().__init__(kernel, k)
         self.start = start or FittedGaussian()
 
     def prepare(self, train: Tensor, generator: torch.Generator) -> None:
@@ -324,19 +386,30 @@ class ShortRun(_Chains):
 
 
 class ImplicitScoreMatching(Objective):
-    """Hyvarinen's objective with the exact trace: D + 1 passes through the energy's gradient."""
+    """Hyvarinen's objective with the exact trace: D + 1 passes through the energy's gradient.
+
+    Example:
+        >>> batch = torch.tensor([[3.0, 4.0]])
+        >>> ImplicitScoreMatching().loss(lambda x: 0.5 * x.square().sum(1), batch, torch.Generator()).item()
+        10.5
+    """
 
     def loss(self, energy: EnergyFunction, batch: Tensor, generator: torch.Generator) -> Tensor:
         return matching.implicit_score_matching(score_of(energy), batch).mean()
 
 
 class DenoisingScoreMatching(Objective):
-    """Denoising score matching: what it learns is the energy of the data plus N(0, sigma^2 I).
-
-    Each example is noised by z and by -z, so that most of the target's noise cancels within the pair.
+    """Denoising score matching: the energy of the data plus N(0, sigma^2 I), from noise in pairs z, -z.
 
     Args:
         sigma: noise level, in units of x.
+
+    Example:
+        Data that are all 0, noised by N(0, 1/4), have energy 2 x^2, where the loss is 0:
+
+        >>> objective = DenoisingScoreMatching(0.5)
+        >>> round(objective.loss(lambda x: 2 * x.square().sum(1), torch.zeros(9, 2), torch.Generator()).item(), 6)
+        0.0
     """
 
     def __init__(self, sigma: float) -> None:
@@ -344,13 +417,17 @@ class DenoisingScoreMatching(Objective):
         self.sigma = sigma
 
     def loss(self, energy: EnergyFunction, batch: Tensor, generator: torch.Generator) -> Tensor:
-        z = torch.randn(batch.shape, generator=generator, device=batch.device, dtype=batch.dtype)
-        pairs, noise = torch.cat([batch, batch]), torch.cat([z, -z])
-        return matching.denoising_score_matching(score_of(energy), pairs, self.sigma, noise).mean()
+        return matching.paired_denoising(score_of(energy), batch, self.sigma, generator).mean()
 
 
 class SlicedScoreMatching(Objective):
-    """Sliced score matching with reduced variance, one sign vector an example."""
+    """Sliced score matching with reduced variance, one sign vector per example.
+
+    Example:
+        >>> batch = torch.tensor([[3.0, 4.0]])
+        >>> SlicedScoreMatching().loss(lambda x: 0.5 * x.square().sum(1), batch, torch.Generator()).item()
+        10.5
+    """
 
     def loss(self, energy: EnergyFunction, batch: Tensor, generator: torch.Generator) -> Tensor:
         signs = matching.rademacher(batch, generator)
@@ -358,7 +435,7 @@ class SlicedScoreMatching(Objective):
 
 
 def kernel_stein_discrepancy(score: Tensor, x: Tensor, bandwidth: float | Tensor) -> Tensor:
-    """Squared kernelised Stein discrepancy between the sample x and the model with this score: a U-statistic.
+    """Return the squared kernelised Stein discrepancy of the sample x from the model with this score: a U-statistic.
 
     With k(x, y) = (c^2 + |x - y|^2)^(-1/2) the mean over pairs i != j of (Liu et al. 2016, eq. 14)
 
@@ -371,6 +448,13 @@ def kernel_stein_discrepancy(score: Tensor, x: Tensor, bandwidth: float | Tensor
 
     Returns:
         A scalar; unbiased, so it may be negative.
+
+    Example:
+        A sample of the model is near 0, a shifted one is not:
+
+        >>> x = torch.randn(1000, 1, generator=torch.Generator().manual_seed(0))
+        >>> [float(kernel_stein_discrepancy(-y, y, 1.0)) > 0.1 for y in (x, x + 2)]
+        [False, True]
     """
     n, dim = x.shape
     cross = score @ x.T
@@ -386,10 +470,16 @@ def kernel_stein_discrepancy(score: Tensor, x: Tensor, bandwidth: float | Tensor
 
 
 class MinimumKSD(Objective):
-    """Minimum kernelised Stein discrepancy within the batch; needs the score alone, at one gradient an example.
+    """Minimum kernelised Stein discrepancy within the batch; it needs the score alone, at one gradient per example.
 
     Args:
         bandwidth: c of the kernel, in median distances of the training data.
+
+    Example:
+        >>> objective, x = MinimumKSD(), torch.randn(1000, 1, generator=torch.Generator().manual_seed(0))
+        >>> objective.prepare(x, torch.Generator())
+        >>> abs(round(objective.loss(lambda x: 0.5 * x.square().sum(1), x, torch.Generator()).item(), 1))
+        0.0
     """
 
     scale: Tensor
@@ -413,8 +503,17 @@ class NoiseContrastive(Objective):
     """Noise-contrastive estimation with a learned log Z.
 
     Args:
-        noise: its log density is known; fitted in `prepare`.
-        ratio: noise draws an example.
+        noise: with known log density; fitted in `prepare`.
+        ratio: noise draws per example.
+
+    Example:
+        With the noise itself as model nobody can separate data from noise, and the loss is 2 log 2:
+
+        >>> objective, x = NoiseContrastive(FittedGaussian()), torch.randn(50, 1)
+        >>> objective.prepare(x, torch.Generator())
+        >>> loss = objective.loss(lambda x: -objective.noise.log_prob(x), x, torch.Generator())
+        >>> round((loss / torch.tensor(2.0).log()).item(), 4)
+        2.0
     """
 
     def __init__(self, noise: Noise, ratio: int = 1) -> None:
@@ -433,12 +532,12 @@ class NoiseContrastive(Objective):
 
 
 class FlowContrastive(NoiseContrastive):
-    """Noise contrast with a flow that was fitted to the data: noise that is hard to tell from them.
+    """Noise contrast with a flow fitted to the data: noise that is hard to separate from them.
 
     Args:
         flow: an untrained flow.
         steps: of its fit by maximum likelihood.
-        ratio: noise draws an example.
+        ratio: noise draws per example.
     """
 
     def __init__(self, flow: Model, steps: int, ratio: int = 1) -> None:
@@ -446,21 +545,31 @@ class FlowContrastive(NoiseContrastive):
 
 
 def conditional_contrast(at_data: Tensor, at_noise: Tensor) -> Tensor:
-    """Ceylan and Gutmann 2018, eq. 9, for a symmetric kernel: 2 E log(1 + exp(f(x) - f(x'))), in nats.
+    """Return 2 E log(1 + exp(f(x) - f(x'))) in nats: Ceylan and Gutmann 2018, eq. 9, for a symmetric kernel.
 
     Args:
         at_data: f at the data, shape (n,).
-        at_noise: f at what the kernel made of them, shape (r n,), r blocks in the order of the data.
+        at_noise: f at the kernel's draws from them, shape (r n,), r blocks in the order of the data.
+
+    Example:
+        >>> round(float(conditional_contrast(torch.zeros(3), torch.zeros(6)) / torch.tensor(2.0).log()), 6)
+        2.0
     """
     return 2 * softplus(at_data.repeat(len(at_noise) // len(at_data)) - at_noise).mean()
 
 
 class ConditionalNoiseContrastive(Objective):
-    """Conditional noise contrast with x' = x + sigma z: the kernel is symmetric, so that log Z and its density cancel.
+    """Conditional noise contrast with x' = x + sigma z: log Z and the density of the symmetric kernel cancel.
 
     Args:
         sigma: of the kernel, in units of x; as it goes to 0 the objective becomes score matching.
-        ratio: noise draws an example; with an even number half of them are the others' reflections.
+        ratio: noise draws per example; with an even number half of them are reflections of the other half.
+
+    Example:
+        >>> objective, g = ConditionalNoiseContrastive(0.5), torch.Generator().manual_seed(0)
+        >>> loss = objective.loss(lambda x: torch.zeros(len(x)), torch.zeros(4, 2), g)
+        >>> round(float(loss / torch.tensor(2.0).log()), 6)
+        2.0
     """
 
     def __init__(self, sigma: float, ratio: int = 2) -> None:
@@ -475,116 +584,3 @@ class ConditionalNoiseContrastive(Objective):
         z = torch.cat([z, -z]) if mirrored else z
         values = energy(torch.cat([batch, batch.repeat(self.ratio, 1) + self.sigma * z]))
         return conditional_contrast(values[: len(batch)], values[len(batch) :])
-
-
-# -- what is known of them
-
-
-@dataclass(frozen=True)
-class Method:
-    """A training method in words.
-
-    Attributes:
-        name: in full.
-        about: what it minimises or follows.
-        paper: author and year, with arXiv number or place.
-        consistent: whether its minimum is the truth as the data grow, where the energy can be the truth.
-        needs: what it asks of the energy or the data beside the values f(x) at the data.
-        caveat: what is left to be said of its consistency; may be empty.
-    """
-
-    name: str
-    about: str
-    paper: str
-    consistent: bool
-    needs: str
-    caveat: str = ""
-
-
-METHODS: dict[str, Method] = {
-    "ml": Method(
-        "maximum likelihood",
-        "E_data f + log Z",
-        "Song and Kingma 2021, 2101.03288",
-        True,
-        "log Z and its gradient",
-    ),
-    "cd": Method(
-        "contrastive divergence",
-        "E_data f - E_chain f, chains of k moves from the data",
-        "Hinton 2002, Neural Computation 14",
-        False,
-        "a Markov chain",
-        "stationary at the truth, yet blind to mass that k moves from the data do not reach",
-    ),
-    "pcd": Method(
-        "persistent contrastive divergence",
-        "E_data f - E_chain f, chains that go on from update to update",
-        "Tieleman 2008, ICML",
-        True,
-        "a Markov chain that mixes",
-        "as long as the chains keep up with the model",
-    ),
-    "short-run": Method(
-        "short-run chains from noise",
-        "E_data f - E_chain f, chains of k moves from noise",
-        "Nijkamp et al. 2019, 1904.09770",
-        False,
-        "a Markov chain",
-        "the chains' end, not exp(-f), comes to match the data",
-    ),
-    "ism": Method(
-        "implicit score matching",
-        "1/2 |s|^2 + tr(ds/dx) at data",
-        "Hyvarinen 2005, JMLR 6",
-        True,
-        "second derivatives, D of them",
-        "blind to the weights of modes far apart",
-    ),
-    "dsm": Method(
-        "denoising score matching",
-        "1/2 |sigma s + z|^2 at noised data",
-        "Vincent 2011, Neural Computation 23",
-        True,
-        "the score",
-        "for the data plus N(0, sigma^2 I), not for the data",
-    ),
-    "ssm": Method(
-        "sliced score matching",
-        "1/2 |s|^2 + v'(ds/dx)v at data",
-        "Song et al. 2019, 1905.07088",
-        True,
-        "one directional second derivative",
-        "blind to the weights of modes far apart",
-    ),
-    "nce": Method(
-        "noise-contrastive estimation",
-        "data told from noise by f + log Z against log q",
-        "Gutmann and Hyvarinen 2010, AISTATS 9",
-        True,
-        "noise of known density",
-    ),
-    "cnce": Method(
-        "conditional noise-contrastive estimation",
-        "data told from themselves plus sigma z by f(x) against f(x')",
-        "Ceylan and Gutmann 2018, 1806.03664",
-        True,
-        "a symmetric kernel",
-        "blind to the weights of modes many sigma apart",
-    ),
-    "ksd": Method(
-        "minimum kernelised Stein discrepancy",
-        "the Stein discrepancy of a batch, k = (c^2 + |x - y|^2)^(-1/2)",
-        "Barp et al. 2019, 1906.08283",
-        True,
-        "the score",
-        "blind to the weights of modes far apart",
-    ),
-    "flow-nce": Method(
-        "flow-contrastive estimation",
-        "noise contrast with a flow fitted to the data",
-        "Gao et al. 2020, 1912.00589",
-        True,
-        "a normalizing flow",
-    ),
-}

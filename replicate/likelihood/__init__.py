@@ -1,1 +1,1 @@
-"""Estimators of log p and log Z, each with its kind and error."""
+"""Estimate log p(x) and log Z, each with its kind: exact, a bound, or an estimate."""

@@ -1,16 +1,16 @@
-"""Annealed importance sampling: log Z of an unnormalised model from below and from above.
+"""Estimate log Z of an unnormalised model from below and from above by annealed importance sampling.
 
 Neal (2001), Annealed importance sampling, Statistics and Computing 11, eq. 4-9; Salakhutdinov & Murray (2008), On the
 quantitative analysis of deep belief networks, ICML, sec. 3-4; the reverse chain as in Grosse, Ghahramani & Adams
 (2015), Sandwiching the marginal likelihood using bidirectional Monte Carlo, 1511.02543.
 
 The forward run's mean weight is an unbiased estimate of Z / Z_0, so by Jensen its logarithm is low on average; the
-reverse run's mean weight is unbiased for Z_0 / Z, so log Z comes out high. The second statement needs exact model
-samples at the start. Here they come from a long Markov chain, so the upper side holds as far as that chain has
-converged; a mode that neither run ever reaches narrows the bracket without right.
+reverse run's mean weight is unbiased for Z_0 / Z, so its log Z is high on average. The second statement needs exact
+model samples at the start. Here they come from a long Markov chain, so the upper side holds as far as that chain has
+converged; a mode that neither run reaches makes the bracket too narrow.
 
-Deviation from the papers: inverse temperatures, weight increments and their sums are float64 throughout (in float32
-ten thousand temperatures round to steps that are wrong by per cents).
+Deviation from the papers: inverse temperatures, weight increments and their sums are float64 (in float32 the steps
+between ten thousand temperatures are wrong by per cents).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from replicate.model import Estimate, Kind, LogLikelihood, Model
+from replicate.model import Estimate, Kind, Model
 from replicate.resume import State, resumable
 
 
@@ -33,11 +33,11 @@ class AISResult:
     Attributes:
         log_z: log Z of the model in nats; "lower_bound" from a forward run, "upper_bound" from a reverse one (in
             expectation over runs). Its stderr is the delta method's, sd(w) / (mean(w) sqrt(n)): the spread of the
-            weights at hand, which says nothing about regions that no chain reached and cannot exceed 1.
+            weights at hand, which does not cover regions that no chain reached, and cannot exceed 1.
         ess: effective sample size (sum w)^2 / sum w^2, between 1 and the number of chains.
         log_weights: log importance weights of the chains, shape (n,), float64. They estimate log(Z / Z_0) in a
             forward run and log(Z_0 / Z) in a reverse run.
-        samples: where the chains ended, shape (n, D): at the model (forward) or at the base (reverse).
+        samples: last states of the chains, shape (n, D): at the model (forward) or at the base (reverse).
     """
 
     log_z: Estimate
@@ -54,7 +54,7 @@ class Bracket(NamedTuple):
 
     @property
     def gap(self) -> float:
-        """Reverse minus forward log Z in nats; at or above 0 up to sampling error."""
+        """Reverse minus forward log Z in nats: at least 0 up to sampling error."""
         return self.reverse.log_z.value - self.forward.log_z.value
 
     @property
@@ -65,18 +65,25 @@ class Bracket(NamedTuple):
         return Estimate((low.value + high.value) / 2, stderr, "estimate", "nats", low.n + high.n)
 
     def details(self) -> dict[str, Estimate]:
-        """Rows for the record: both log Z and the smaller of the two effective sample sizes."""
+        """Return the rows of the record: both log Z and the smaller of the two effective sample sizes."""
         ess = min(self.forward.ess, self.reverse.ess, key=lambda e: e.value)
         return {"ais_log_z_forward": self.forward.log_z, "ais_log_z_reverse": self.reverse.log_z, "ais_ess": ess}
 
 
 def schedule(n: int, shape: Literal["linear", "sigmoidal"] = "linear", steepness: float = 4.0) -> Tensor:
-    """n + 1 inverse temperatures 0 = b_0 < .. < b_n = 1, float64.
+    """Return n + 1 inverse temperatures 0 = b_0 < .. < b_n = 1, float64.
 
     Args:
         n: number of annealing steps, at least 1.
         shape: "linear", or "sigmoidal" (denser at both ends; Grosse, Maddison & Salakhutdinov 2013, sec. 6).
         steepness: the sigmoid's argument runs over (-steepness, steepness).
+
+    Raises:
+        ValueError: n < 1, or there is no such shape.
+
+    Example:
+        >>> schedule(4).tolist()
+        [0.0, 0.25, 0.5, 0.75, 1.0]
     """
     if n < 1:
         raise ValueError(f"schedule needs n >= 1 annealing steps, not {n}")
@@ -92,7 +99,7 @@ def schedule(n: int, shape: Literal["linear", "sigmoidal"] = "linear", steepness
 
 
 def _checked(betas: Tensor) -> list[float]:
-    """The inverse temperatures as Python floats (float64), once on the host."""
+    """Return the inverse temperatures as Python floats (float64), checked."""
     if betas.dtype != torch.float64:
         raise ValueError(f"inverse temperatures must be float64, not {betas.dtype}; use schedule(n)")
     values: list[float] = betas.tolist()
@@ -102,7 +109,7 @@ def _checked(betas: Tensor) -> list[float]:
 
 
 def _result(offset: float, sign: int, log_weights: Tensor, samples: Tensor, kind: Kind) -> AISResult:
-    """log Z = offset + sign * log mean(w), with the delta method's error and the effective sample size."""
+    """Return log Z = offset + sign * log mean(w), with the delta method's error and the effective sample size."""
     n = log_weights.numel()
     log_mean = float(torch.logsumexp(log_weights, 0)) - math.log(n)
     relative = (log_weights - log_mean).exp()  # w / mean(w)
@@ -118,7 +125,7 @@ def _result(offset: float, sign: int, log_weights: Tensor, samples: Tensor, kind
 
 @torch.no_grad()
 def ais(model: Model, chains: int, betas: Tensor, generator: torch.Generator) -> AISResult:
-    """Forward annealing from the base to the model: log Z biased low.
+    """Anneal from the base to the model: log Z biased low.
 
     Args:
         model: has the capability "annealing".
@@ -127,6 +134,21 @@ def ais(model: Model, chains: int, betas: Tensor, generator: torch.Generator) ->
 
     Raises:
         ValueError: the inverse temperatures are not float64 or do not increase from 0 to 1.
+
+    Example:
+        A machine of 2 bits with exp(-f(x)) = exp(x_1 + x_2), so that Z = (1 + e)^2, and a path from uniform bits:
+
+        >>> class Bits(Model):
+        ...     def base_log_z(self):
+        ...         return 2 * math.log(2)
+        ...     def base_sample(self, n, generator):
+        ...         return torch.bernoulli(torch.full((n, 2), 0.5), generator=generator)
+        ...     def anneal(self, x, beta, beta_next, generator):
+        ...         fresh = torch.full_like(x, beta_next).sigmoid()
+        ...         return (beta_next - beta) * x.sum(1), torch.bernoulli(fresh, generator=generator)
+        >>> found = ais(Bits(), 2000, schedule(20), torch.Generator().manual_seed(0))
+        >>> round(found.log_z.value, 1), round(2 * math.log(1 + math.e), 1), found.log_z.kind
+        (2.6, 2.6, 'lower_bound')
     """
     values = _checked(betas)
     log_weights, x = _annealed("ais", model, model.base_sample(chains, generator), values, generator)
@@ -135,16 +157,31 @@ def ais(model: Model, chains: int, betas: Tensor, generator: torch.Generator) ->
 
 @torch.no_grad()
 def reverse_ais(model: Model, start: Tensor, betas: Tensor, generator: torch.Generator, burn_in: int = 1) -> AISResult:
-    """Reverse annealing from model samples to the base: log Z biased high.
+    """Anneal from model samples to the base: log Z biased high.
 
     Args:
         model: has the capability "annealing"; its kernels are reversible, so each is its own reversal.
-        start: (as nearly as can be had) independent samples of the model, shape (n, D).
+        start: samples of the model, as nearly exact and independent as possible, shape (n, D).
         betas: the same inverse temperatures as for the forward run, increasing.
         burn_in: kernels applied at beta = 1 first; the exact reversal of `ais` has one.
 
     Raises:
         ValueError: the inverse temperatures are not float64 or do not increase from 0 to 1.
+
+    Example:
+        One bit with exp(-f(x)) = exp(x), whose Z is 1 + e; its samples are independent bits of rate sigmoid(1):
+
+        >>> class Bit(Model):
+        ...     def base_log_z(self):
+        ...         return math.log(2)
+        ...     def anneal(self, x, beta, beta_next, generator):
+        ...         fresh = torch.full_like(x, beta_next).sigmoid()
+        ...         return (beta_next - beta) * x.sum(1), torch.bernoulli(fresh, generator=generator)
+        >>> g = torch.Generator().manual_seed(0)
+        >>> start = torch.bernoulli(torch.full((2000, 1), 1.0).sigmoid(), generator=g)
+        >>> found = reverse_ais(Bit(), start, schedule(20), g)
+        >>> round(found.log_z.value, 1), round(math.log(1 + math.e), 1), found.log_z.kind
+        (1.3, 1.3, 'upper_bound')
     """
     values = _checked(betas)[::-1]
     x = start
@@ -157,7 +194,7 @@ def reverse_ais(model: Model, start: Tensor, betas: Tensor, generator: torch.Gen
 def _annealed(
     name: str, model: Model, x: Tensor, betas: list[float], generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Log weights (n,) in float64 and last states (n, D) of chains that walk through the inverse temperatures."""
+    """Return log weights (n,), float64, and last states (n, D) of chains through the inverse temperatures."""
     log_weights = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     state: State = {"x": x, "log_weights": log_weights, "generator": generator}
     for k in resumable(name, len(betas) - 1, state):
@@ -169,33 +206,25 @@ def _annealed(
 def bracket(
     model: Model, chains: int, betas: Tensor, generator: torch.Generator, start: Tensor | None = None
 ) -> Bracket:
-    """Forward and reverse run; the reverse one starts at `start` (n, D), by default at the model's own samples."""
+    """Run both ways; the reverse run starts at `start` (n, D), by default at the model's own samples.
+
+    Example:
+        A Gaussian tilted by exp(x) has log Z = 1/2; the annealing path is N(beta, 1), sampled exactly here:
+
+        >>> class Tilted(Model):
+        ...     def base_log_z(self):
+        ...         return 0.0
+        ...     def base_sample(self, n, generator):
+        ...         return torch.randn(n, 1, generator=generator)
+        ...     def sample(self, n, generator):
+        ...         return 1 + self.base_sample(n, generator)
+        ...     def anneal(self, x, beta, beta_next, generator):
+        ...         return (beta_next - beta) * x[:, 0], beta_next + self.base_sample(len(x), generator)
+        >>> both = bracket(Tilted(), 2000, schedule(20), torch.Generator().manual_seed(0))
+        >>> round(both.forward.log_z.value, 1), round(both.reverse.log_z.value, 1)
+        (0.5, 0.5)
+    """
     forward = ais(model, chains, betas, generator)
     if start is None:
         start = model.sample(chains, generator)
     return Bracket(forward, reverse_ais(model, start, betas, generator))
-
-
-def log_likelihood_bracket(
-    model: Model,
-    x: Tensor,
-    chains: int,
-    betas: Tensor,
-    generator: torch.Generator,
-    start: Tensor | None = None,
-    path: Model | None = None,
-) -> LogLikelihood:
-    """log p(x) = -energy(x) - log Z of x (n, D), with log Z from the middle of an AIS bracket.
-
-    Args:
-        model: has the capability "energy".
-        x: examples, shape (n, D).
-        chains, betas, generator, start: as for `bracket`.
-        path: the model whose annealing path has the same Z, where that is not `model` itself: behind an affine
-            change of variables whose log-determinant is part of the energy, that is the wrapped model.
-    """
-    both = bracket(model if path is None else path, chains, betas, generator, start)
-    with torch.no_grad():
-        energy = torch.cat([model.energy(part).double() for part in x.split(4096)])
-    log_z = both.log_z
-    return LogLikelihood(-energy - log_z.value, "estimate", chains, log_z.stderr, both.details())

@@ -1,9 +1,9 @@
-"""The preprocessing that all continuous families share, and its exact change of variables.
+"""Preprocess data for continuous models, with the exact change of variables.
 
 Discrete levels x in {0, .., L-1} become continuous by uniform noise on the whole bin, y = (x + u) / L with
 u ~ U[0, 1). For any density q of y, E_u[log q(y)] + log-volume <= log P(x) (Theis et al. 2016, 1511.01844), and
 log mean_k q(x + u_k) is a tighter bound of the same kind (Burda et al. 2016, 1509.00519). Noise on part of a bin
-is not a bound: each dimension would gain -log(width).
+gives no bound: each dimension would gain -log(width).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from replicate.model import DataInfo, Model, Sampler
 ROWS = 1_000
 
 
-class Affine(nn.Module):
-    """z = (x - mean) / std per dimension, fitted on the training split of continuous data."""
+class _Standardising(nn.Module):
+    """The mean and the standard deviation of each dimension, as buffers."""
 
     mean: Tensor
     std: Tensor
@@ -31,32 +31,39 @@ class Affine(nn.Module):
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
 
+
+class Affine(_Standardising):
+    """The map z = (x - mean) / std per dimension, fitted on the training split of continuous data.
+
+    Example:
+        >>> affine = Affine(1)
+        >>> affine.fit(torch.tensor([[1.0], [3.0], [5.0]]), torch.Generator())
+        >>> z, log_det = affine(torch.tensor([[5.0]]))
+        >>> z.item(), round(log_det.item(), 4)  # log 1/2
+        (1.0, -0.6931)
+    """
+
     def fit(self, train: Tensor, generator: torch.Generator) -> None:
         """Set mean and standard deviation from train (n, D)."""
         self.mean.copy_(train.mean(0))
         self.std.copy_(train.std(0).clamp_min(1e-6))
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """x (n, D) -> (z (n, D), log |det dz/dx| (n,))."""
+        """Map x (n, D) to (z (n, D), log |det dz/dx| (n,))."""
         z = (x - self.mean) / self.std
         return z, -self.std.log().sum().expand(x.shape[0])
 
     def inverse(self, z: Tensor) -> Tensor:
-        """z (n, D) -> x (n, D)."""
+        """Map z (n, D) to x (n, D)."""
         return z * self.std + self.mean
 
 
-class DequantisedLogit(nn.Module):
-    """x + u on [0, L), squeezed to (alpha, 1 - alpha), logit, then standardised per dimension."""
-
-    mean: Tensor
-    std: Tensor
+class DequantisedLogit(_Standardising):
+    """The map of x + u on [0, L) to (alpha, 1 - alpha), then its logit, standardised per dimension."""
 
     def __init__(self, dim: int, levels: int, alpha: float = 1e-4) -> None:
-        super().__init__()
+        super().__init__(dim)
         self.levels, self.alpha = levels, alpha
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("std", torch.ones(dim))
 
     def _logit(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         u = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float64)
@@ -73,25 +80,25 @@ class DequantisedLogit(nn.Module):
         self.std.copy_(z.std(0))
 
     def forward(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Integers x (n, D) -> (z (n, D), log |det dz/dx| (n,)) with a fresh noise draw."""
+        """Map integers x (n, D) to (z (n, D), log |det dz/dx| (n,)) with a fresh noise draw."""
         z, logdet = self._logit(x, generator)
         std = self.std.double()
         z = (z - self.mean.double()) / std
         return z.to(x.dtype), (logdet - std.log()).sum(-1).to(x.dtype)
 
     def inverse(self, z: Tensor) -> Tensor:
-        """z (n, D) -> integers 0..L-1 (n, D)."""
+        """Map z (n, D) to integers 0..L-1 (n, D)."""
         s = torch.sigmoid(z.double() * self.std.double() + self.mean.double())
         y = (s - self.alpha) / (1 - 2 * self.alpha)
         return (y * self.levels).floor().clamp(0, self.levels - 1).to(z.dtype)
 
 
 class DequantisedGaussian(nn.Module):
-    """x + u mapped through each dimension's smoothed training distribution to a standard normal.
+    """The map of x + u through each dimension's smoothed training distribution to a standard normal.
 
     z_d = Phi^-1(F_d(x_d + u_d)), where F_d is the piecewise linear distribution function of the dequantised
-    training marginal with `smoothing` pseudo-counts a level. Under independence every z_d is exactly N(0, 1):
-    what is left for a model to learn is the dependence.
+    training marginal with `smoothing` pseudo-counts per level. Under independence every z_d is exactly N(0, 1):
+    a model has to learn the dependence alone.
     """
 
     cdf: Tensor
@@ -107,7 +114,7 @@ class DequantisedGaussian(nn.Module):
         dim = train.shape[1]
         first = self.levels * torch.arange(dim, device=train.device)
         counts = torch.full((dim * self.levels,), self.smoothing, dtype=torch.float64, device=train.device)
-        for rows in train.split(ROWS):  # one-hot codes of MNIST at once would be 80 gigabytes
+        for rows in train.split(ROWS):  # one-hot codes of all MNIST rows would be 80 gigabytes
             counts += torch.bincount((rows.long() + first).flatten(), minlength=len(counts))
         p = counts.view(dim, self.levels)
         p = p / p.sum(1, keepdim=True)
@@ -115,7 +122,7 @@ class DequantisedGaussian(nn.Module):
         self.cdf[:, -1] = 1.0
 
     def forward(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Integers x (n, D) -> (z (n, D), log |det dz/dx| (n,)) with a fresh noise draw."""
+        """Map integers x (n, D) to (z (n, D), log |det dz/dx| (n,)) with a fresh noise draw."""
         u = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float64)
         level = x.long().T
         low = self.cdf.gather(1, level).T
@@ -125,7 +132,7 @@ class DequantisedGaussian(nn.Module):
         return z.to(x.dtype), logdet.sum(-1).to(x.dtype)
 
     def inverse(self, z: Tensor) -> Tensor:
-        """z (n, D) -> integers 0..L-1 (n, D)."""
+        """Map z (n, D) to integers 0..L-1 (n, D)."""
         p = torch.special.ndtr(z.double()).T.contiguous()
         level = torch.searchsorted(self.cdf.contiguous(), p, right=True) - 1
         return level.clamp(0, self.levels - 1).T.to(z.dtype)
@@ -134,9 +141,8 @@ class DequantisedGaussian(nn.Module):
 class Preprocessed(Model):
     """A continuous model behind the shared preprocessing.
 
-    On continuous data every capability is carried over exactly through the affine change of variables. On
-    discrete data only training and sampling are; the likelihood of the wrapped model is a bound that
-    `replicate.likelihood` computes over several noise draws.
+    On continuous data the affine change of variables carries every capability over exactly. On discrete data the
+    wrapper trains and samples alone: the likelihood is a bound that `replicate.likelihood` computes over noise draws.
     """
 
     DISCRETE: ClassVar[dict[str, type[DequantisedLogit] | type[DequantisedGaussian]]] = {
@@ -219,5 +225,5 @@ class Preprocessed(Model):
         return {name: of(sampler) for name, sampler in self.inner.samplers().items()}
 
     def _to_data(self, z: Tensor) -> Tensor:
-        """z in data space; where a sampler diverged the result is nan, never a made-up level."""
+        """Map z to data space; where a sampler diverged the result is nan, never a level."""
         return torch.where(z.isfinite(), self.transform.inverse(z), math.nan)

@@ -1,4 +1,4 @@
-"""The way from a model's capabilities to log p(x) with its kind; the same for every family.
+"""Estimate log p(x), with its kind, from a model's capabilities: one rule for every family.
 
 | the model has | estimator | kind |
 |---|---|---|
@@ -8,8 +8,8 @@
 | annealing | -energy minus log Z by annealed importance sampling, both ways | estimate |
 | diffusion | probability-flow ODE | estimate (solver and trace error stated) |
 
-In two dimensions quadrature gives log Z to far more digits than annealing; there the annealed bracket is recorded
-beside it, as a check of the estimator that has to serve everywhere else.
+In two dimensions quadrature gives log Z to far more digits than annealing. There the record has the annealed bracket
+as well: it checks the estimator that is the only one elsewhere.
 
 A continuous model of discrete data turns each of these into a lower bound on log P(x) (see `dequantisation`),
 except where log Z itself is an estimate.
@@ -43,15 +43,15 @@ Estimator = Callable[[Tensor], LogLikelihood]
 
 @dataclass(frozen=True)
 class Effort:
-    """How hard log p is estimated.
+    """The evaluation budget of log p.
 
     Attributes:
         importance_samples: k of the importance-weighted bound.
         dequantisation_draws: noise draws of the log-mean-exp bound on discrete data.
         ode_draws: (noise, probe) draws averaged for the probability flow on discrete data.
         ode_steps: steps of the probability-flow ODE solver.
-        ode_probes: trace probes an example, where the trace is not exact and there are no draws to average.
-        ais_chains, ais_steps: chains and temperatures of annealed importance sampling, each way.
+        ode_probes: trace probes per example, where the trace is not exact and there are no draws to average.
+        ais_chains, ais_steps: chains and temperatures of each run of annealed importance sampling.
         quadrature_points: grid points per axis of numerical normalisation in 2-D.
     """
 
@@ -68,13 +68,22 @@ class Effort:
 def log_likelihood(
     model: Model, x: Tensor, effort: Effort, generator: torch.Generator, half_width: float | None = None
 ) -> LogLikelihood:
-    """log p(x) in nats of x (n, D) by the best estimator that the model's capabilities allow.
+    """Estimate log p(x) in nats of x (n, D) by the best estimator that the model's capabilities allow.
 
     Args:
         half_width: half the side of the box that quadrature may integrate over (2-D densities only).
 
     Raises:
-        NotImplementedError: nothing that the model has gives log p.
+        NotImplementedError: no capability of the model gives log p.
+
+    Example:
+        >>> class Normal(Model):
+        ...     capabilities = frozenset({"log_prob"})
+        ...     def log_prob(self, x):
+        ...         return -0.5 * x.square().sum(1) - 0.5 * math.log(2 * math.pi)
+        >>> found = log_likelihood(Normal(), torch.zeros(3, 1), Effort(), torch.Generator())
+        >>> found.mean().symbol, round(found.mean().value, 3)
+        ('=', -0.919)
     """
     if isinstance(model, Preprocessed) and model.discrete:
         return _dequantised(model, x, effort, generator)
@@ -94,7 +103,8 @@ def _estimator(model: Model, effort: Effort, generator: torch.Generator) -> Esti
     if "importance_weights" in has:
         return lambda x: iw_bound(model, x, effort.importance_samples, generator)
     if "annealing" in has:
-        return _annealed(model, effort, generator)
+        both = _bracket(model, effort, generator)
+        return _shifted(model, both.log_z, both.details())
     if "diffusion" in has:
         return lambda x: ode_log_prob(model, x, generator, steps=effort.ode_steps, probes=effort.ode_probes)
     raise NotImplementedError(
@@ -103,7 +113,7 @@ def _estimator(model: Model, effort: Effort, generator: torch.Generator) -> Esti
 
 
 def _shifted_elbo(details: Mapping[str, Estimate], logdet: float) -> dict[str, Estimate]:
-    """The details with the ELBO in the coordinates of the data, as the log-likelihood beside it."""
+    """Return the details with the ELBO in the coordinates of the data, as the log-likelihood."""
     return {k: replace(e, value=e.value + logdet) if k == "elbo" else e for k, e in details.items()}
 
 
@@ -138,16 +148,11 @@ def _bracket(model: Model, effort: Effort, generator: torch.Generator) -> Bracke
     return bracket(model, effort.ais_chains, schedule(effort.ais_steps), generator)
 
 
-def _annealed(model: Model, effort: Effort, generator: torch.Generator) -> Estimator:
-    both = _bracket(model, effort, generator)
-    return _shifted(model, both.log_z, both.details())
-
-
 def _dequantised(model: Preprocessed, x: Tensor, effort: Effort, generator: torch.Generator) -> LogLikelihood:
-    """Bound on log P(x): log-mean-exp over noise draws, or the plain mean where each draw is itself noisy.
+    """Bound log P(x): log-mean-exp over noise draws, or the plain mean where each draw is itself noisy.
 
-    The probability flow's trace estimate is unbiased for log p but not for p, so that a log-mean-exp of it would
-    not be a bound (Jensen's inequality the wrong way round); its draws are averaged.
+    The probability flow's trace estimate is unbiased for log p but not for p. By Jensen's inequality a log-mean-exp of
+    it would be no lower bound, so its draws are averaged.
     """
     inner = model.inner
     noisy = "diffusion" in inner.capabilities and "log_prob" not in inner.capabilities

@@ -1,4 +1,4 @@
-"""Importance-weighted bounds on log p(x).
+"""Bound log p(x) from below by importance weights.
 
 For weights w with E[w] = p(x), L_k = E[log (1/k) sum_i w_i] grows with k from the ELBO (k = 1) to log p(x)
 (Burda, Grosse and Salakhutdinov 2016, 1509.00519, theorem 1). The weight is p(x, z) / q(z | x) at a sampled z:
@@ -15,12 +15,12 @@ from torch import Tensor
 from replicate.model import Estimate, LogLikelihood, Model
 from replicate.resume import State, resumable
 
-#: most (example, draw) pairs that one call of `log_weights` is asked for
+#: most (example, draw) pairs per call of `log_weights`
 CHUNK = 20_000
 
 
 def _log_moments(model: Model, x: Tensor, k: int, generator: torch.Generator, chunk: int) -> Tensor:
-    """Running moments of the k log weights of each row of x (n, D), in double precision.
+    """Return moments of the k log weights of each row of x (n, D), in double precision.
 
     Returns:
         (3, n): log sum_i w_i, log sum_i w_i^2, sum_i log w_i.
@@ -37,7 +37,7 @@ def _log_moments(model: Model, x: Tensor, k: int, generator: torch.Generator, ch
 
 @torch.no_grad()
 def _moments(model: Model, x: Tensor, k: int, generator: torch.Generator, chunk: int) -> Tensor:
-    """`_log_moments` of all rows: whole rows first, so that an example is encoded once unless k > chunk."""
+    """Return `_log_moments` of all rows: whole rows first, so that an example is encoded once unless k > chunk."""
     if k < 1 or chunk < 1:
         raise ValueError(f"k = {k} draws in chunks of {chunk}: both must be at least 1")
     parts = x.split(max(1, chunk // k))
@@ -48,10 +48,10 @@ def _moments(model: Model, x: Tensor, k: int, generator: torch.Generator, chunk:
 
 
 def iw_bound(model: Model, x: Tensor, k: int, generator: torch.Generator, chunk: int = CHUNK) -> LogLikelihood:
-    """log (1/k) sum_i w_i of each example: in expectation a lower bound on log p(x), tighter with larger k.
+    """Return log (1/k) sum_i w_i of each example: in expectation a lower bound on log p(x), tighter with larger k.
 
-    Exactly k draws are made for every example, whatever the number of examples or the chunk; another chunk
-    draws other noise of the same law.
+    Every example has exactly k draws, whatever the number of examples or the chunk; another chunk draws other noise of
+    the same law.
 
     Args:
         model: has the capability "importance_weights".
@@ -66,6 +66,17 @@ def iw_bound(model: Model, x: Tensor, k: int, generator: torch.Generator, chunk:
 
     Raises:
         ValueError: k or chunk is below 1.
+
+    Example:
+        Weights exp(z) with z ~ N(-1/2, 1) have mean 1, so that log p(x) = 0; the ELBO is -1/2:
+
+        >>> class Lognormal(Model):
+        ...     def log_weights(self, x, k, generator):
+        ...         return torch.randn(len(x), k, generator=generator) - 0.5
+        >>> g = torch.Generator().manual_seed(0)
+        >>> bounds = [iw_bound(Lognormal(), torch.zeros(2000, 1), k, g).mean().value for k in (1, 100)]
+        >>> [abs(round(b, 1)) for b in bounds]
+        [0.5, 0.0]
     """
     log_sum, log_square, total = _moments(model, x, k, generator, chunk)
     details = {
@@ -76,9 +87,17 @@ def iw_bound(model: Model, x: Tensor, k: int, generator: torch.Generator, chunk:
 
 
 def elbo(model: Model, x: Tensor, k: int, generator: torch.Generator, chunk: int = CHUNK) -> LogLikelihood:
-    """The evidence lower bound E[log w] of each example, averaged over k draws.
+    """Return the evidence lower bound E[log w] of each example, averaged over k draws.
 
-    Args, errors and chunking as in `iw_bound`. Returns values of shape (n,) in nats with `draws` = k: more draws
+    Arguments, errors and chunking are those of `iw_bound`. The values (n,) are in nats, with `draws` = k: more draws
     make the bound less noisy, not tighter.
+
+    Example:
+        >>> class Lognormal(Model):
+        ...     def log_weights(self, x, k, generator):
+        ...         return torch.randn(len(x), k, generator=generator) - 0.5
+        >>> found = elbo(Lognormal(), torch.zeros(2000, 1), 10, torch.Generator().manual_seed(0))
+        >>> round(found.mean().value, 1), found.kind
+        (-0.5, 'lower_bound')
     """
     return LogLikelihood(_moments(model, x, k, generator, chunk)[2] / k, "lower_bound", draws=k)

@@ -1,1 +1,1 @@
-"""Distances and scores between samples, densities and data."""
+"""Measure how far a model or its samples are from the data or the truth."""

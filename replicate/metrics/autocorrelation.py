@@ -1,14 +1,14 @@
-"""Integrated autocorrelation time: how many states of a chain are worth one independent draw.
+"""Integrated autocorrelation time: the number of states of a chain that are worth one independent draw.
 
-tau = 1 + 2 sum_{k >= 1} rho(k), so that the variance of a mean over N states is tau / N times that of independent
-draws. The sum is cut by Geyer's initial monotone sequence (Geyer 1992, "Practical Markov chain Monte Carlo", Stat. Sci.
+tau = 1 + 2 sum_{k >= 1} rho(k), so that the variance of a mean over N states is tau / N times that of one independent
+draw. Geyer's initial monotone sequence ends the sum (Geyer 1992, "Practical Markov chain Monte Carlo", Stat. Sci.
 7, sec 3.3): the sums of neighbours rho(2m) + rho(2m + 1) are positive and decrease for a reversible chain, so those
 after the first one that is not positive are noise, and one that exceeds its predecessor is lowered to it. For a chain
-that is not reversible (ULA off a Gaussian) it is the customary rule without the theorem. Standard error: Madras and
+that is not reversible (ULA off a Gaussian) the rule is customary, without the theorem. Standard error: Madras and
 Sokal 1988, J. Stat. Phys. 50, eq. A.16.
 
-A chain that hardly moves must not look good. Its own mean and variance would say nothing, so the true mean is asked
-for: a chain that never leaves a mode then has rho = 1 at every lag, and N comes out, as a lower bound.
+A chain that hardly moves must not look good. Its own mean and variance would hide this, so the functions here need the
+true mean: a chain that never leaves a mode then has rho = 1 at every lag, and the result is N, as a lower bound.
 """
 
 from __future__ import annotations
@@ -20,19 +20,23 @@ from torch import Tensor
 
 from replicate.model import Estimate
 
-#: a chain of fewer autocorrelation times cuts its own tail off: what it gives is a lower bound
+#: a chain of fewer autocorrelation times cuts its own tail off: it gives a lower bound
 SHORTEST = 10
 
 
 def autocorrelation(series: Tensor, mean: Tensor | float) -> Tensor:
-    """rho(k) for k = 0 .. N-1, averaged over independent chains before the division, shape (N,), float64.
+    """Return rho(k) for k = 0 .. N-1, averaged over independent chains before the division, shape (N,), float64.
 
     Args:
         series: a function of the state along the chains, shape (N, ...).
-        mean: its true mean; a number, or what broadcasts with the trailing shape.
+        mean: its true mean; a number, or a tensor that broadcasts with the trailing shape.
 
     Raises:
         ValueError: fewer than 2 states, a value that is not finite, or a series that is constantly at its mean.
+
+    Example:
+        >>> autocorrelation(torch.tensor([1.0, -1.0, 1.0, -1.0]), mean=0.0).round(decimals=6).tolist()
+        [1.0, -0.75, 0.5, -0.25]
     """
     if len(series) < 2 or not bool(torch.isfinite(series).all()):
         raise ValueError(f"autocorrelation needs at least 2 states, all finite; got {len(series)}")
@@ -48,19 +52,29 @@ def autocorrelation(series: Tensor, mean: Tensor | float) -> Tensor:
 
 
 def autocorrelation_time(series: Tensor, mean: Tensor | float, unit: str = "steps") -> Estimate:
-    """tau of independent chains together, in states of the series.
+    """Estimate tau of independent chains together, in states of the series.
 
     Args:
         series: a function of the state along the chains, shape (N, ...): the trailing entries are chains, or chains
             and several functions of their states, whose covariances are added.
-        mean: its true mean; a number, or what broadcasts with the trailing shape.
+        mean: its true mean; a number, or a tensor that broadcasts with the trailing shape.
         unit: of the result.
 
     Returns:
-        "estimate", or "lower_bound" where the chains are shorter than `SHORTEST` of it.
+        tau, of kind "estimate", or "lower_bound" where the chains are shorter than `SHORTEST` tau.
 
     Raises:
         ValueError: as `autocorrelation`.
+
+    Example:
+        An autoregression x <- x / 2 + noise has tau = (1 + 1/2) / (1 - 1/2) = 3:
+
+        >>> noise, states = torch.randn(2000, 50, generator=torch.Generator().manual_seed(0)), [torch.zeros(50)]
+        >>> for z in noise:
+        ...     states.append(0.5 * states[-1] + z)
+        >>> found = autocorrelation_time(torch.stack(states), mean=0.0)
+        >>> round(found.value), found.kind
+        (3, 'estimate')
     """
     rho = autocorrelation(series, mean)
     n = len(rho)

@@ -1,5 +1,6 @@
-"""The classifier two-sample test: Lopez-Paz and Oquab 2017, arXiv:1610.06545, with the five folds of Lueckmann et al.
-2021, arXiv:2101.04653.
+"""The classifier two-sample test.
+
+Lopez-Paz and Oquab 2017, arXiv:1610.06545, with the five folds of Lueckmann et al. 2021, arXiv:2101.04653.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ FOLDS = 5
 
 
 def c2st(x: Tensor, y: Tensor, generator: torch.Generator) -> Estimate:
-    """Classifier two-sample test: the accuracy at telling x from y on held-out folds.
+    """Return the accuracy of a classifier of x against y on held-out folds: the classifier two-sample test.
 
-    0.5 means that the classifier finds no difference, 1 that it tells every sample. The classifier is a multilayer
+    0.5 means that the classifier finds no difference, 1 that it separates the sets. The classifier is a multilayer
     perceptron with one hidden layer on standardised inputs, early-stopped by its number of iterations. The standard
-    error takes the held-out answers as independent, although folds share training data.
+    error treats the held-out answers as independent, although folds share training data.
 
     Args:
         x, y: samples, (n, D) each, so that chance is 0.5.
@@ -33,6 +34,14 @@ def c2st(x: Tensor, y: Tensor, generator: torch.Generator) -> Estimate:
 
     Raises:
         ValueError: the shapes differ, or there are fewer samples than folds.
+
+    Example:
+        Two sets that do not overlap:
+
+        >>> g = torch.Generator().manual_seed(0)
+        >>> x = torch.randn(50, 2, generator=g)
+        >>> c2st(x, x + 20, g).value
+        1.0
     """
     if x.shape != y.shape or x.ndim != 2 or len(x) < FOLDS:
         raise ValueError(f"c2st needs two sets (n, D) with n >= {FOLDS}; got {tuple(x.shape)}, {tuple(y.shape)}")

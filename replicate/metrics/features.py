@@ -1,12 +1,12 @@
-"""Sample quality of grey images in the features of a classifier that the suite trains itself.
+"""Measure the quality of grey images in the features of a classifier that the suite trains itself.
 
-`FeatureClassifier` stands where Inception features stand for photographs (Heusel et al. 2017, arXiv:1706.08500): a
-small convolutional network, trained once a process under a fixed seed on a task's training labels and identified by its
-weights' sha256. Distances in the features of two classifiers do not compare, so the digest belongs beside every number
-and stands in the record. Far from its training data a classifier is blind in its own way: to the one of MNIST 96 in 100
-images of uniform noise lie among real ones, within the wide balls of outliers, so that precision and density mean
-little beside a bad Frechet distance or coverage (1121 and 0.01 there, against 16 and 0.93 for 1000 validation images).
-The published FID of the same images is another number: it needs Inception's weights.
+`FeatureClassifier` takes the place that Inception has for photographs (Heusel et al. 2017, arXiv:1706.08500): a small
+convolutional network, trained once per process under a fixed seed on a task's training labels and identified by its
+weights' sha256. Distances in the features of two classifiers do not compare, so the record has the digest with every
+number. Far from its training data a classifier is unreliable: for that of MNIST 96 in 100 images of uniform noise are
+among real ones, within the wide balls of outliers, so that precision and density mean little where the Frechet distance
+or coverage is bad (1121 and 0.01 there, against 16 and 0.93 for 1000 validation images). The published FID of the same
+images is another number: it needs Inception's weights.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from replicate.model import Estimate
 from replicate.tasks.base import Task
 from replicate.tasks.images import fashion_mnist, mnist
 
-#: of the initial weights and the batches of the classifiers of 28x28 images; part of what a classifier is
+#: seed of the initial weights and the batches of the classifiers of 28x28 images; part of their definition
 SEED = 170608500
 LEARNING_RATE = 3e-3
-#: rows that pass the network at a time
+#: rows per call of the network
 CHUNK = 2_000
-#: rows of either set behind precision, recall, density and coverage, whose cost grows with the square
+#: rows per set behind precision, recall, density and coverage, whose cost grows with the square
 NEIGHBOURS_OF = 5_000
-#: what a classifier of 28x28 images may be trained on
+#: tasks that have a classifier of 28x28 images
 TASKS: dict[str, Callable[[], Task]] = {"mnist": mnist, "fashion-mnist": fashion_mnist}
 
 
 @dataclass(frozen=True)
 class Design:
-    """A classifier of one size of images, and how it is trained.
+    """A classifier of one size of images, with its training.
 
     Attributes:
         side: height and width.
@@ -56,7 +56,7 @@ class Design:
     batch: int
 
     def network(self, classes: int) -> nn.Sequential:
-        """Pixels divided by `white`, (n, side^2), to class logits."""
+        """Return the untrained network: pixels divided by `white`, (n, side^2), to class logits."""
         left = self.side // self.stride // 2
         return nn.Sequential(
             nn.Unflatten(1, (1, self.side, self.side)),
@@ -93,8 +93,8 @@ class FeatureClassifier:
     def train(design: Design, x: Tensor, labels: Tensor, seed: int) -> FeatureClassifier:
         """Train on x (n, D) with labels (n,) int64; the same weights for the same seed.
 
-        Adam, its rate falling to 0 along a cosine. The loop is none that a killed run goes on with: whether a process
-        has to train depends on what it did before, and a journal counts the loops that it meets.
+        Adam, with a rate that falls to 0 along a cosine. The loop is deliberately not resumable: whether a process has
+        to train depends on its earlier work, and a journal counts the loops that it meets.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -123,22 +123,22 @@ class FeatureClassifier:
         return torch.cat([layers(part.cpu().float() / self.design.white) for part in x.split(CHUNK)])
 
     def features(self, x: Tensor) -> Tensor:
-        """The last hidden layer (n, F) of images x (n, D)."""
+        """Return the last hidden layer (n, F) of images x (n, D)."""
         return self._through(self.network[:-1], x)
 
     def probabilities(self, x: Tensor) -> Tensor:
-        """Class probabilities (n, classes) of images x (n, D)."""
+        """Return class probabilities (n, classes) of images x (n, D)."""
         return self._through(self.network, x).softmax(1)
 
     def accuracy(self, x: Tensor, labels: Tensor) -> Estimate:
-        """Share of images x (n, D) that the classifier labels as `labels` (n,)."""
+        """Return the share of images x (n, D) that the classifier labels as `labels` (n,)."""
         right = self._through(self.network, x).argmax(1) == labels.cpu()
         return Estimate.mean_of(right, "exact", "accuracy")
 
 
 @cache
 def image_features(name: str) -> FeatureClassifier:
-    """The classifier of "mnist" or "fashion-mnist", trained once a process on the task's training part.
+    """Return the classifier of "mnist" or "fashion-mnist", trained once per process on the task's training part.
 
     Raises:
         ValueError: there is no classifier of that name.
@@ -152,19 +152,25 @@ def image_features(name: str) -> FeatureClassifier:
 
 
 def feature_quality(fake: Tensor, real: Tensor) -> dict[str, Estimate]:
-    """Frechet distance, precision, recall, density and coverage of features fake (n, F) against real (m, F).
+    """Return Frechet distance, precision, recall, density and coverage of features fake (n, F) against real (m, F).
 
-    The Frechet distance takes all rows, the others the first min(n, m, 5000) of each set.
+    The Frechet distance uses all rows, the others the first min(n, m, 5000) of each set.
 
     Raises:
         ValueError: the numbers of features differ, or a set has too few rows.
+
+    Example:
+        >>> x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+        >>> found = feature_quality(x, x)
+        >>> round(found["frechet"].value, 6), found["coverage"].value
+        (0.0, 1.0)
     """
     k = min(len(fake), len(real), NEIGHBOURS_OF)
     return {"frechet": frechet(fake, real), **precision_recall_density_coverage(real[:k], fake[:k])}
 
 
 def sample_quality(samples: Tensor, real: Tensor, name: str) -> dict[str, Estimate]:
-    """`feature_quality` of images (n, 784) against (m, 784), grey values 0..255, by the classifier of `name`.
+    """Return `feature_quality` of images (n, 784) against (m, 784), grey values 0..255, by the classifier of `name`.
 
     Raises:
         ValueError: there is no classifier of that name, or a set has too few rows.

@@ -1,9 +1,9 @@
-"""Frechet distance in the features of Inception, the FID that papers print, where its weights are on disk.
+"""The features of Inception, for the FID that papers print, where its weights are on disk.
 
 Heusel et al. 2017, arXiv:1706.08500; network and preprocessing are torch-fidelity's (the last average pool of the
-network of 2015, images resized as TensorFlow 1 does). The weights lie below REPLICATE_DATA and are used only if they
-have the published sha256: torch-fidelity unpickles them. FID falls with the number of samples, and with fewer of them
-than features the covariance has no full rank: beside a printed number, which has 50,000, stands ours with n in its row.
+network of 2015, images resized as TensorFlow 1 does). The weights are below REPLICATE_DATA and are used only if they
+have the published sha256, because torch-fidelity unpickles them. FID falls with the number of samples, and with fewer
+of them than features the covariance has no full rank: a printed number has 50,000, and the row of ours states its n.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WEIGHTS = "inception/weights-inception-2015-12-05-6726825d.pth"
 ORIGIN = "https://github.com/toshas/torch-fidelity"
 #: the average pool behind the last block, 2048 numbers
 LAYER = "2048"
-#: images that pass the network at a time
+#: images per call of the network
 CHUNK = 100
 
 
@@ -41,7 +41,7 @@ class Inception:
 
     @torch.no_grad()
     def features(self, x: Tensor, image: tuple[int, int], device: torch.device) -> Tensor:
-        """Features (n, F), on the CPU, of images x (n, planes * height * width), values 0..255; grey has one plane."""
+        """Return features (n, F), on the CPU, of images x (n, planes * height * width), 0..255; grey has one plane."""
         network, height, width = self.network.to(device), *image
         planes = x.shape[1] // (height * width)
         whole = x.round().clamp(0, 255).to(torch.uint8).unflatten(1, (planes, height, width))
@@ -50,7 +50,7 @@ class Inception:
 
 
 def unavailable() -> str:
-    """Why there are no Inception features here, in words; "" where there are."""
+    """Return why this machine has no Inception features; "" where it has them."""
     if find(WEIGHTS) is None:
         return f"{WEIGHTS} is not in REPLICATE_DATA; `replicate data fetch {WEIGHTS}` gets it"
     try:
@@ -63,10 +63,10 @@ def unavailable() -> str:
 
 @cache
 def inception() -> Inception:
-    """The network with the published weights, read once a process.
+    """Return the network with the published weights, read once per process.
 
     Raises:
-        UsageError: the weights are not there, or are other ones.
+        UsageError: the weights are missing, or have another sha256.
         ImportError: torch-fidelity is not installed.
     """
     module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")

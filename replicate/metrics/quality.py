@@ -1,8 +1,8 @@
-"""Sample quality in feature space: Frechet distance, precision and recall, density and coverage.
+"""Measure sample quality in feature space: Frechet distance, precision and recall, density and coverage.
 
 Frechet distance: Dowson and Landau 1982; of classifier features, Heusel et al. 2017, arXiv:1706.08500. Precision and
 recall: Kynkaanniemi et al. 2019, arXiv:1904.06991. Density and coverage: Naeem et al. 2020, arXiv:2002.09797.
-All are biased at finite n: compare only numbers with the same n, and with the row `truth`.
+All are biased at finite n: compare numbers with the same n, and with the row `truth`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _power(matrix: Tensor, exponent: float) -> Tensor:
-    """Power of a symmetric positive semi-definite matrix; null directions stay null for negative powers."""
+    """Return a power of a symmetric positive semi-definite matrix; null directions stay null for negative powers."""
     values, vectors = torch.linalg.eigh(matrix)
     floor = values[-1].clamp_min(0) * len(values) * torch.finfo(values.dtype).eps
     powered = torch.where(values > floor, values.clamp_min(1e-300).pow(exponent), torch.zeros_like(values))
@@ -29,17 +29,17 @@ def _power(matrix: Tensor, exponent: float) -> Tensor:
 
 
 def _influence_variance(x: Tensor, mean: Tensor, shift: Tensor, transport: Tensor) -> float:
-    """Variance over x of the first-order influence 2 shift . (x - mean) + (x - mean)' (I - transport) (x - mean)."""
+    """Return the variance over x of the influence 2 shift . (x - mean) + (x - mean)' (I - transport) (x - mean)."""
     centred = x.detach().double() - mean
     quadratic = ((centred - centred @ transport) * centred).sum(1)
     return float((2 * centred @ shift + quadratic).var())
 
 
 def frechet(fx: Tensor, fy: Tensor) -> Estimate:
-    """Frechet distance ||mx - my||^2 + tr(Cx + Cy - 2 (Cx^1/2 Cy Cx^1/2)^1/2) between fitted Gaussians.
+    """Return the Frechet distance ||mx - my||^2 + tr(Cx + Cy - 2 (Cx^1/2 Cy Cx^1/2)^1/2) between fitted Gaussians.
 
-    The square root is taken of a symmetric matrix by its eigenvalues, which needs no correction of complex parts and
-    works for singular covariances. The standard error is first order (delta method: the Gaussian transport maps
+    The square root of a symmetric matrix is computed from its eigenvalues, which needs no correction of complex parts
+    and works for singular covariances. The standard error is first order (delta method: the Gaussian transport maps
     give the influence of each point) and does not cover the bias, which is upwards and falls like 1/n.
 
     Args:
@@ -48,6 +48,13 @@ def frechet(fx: Tensor, fy: Tensor) -> Estimate:
 
     Raises:
         ValueError: the numbers of features differ, or a set has fewer than 2 rows.
+
+    Example:
+        A shift by (3, 4) leaves the covariances equal, so the distance is 3^2 + 4^2:
+
+        >>> x = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+        >>> round(frechet(x, x + torch.tensor([3.0, 4.0])).value, 3)
+        25.0
     """
     if fx.ndim != 2 or fy.ndim != 2 or fx.shape[1] != fy.shape[1] or min(len(fx), len(fy)) < 2:
         raise ValueError(f"frechet needs features (n, F), (m, F), n, m >= 2; got {tuple(fx.shape)}, {tuple(fy.shape)}")
@@ -65,13 +72,13 @@ def frechet(fx: Tensor, fy: Tensor) -> Estimate:
 
 
 def _radii(x: Tensor, k: int) -> Tensor:
-    """Distance of each row of x (n, F) to its k-th nearest other row, shape (n,)."""
+    """Return the distance of each row of x (n, F) to its k-th nearest other row, shape (n,)."""
     distances = torch.cdist(x, x).fill_diagonal_(math.inf)
     return distances.topk(k, dim=1, largest=False).values[:, -1]  # kthvalue is not deterministic on CUDA
 
 
 def precision_recall_density_coverage(fx_real: Tensor, fx_fake: Tensor, k: int = 5) -> dict[str, Estimate]:
-    """Fidelity (precision, density) and diversity (recall, coverage) of fake features against real ones.
+    """Measure fidelity (precision, density) and diversity (recall, coverage) of fake features against real ones.
 
     With B(i) the ball round row i that reaches to its k-th nearest neighbour within its own set:
     precision is the share of fakes in some real ball, recall the share of reals in some fake ball, density the mean
@@ -87,7 +94,15 @@ def precision_recall_density_coverage(fx_real: Tensor, fx_fake: Tensor, k: int =
         Estimates by the names "precision", "recall", "density", "coverage".
 
     Raises:
-        ValueError: the numbers of features differ, or a set has no more than k rows.
+        ValueError: the numbers of features differ, or a set has at most k rows.
+
+    Example:
+        Fakes that all copy one real row are precise, but miss the rest:
+
+        >>> real = torch.arange(20.0)[:, None]
+        >>> found = precision_recall_density_coverage(real, torch.full((20, 1), 9.0), k=1)
+        >>> found["precision"].value, found["recall"].value
+        (1.0, 0.05)
     """
     if fx_real.shape[1:] != fx_fake.shape[1:] or min(len(fx_real), len(fx_fake)) <= k:
         raise ValueError(

@@ -80,8 +80,6 @@ def write_manifest(folder: Path) -> Path:
     return path
 
 
-
-
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
 

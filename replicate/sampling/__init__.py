@@ -1,1 +1,1 @@
-"""Langevin dynamics and its relatives: samplers that need a score."""
+"""Draw samples of a density from its score: Langevin dynamics, tempering, and the reverse of an SDE."""

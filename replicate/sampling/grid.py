@@ -1,4 +1,4 @@
-"""The time grid that the SDE samplers share (Karras et al. 2022, arXiv:2206.00364, Eq. 5 with rho = 7).
+"""The time grid of the SDE samplers (Karras et al. 2022, arXiv:2206.00364, Eq. 5 with rho = 7).
 
 For a linear SDE, x_t = m(t) x_0 + std(t) z, so x_t / m(t) is the data plus noise of level sigma(t) = std(t) / m(t). The
 grid is even in sigma^(1/rho): fine where the noise is small, coarse where it is large. For a VE SDE with geometric
@@ -19,7 +19,7 @@ RHO = 7.0
 
 
 def time_grid(sde: SDE, steps: int, device: torch.device) -> Tensor:
-    """Times from t_max down to t_min, shape (steps + 1,), float64.
+    """Return times from t_max down to t_min, shape (steps + 1,), float64.
 
     Raises:
         ValueError: steps < 1.

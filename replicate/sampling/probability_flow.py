@@ -3,7 +3,7 @@
 With y = x / m(t) and sigma = std(t) / m(t) every linear SDE has the same flow, dy/dsigma = -sigma m(t) s(m(t) y, t)
 (Karras et al. 2022, arXiv:2206.00364, Eq. 4), which Heun's method integrates on `time_grid` (their Algorithm 1). Unlike
 there, the flow ends at t_min, where the model's likelihood is defined, and no Euler step to sigma = 0 is added
-unless `denoise` asks for it (that step is Tweedie's mean).
+unless `denoise` is set (that step is Tweedie's mean).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from replicate.sampling.grid import time_grid
 from replicate.sampling.langevin import Chain, Recorder
-from replicate.sampling.predictor_corrector import ScoreAt, tweedie
+from replicate.sampling.predictor_corrector import ScoreAt, posterior_mean
 
 if TYPE_CHECKING:
     from replicate.sde import SDE
@@ -32,7 +32,7 @@ def probability_flow(
     denoise: bool = False,
     record_every: int = 0,
 ) -> Chain:
-    """n samples of the prior carried to t_min by Heun's method; the generator draws the prior only.
+    """Carry n samples of the prior to t_min by Heun's method; the generator draws the prior only.
 
     Args:
         score_at: (x (n, D), t (n,)) -> score of x at time t, shape (n, D).
@@ -42,10 +42,20 @@ def probability_flow(
         steps: Heun steps, two score evaluations each.
         generator: on the device to sample on.
         denoise: end with Tweedie's mean at t_min.
-        record_every: keep every so many states in `path`; 0 keeps none.
+        record_every: steps between two states in `path`; 0 keeps none.
 
     Raises:
         ValueError: steps < 1.
+
+    Example:
+        The flow of a Gaussian is linear: from N(0, 20^2) to data N(0, 1) it divides by about 20.
+
+        >>> from replicate.sde import VE
+        >>> sde, g = VE(0.01, 20.0), torch.Generator().manual_seed(0)
+        >>> score = lambda x, t: -x / (1 + sde.marginal(t)[1] ** 2)[:, None]
+        >>> chain = probability_flow(score, sde, 5, 1, 50, g, record_every=50)
+        >>> [round(float(r), 1) for r in chain.path[0] / chain.samples]
+        [20.0, 20.0, 20.0, 20.0, 20.0]
     """
     x = sde.prior_sample(n, dim, generator)
     times = time_grid(sde, steps, x.device)
@@ -67,5 +77,5 @@ def probability_flow(
         recorder.see(i + 1, scale[i + 1] * y)
     x = scale[-1] * y
     if denoise:
-        x = tweedie(x, score_at(x, times[-1].expand(n)), scale[-1], std[-1])
+        x = posterior_mean(x, score_at(x, times[-1].expand(n)), scale[-1], std[-1])
     return Chain(x, recorder.path(), nfe=2 * steps + int(denoise))

@@ -1,20 +1,20 @@
 """Parallel tempering: Langevin chains at several temperatures that exchange their states.
 
 Swendsen and Wang 1986, Phys. Rev. Lett. 57 (replica Monte Carlo) and Geyer 1991, Computing Science and Statistics 23
-(Metropolis-coupled chains). Replica k samples p^(1/T_k); a hot one crosses between modes and hands what it found
+(Metropolis-coupled chains). Replica k samples p^(1/T_k); a hot one crosses between modes and passes its states
 downwards. Neighbours i, i + 1 exchange states x_i, x_{i+1} with probability min(1, r),
 
     log r = (1/T_i - 1/T_{i+1}) (log p(x_{i+1}) - log p(x_i)),
 
-which is the Metropolis ratio of the exchange under prod_k p(x_k)^(1/T_k). Even and odd pairs are offered in turn
-(Okabe et al. 2001, Chem. Phys. Lett. 335), so that a state can go all the way down without a random walk.
+which is the Metropolis ratio of the exchange under prod_k p(x_k)^(1/T_k). Even and odd pairs take turns
+(Okabe et al. 2001, Chem. Phys. Lett. 335), so that a state can reach the coldest chain without a random walk.
 
 Within a temperature the chain is `mala` with temperature T_k and step size eps T_k: a mode of p^(1/T) is sqrt(T) times
 as wide. All replicas are one call of it: in y = x / sqrt(T) the law is q(y) ~ p(sqrt(T) y)^(1/T), whose score is
 score(x) / sqrt(T), at temperature 1 and step size eps.
 
-Departure: a round's first evaluation of score and density, which the round before could have kept, is made again; it is
-counted.
+Departure: each round evaluates score and density at its first state again, although the round before knew them; the
+count includes it.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from replicate.sampling.langevin import Chain, LogDensity, Recorder, Score, chec
 
 @dataclass(frozen=True)
 class Tempered:
-    """Where parallel tempering ended.
+    """The end of parallel tempering.
 
     Attributes:
         coldest: the chains at the first temperature; `nfe` counts the evaluations of all temperatures, `acceptance` is
-            that of all Langevin proposals, and `path` has a state a round.
-        swaps: accepted share of the exchanges offered to each pair of neighbours, shape (K - 1,); nan for none.
+            that of all Langevin proposals, and `path` has one state per recorded round.
+        swaps: accepted share of the exchanges offered to each pair of neighbours, shape (K - 1,); nan if none was.
     """
 
     coldest: Chain
@@ -51,13 +51,13 @@ def exchange(
 
     Args:
         x: states, shape (K, n, D); not changed.
-        log_p: log p of them at temperature 1, up to a constant, shape (K, n). Where one is nan nothing is exchanged.
+        log_p: their log p at temperature 1, up to a constant, shape (K, n). A pair with a nan is not exchanged.
         temperatures: shape (K,).
         first: 0 or 1.
-        generator: on x's device; one uniform draw a pair and chain.
+        generator: on x's device; one uniform draw per pair and chain.
 
     Returns:
-        (states afterwards, shape (K, n, D); what was accepted, shape (pairs, n)).
+        (states afterwards, shape (K, n, D); whether each exchange was accepted, shape (pairs, n)).
     """
     colder = torch.arange(first, len(x) - 1, 2, device=x.device)
     hotter = colder + 1
@@ -82,7 +82,7 @@ def parallel_tempering(
     generator: torch.Generator,
     record_every: int = 0,
 ) -> Tempered:
-    """Rounds of `steps` Langevin steps at every temperature and one offer of exchanges; all start from x.
+    """Run rounds of `steps` Langevin steps at every temperature and one offer of exchanges; all start from x.
 
     With the single temperature 1 this is `mala` with rounds * steps steps, bit for bit.
 
@@ -90,23 +90,34 @@ def parallel_tempering(
         log_density: log p up to a constant, (m, D) -> (m,).
         score: its gradient, (m, D) -> (m, D).
         x: starting states, shape (n, D); not changed.
-        temperatures: increasing, the first one that of the samples asked for, shape (K,).
+        temperatures: increasing, shape (K,); the samples are those of the first.
         rounds: number of rounds.
-        steps: Langevin steps a round.
+        steps: Langevin steps per round.
         step_size: eps at temperature 1, in squared units of x; eps T at temperature T.
         generator: on x's device.
-        record_every: keep the coldest state every so many rounds; 0 keeps none.
+        record_every: rounds between two states of the coldest chain in `path`; 0 keeps none.
 
     Raises:
         ValueError: the temperatures are not positive and increasing, or a setting is out of range.
+
+    Example:
+        Two modes at -5 and 5 of equal weight: all chains start in the left one, and half of them cross.
+
+        >>> g = torch.Generator().manual_seed(0)
+        >>> log_p = lambda x: torch.logaddexp(-0.5 * (x - 5) ** 2, -0.5 * (x + 5) ** 2).squeeze(-1)
+        >>> score = lambda x: 5 * torch.tanh(5 * x) - x
+        >>> start = torch.full((1000, 1), -5.0)
+        >>> found = parallel_tempering(log_p, score, start, torch.tensor([1.0, 4.0, 16.0]), 40, 2, 1.0, g)
+        >>> round(float((found.coldest.samples > 0).float().mean()), 1)
+        0.5
     """
-    ladder = [float(t) for t in temperatures]
-    if not ladder or ladder[0] <= 0 or any(a >= b for a, b in pairwise(ladder)):
-        raise ValueError(f"temperatures must be positive and increasing; got {ladder}")
+    values = [float(t) for t in temperatures]
+    if not values or values[0] <= 0 or any(a >= b for a, b in pairwise(values)):
+        raise ValueError(f"temperatures must be positive and increasing; got {values}")
     if rounds < 0:
         raise ValueError(f"parallel tempering needs rounds >= 0; got {rounds}")
-    check_settings(steps, step_size, ladder[0])
-    k, (n, dim) = len(ladder), x.shape
+    check_settings(steps, step_size, values[0])
+    k, (n, dim) = len(values), x.shape
     t = temperatures.to(x)
     root = t.sqrt().repeat_interleave(n)[:, None]
     row = t.repeat_interleave(n)

@@ -1,1 +1,1 @@
-"""Score models, their objectives and networks."""
+"""Learn scores: the objectives, the networks, and the models that the suite offers."""

@@ -4,9 +4,9 @@ The network predicts the noise in data coordinates, y = x_t / s(t) with noise le
 serves VE, VP and sub-VP. With lambda = log rho the likelihood weighting of Song et al. 2021 (2101.09258, eq. 7) is
 the same for each of them: the bound on -log p(x) is a constant plus the integral of E|eps - z|^2 over lambda.
 
-Levels are drawn by importance from a truncated logistic distribution of lambda mixed with a uniform one, stratified
-over the batch (Kingma et al. 2021, 2107.00630, appendix I.1). `weighting`: "likelihood" corrects for the proposal, so
-the loss is the bound; "proposal" does not, as in Karras et al. 2022 (2206.00364, table 1).
+Levels are draws of a truncated logistic distribution of lambda mixed with a uniform one, stratified over the batch
+(Kingma et al. 2021, 2107.00630, appendix I.1). `weighting`: "likelihood" corrects for the proposal, so that the loss is
+the bound; "proposal" does not, as in Karras et al. 2022 (2206.00364, table 1).
 
 Deviations: each example is noised by z and by -z, which cancels most of the target's noise at small rho; the network
 is an MLP preconditioned by the data's Gaussian fit; samples come from the probability-flow ODE.
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from replicate.model import DataInfo, Model, Sampler
+from replicate.sampling.langevin import standard_normal_like
 from replicate.sampling.predictor_corrector import predictor_corrector
 from replicate.sampling.probability_flow import probability_flow
 from replicate.score_based.networks import NoiseNet
@@ -35,7 +36,7 @@ Weighting = Literal["likelihood", "proposal"]
 class LevelProposal:
     """Random noise levels lambda = log rho in [low, high] and their density.
 
-    A mixture: `uniform` of it uniform, the rest logistic with location and scale, cut off at the ends.
+    A mixture: a share `uniform` of it is uniform, the rest logistic with location and scale, cut off at the ends.
     """
 
     def __init__(self, low: float, high: float, location: float, scale: float, uniform: float) -> None:
@@ -44,7 +45,7 @@ class LevelProposal:
         self._cdf_low, self._cdf_high = (1 / (1 + math.exp(-(v - location) / scale)) for v in (low, high))
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """n levels (n,), stratified: their quantiles are even up to one shared random shift."""
+        """Draw n levels (n,), stratified: their quantiles are even up to one shared random shift."""
         draws = torch.rand(2, max(n, 1), generator=generator, device=generator.device, dtype=torch.float64)
         u = (draws[0, :1] + torch.arange(n, device=generator.device) / n) % 1
         logistic = self.location + self.scale * torch.logit(self._cdf_low + u * (self._cdf_high - self._cdf_low))
@@ -52,14 +53,14 @@ class LevelProposal:
         return torch.where(draws[1, :n] < self.uniform, flat, logistic)
 
     def density(self, level: Tensor) -> Tensor:
-        """Probability density of each level (n,)."""
+        """Return the probability density of each level (n,)."""
         inside = torch.sigmoid((level - self.location) / self.scale)
         logistic = inside * (1 - inside) / (self.scale * (self._cdf_high - self._cdf_low))
         return self.uniform / (self.high - self.low) + (1 - self.uniform) * logistic
 
 
 def level_range(sde: SDE) -> tuple[float, float]:
-    """Lowest and highest noise level lambda of an SDE, at t_min and t_max."""
+    """Return the lowest and highest noise level lambda of an SDE, at t_min and t_max."""
     low, high = sde.log_ratio(torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)).tolist()
     return low, high
 
@@ -76,7 +77,7 @@ class UniformTime(LevelProposal):
         return self.sde.log_ratio(self.sde.t_min + u * (self.sde.t_max - self.sde.t_min))
 
     def density(self, level: Tensor) -> Tensor:
-        """p(t) dt / d lambda, with d lambda / dt = g^2 / (2 sigma^2)."""
+        """Return p(t) dt / d lambda, with d lambda / dt = g^2 / (2 sigma^2)."""
         t = self.sde.time_of(level.double())
         _, std = self.sde.marginal(t)
         rate = self.sde.diffusion(t).square() / (2 * std.square())
@@ -84,7 +85,7 @@ class UniformTime(LevelProposal):
 
 
 class DiffusionModel(Model):
-    """Scores of the data along an SDE.
+    """The score of the data along an SDE.
 
     Args:
         net: predicts the noise from (y (n, D), log rho (n,)).
@@ -114,12 +115,12 @@ class DiffusionModel(Model):
         return self._objective(batch, generator, self.weighting)
 
     def validation_loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
-        """The likelihood-weighted objective, whatever the training's weighting."""
+        """Return the likelihood-weighted objective, whatever the weighting in training."""
         return self._objective(batch, generator, "likelihood")
 
     def _objective(self, batch: Tensor, generator: torch.Generator, weighting: Weighting) -> Tensor:
         level = self.proposal.sample(len(batch), generator).to(batch)
-        z = torch.randn(batch.shape, generator=generator, device=batch.device, dtype=batch.dtype)
+        z = standard_normal_like(batch, generator)
         step = level.exp()[:, None] * z
         eps = self.net(torch.cat([batch + step, batch - step]), torch.cat([level, level]), generator)
         error = (eps - torch.cat([z, -z])).square().sum(-1).view(2, -1).mean(0)
@@ -128,12 +129,12 @@ class DiffusionModel(Model):
         return error.mean()
 
     def score_at(self, x: Tensor, t: Tensor) -> Tensor:
-        """grad log p_t(x) of the noised data, x (n, D), t (n,) -> (n, D)."""
+        """Return grad log p_t(x) of the noised data, x (n, D), t (n,) -> (n, D)."""
         scale, std = self.sde.marginal(t)
         return -self.net(x / scale[:, None], self.sde.log_ratio(t)) / std[:, None]
 
     def score(self, x: Tensor) -> Tensor:
-        """Score at data x (n, D) under the noise of t_min."""
+        """Return the score at data x (n, D) under the noise of t_min."""
         t = torch.full_like(x[:, 0], self.sde.t_min)
         scale, _ = self.sde.marginal(t)
         return scale[:, None] * self.score_at(scale[:, None] * x, t)
@@ -144,7 +145,7 @@ class DiffusionModel(Model):
         ).samples
 
     def samplers(self) -> dict[str, Sampler]:
-        """Predictor-corrector (2011.13456, algorithm 1) at about the same number of evaluations."""
+        """Return predictor-corrector sampling (2011.13456, algorithm 1) at about the same number of evaluations."""
 
         def corrected(n: int, generator: torch.Generator) -> tuple[Tensor, int]:
             chain = predictor_corrector(
@@ -156,17 +157,17 @@ class DiffusionModel(Model):
 
 
 def build_vp(info: DataInfo, *, beta_min: float, beta_max: float, t_min: float, **settings: Any) -> DiffusionModel:
-    """A diffusion model on the VP SDE; `settings` are those of `assemble`."""
+    """Build a diffusion model on the VP SDE; `settings` are those of `assemble`."""
     return assemble(VP(beta_min, beta_max, t_min), info, **settings)
 
 
 def build_subvp(info: DataInfo, *, beta_min: float, beta_max: float, t_min: float, **settings: Any) -> DiffusionModel:
-    """A diffusion model on the sub-VP SDE; `settings` are those of `assemble`."""
+    """Build a diffusion model on the sub-VP SDE; `settings` are those of `assemble`."""
     return assemble(SubVP(beta_min, beta_max, t_min), info, **settings)
 
 
 def build_ve(info: DataInfo, *, sigma_min: float, sigma_max: float, **settings: Any) -> DiffusionModel:
-    """A diffusion model on the VE SDE; `settings` are those of `assemble`."""
+    """Build a diffusion model on the VE SDE; `settings` are those of `assemble`."""
     return assemble(VE(sigma_min, sigma_max), info, **settings)
 
 
@@ -181,8 +182,6 @@ def assemble(
     sample_steps: int,
     **network: Any,
 ) -> DiffusionModel:
-    """A diffusion model from scalar settings; `network` are those of `NoiseNet`."""
-    ends = torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)
-    low, high = sde.log_ratio(ends).tolist()
-    proposal = LevelProposal(low, high, location, scale, uniform)
+    """Build a diffusion model from scalar settings; `network` are those of `NoiseNet`."""
+    proposal = LevelProposal(*level_range(sde), location, scale, uniform)
     return DiffusionModel(NoiseNet(info.dim, **network), info.dim, sde, proposal, weighting, sample_steps)

@@ -1,4 +1,4 @@
-"""The score-based models that the suite offers, with their default settings.
+"""The entries of the score-based models, with their default settings.
 
 Noise levels and step sizes are in standard deviations of the data: models see standardised inputs.
 """
@@ -36,39 +36,29 @@ SM_IMPLICIT = ModelEntry(
     training=_SINGLE,
 )
 
-SSM = ModelEntry(
-    family="score",
+SSM = replace(
+    SM_IMPLICIT,
     about="sliced score matching",
     paper="Song et al. 2019, 1905.07088",
     build=partial(build_free, SlicedModel),
-    domains=CONTINUOUS,
-    params={**_NETWORK, **_LANGEVIN},
-    training=_SINGLE,
 )
 
 SSM_VR = replace(SSM, about="sliced score matching, variance reduced", build=partial(build_free, SlicedVRModel))
 
-DSM = ModelEntry(
-    family="score",
+DSM = replace(
+    SM_IMPLICIT,
     about="denoising score matching at one noise level",
     paper="Vincent 2011, Neural Computation 23",
     build=partial(build_free, DenoisingModel),
-    domains=CONTINUOUS,
     params={**_NETWORK, **_LANGEVIN, "sigma": 0.05},
-    training=_SINGLE,
 )
 
 DSM_ENERGY = replace(DSM, about="denoising score matching, s = -grad f", build=build_energy)
 
-_NOISE_NET = {
-    "hidden": 128,
-    "depth": 3,
-    "features": 64,
-    "max_frequency": 12.0,
-    "width": 0.1,
-    "shrinkage": 0.0,
-    "dropout": 0.0,
-}
+_NOISE_NET = {"hidden": 128, "depth": 3, "features": 64, "max_frequency": 12.0}
+_NOISE_NET |= {"width": 0.1, "shrinkage": 0.0, "dropout": 0.0}
+_LEVELS = {"sigma_max": 5.0, "sigma_min": 0.03, "levels": 10}
+_ANNEALED = {"steps_per_level": 20, "step_size": 0.3, "denoise": True}
 
 NCSN = ModelEntry(
     family="score",
@@ -76,43 +66,20 @@ NCSN = ModelEntry(
     paper="Song and Ermon 2019, 1907.05600",
     build=build_ncsn,
     domains=CONTINUOUS,
-    params={
-        "sigma_max": 5.0,
-        "sigma_min": 0.03,
-        "levels": 10,
-        "steps_per_level": 20,
-        "step_size": 0.3,
-        "denoise": True,
-        **_NOISE_NET,
-    },
+    params={**_LEVELS, **_ANNEALED, **_NOISE_NET},
     training=Training(steps=500, batch_size=256, lr=6e-3, betas=(0.9, 0.99), ema=0.99),
 )
 
 #: many dimensions: no input frequencies, and noise levels where correlated data of unit scale change most
 _WIDE = {"features": 0, "location": -0.7, "scale": 1.0, "width": 0.3}
-_DIGITS = {
-    **_WIDE,
-    "width": 0.1,
-    "hidden": 256,
-    "depth": 2,
-    "dropout": 0.2,
-    "shrinkage": 0.1,
-    "steps": 2000,
-    "lr": 3e-3,
-    "validate_every": 100,
-}
+_DIGITS = {**_WIDE, "width": 0.1, "hidden": 256, "depth": 2, "dropout": 0.2, "shrinkage": 0.1}
+_DIGITS |= {"steps": 2000, "lr": 3e-3, "validate_every": 100}
 
 #: real tables
 _TABLE = {**_WIDE, "dropout": 0.1, "steps": 2000, "lr": 2e-3, "validate_every": 250}
 
-_DIFFUSION = {
-    "weighting": "likelihood",
-    "location": -2.2,
-    "scale": 0.7,
-    "uniform": 0.1,
-    "sample_steps": 32,
-    **_NOISE_NET,
-}
+_PROPOSAL = {"weighting": "likelihood", "location": -2.2, "scale": 0.7, "uniform": 0.1}
+_DIFFUSION = {**_PROPOSAL, "sample_steps": 32, **_NOISE_NET}
 
 SDE_VP = ModelEntry(
     family="score",
@@ -129,7 +96,7 @@ SDE_VP = ModelEntry(
         "mixture-32": _WIDE,
         "mixture-64": _WIDE,
         "red-wine": {**_TABLE, "weight_decay": 0.3},
-        # rows ten and more standard deviations away are left to a Gaussian fit that is not too narrow for them
+        # the Gaussian fit, not too narrow for them, models the rows that are ten and more standard deviations away
         "white-wine": {**_TABLE, "lr": 4e-3, "steps": 3000, "reach": 4.0, "shrinkage": 0.1},
         "parkinsons": {**_TABLE, "dropout": 0.05, "weight_decay": 0.3, "steps": 3000, "reach": 4.0},
         "mushrooms": {"dropout": 0.05, "steps": 4000},

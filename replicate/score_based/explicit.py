@@ -1,6 +1,6 @@
-"""Explicit score matching: regression on the true score, which only a benchmark can do.
+"""Explicit score matching: regression on the true score, which only a benchmark knows.
 
-It is the ceiling for every other score matching objective: the same network, the same data, and the target itself
+It is the ceiling for the other score matching objectives: the same network, the same data, and the target itself
 (Hyvarinen 2005, JMLR 6, eq. 2).
 """
 
@@ -46,7 +46,7 @@ class ExplicitModel(ScoreModel):
 def build_explicit(
     info: DataInfo, density: Density, *, hidden: int, depth: int, activation: str, **sampler: Any
 ) -> ExplicitModel:
-    """The network of the other single-noise models, on a task whose density is known."""
+    """Build the network of the other single-noise models, on a task whose density is known."""
     return ExplicitModel(FreeScore(info.dim, hidden, depth, activation), density, info.dim, **sampler)
 
 

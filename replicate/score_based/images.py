@@ -1,25 +1,24 @@
 """Score-based models of images: U-Nets behind the suite's SDEs and NCSN, and two ways of dequantising pixels.
 
 Pixels x in {0, .., L-1} become y = 2 (x + u) / L - 1 in [-1, 1], as in Song et al. 2021 (2011.13456): one map for all
-pixels, where the comparison's models of vectors have one a pixel, so that convolutions see the same thing everywhere.
+pixels, so that convolutions see the same thing everywhere; the comparison's models of vectors have one map per pixel.
 
 Noise u ~ U[0, 1) gives E_u[log p(y)] + D log(2 / L) <= log P(x). Variational dequantisation (Ho et al. 2019, Flow++,
 1902.00275, section 3.1) learns q(u | x): E_q[log p(y) - log q(u | x)] + D log(2 / L) <= log P(x), which is the better
-bound, since the uniform q is among those to choose from. As in ScoreFlow (2101.09258, section 5.2 and its code) q is
-trained after the score model, which stays as it is.
+bound, since the choice of q includes the uniform one. As in ScoreFlow (2101.09258, section 5.2 and its code) q is
+trained after the score model, which does not change any more.
 
 Every SDE starts at noise of rho = 2e-4 in units of y, a fortieth of a level. The papers' VP starts at an eighth of one
-(t = 1e-5). On a pixel that is always 0, as at MNIST's border, a uniform bin blurred by that costs 0.18 bits, 0.04 here.
+(t = 1e-5). On a pixel that is always 0, as at MNIST's border, that blur of a uniform bin costs 0.18 bits, ours 0.04.
 
 Deviations: the first noise level; q is affine couplings on a checkerboard in place of Flow++'s mixtures of logistics
-with attention; noise levels are drawn evenly in log rho as one stratified sample a batch; `diffusion` and `ncsn` list
-those of the models themselves.
+with attention; noise levels are even in log rho, one stratified sample per batch; those of the models themselves are in
+`diffusion` and `ncsn`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -29,21 +28,20 @@ from torch import Tensor, nn
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.model import DataInfo
 from replicate.resume import State, resumable
+from replicate.sampling.annealed import ScoreAtLevel
 from replicate.sampling.langevin import Chain, langevin_step, standard_normal_like
 from replicate.score_based.diffusion import DiffusionModel, LevelProposal, Weighting, level_range
 from replicate.score_based.ncsn import NCSN
 from replicate.score_based.networks import NoiseNet
-from replicate.score_based.unet import NoiseUNet
+from replicate.score_based.unet import NoiseUNet, zeroed
 from replicate.sde import SDE, VE, VP, SubVP
 
-ScoreAt = Callable[[Tensor, Tensor], Tensor]
-
-#: noise over signal at which every SDE starts, in units of y; with the papers' VP it is 1e-3
+#: noise over signal at the start of every SDE, in units of y; that of the papers' VP is 1e-3
 FIRST_RHO = 2e-4
 
 
 def first_time(sde: SDE, rho: float) -> float:
-    """The time at which noise over signal is rho."""
+    """Return the time at which noise over signal is rho."""
     return float(sde.time_of(torch.tensor(math.log(rho), dtype=torch.float64)))
 
 
@@ -60,12 +58,12 @@ SDES: dict[str, SDE] = {
 def build_diffusion(
     info: DataInfo, sde: SDE, proposal: LevelProposal, weighting: Weighting, sample_steps: int, **network: Any
 ) -> DiffusionModel:
-    """The suite's diffusion model with a U-Net; `network` are the settings of `NoiseUNet`."""
+    """Build the suite's diffusion model with a U-Net; `network` are the settings of `NoiseUNet`."""
     return DiffusionModel(_unet(info, network), info.dim, sde, proposal, weighting, sample_steps)
 
 
 def even_levels(sde: SDE) -> LevelProposal:
-    """Levels even in log rho, that is, times drawn in proportion to g^2 / sigma^2 (2101.09258, section 5.1)."""
+    """Return levels that are even in log rho: times in proportion to g^2 / sigma^2 (2101.09258, section 5.1)."""
     return LevelProposal(*level_range(sde), location=0.0, scale=1.0, uniform=1.0)
 
 
@@ -78,13 +76,13 @@ def build_ncsn(
     step_size: float,
     **network: Any,
 ) -> NCSN:
-    """The suite's NCSN with a U-Net, without the denoising step; `network` are the settings of `NoiseUNet`."""
+    """Build the suite's NCSN with a U-Net, without the denoising step; `network` are the settings of `NoiseUNet`."""
     net = _unet(info, network)
     return NCSN(net, info.dim, sigma_max, sigma_min, levels, steps_per_level, step_size, denoise=False)
 
 
 def _unet(info: DataInfo, network: dict[str, Any]) -> NoiseNet:
-    """A U-Net in the place of an MLP, whose call and Gaussian fit are all that the models use."""
+    """Return a U-Net in the place of the MLP: the models use its call and its Gaussian fit alone."""
     assert info.image is not None
     assert info.levels is not None
     return cast(NoiseNet, NoiseUNet(info.image, spacing=2 / info.levels, **network))
@@ -120,7 +118,7 @@ class VariationalDequantiser(nn.Module):
         self.nets = nn.ModuleList(_coupling_net(channels) for _ in range(couplings))
 
     def sample(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """One u (n, D) for each row of integers x (n, D) and log q(u | x) in nats (n,), float64."""
+        """Draw one u (n, D) for each row of integers x (n, D); return it and log q(u | x) in nats (n,), float64."""
         uniform = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float64)
         a = torch.logit(uniform.clamp_min(2.0**-54))
         log_q = log_logistic(a).sum(-1)
@@ -131,7 +129,7 @@ class VariationalDequantiser(nn.Module):
         return torch.sigmoid(a), log_q - log_logistic(a).sum(-1)  # du / da = sigmoid' = the logistic density
 
     def log_prob(self, u: Tensor, x: Tensor) -> Tensor:
-        """log q(u | x) in nats (n,) of u (n, D), float64, by the inverse flow."""
+        """Return log q(u | x) in nats (n,) of u (n, D), float64, by the inverse flow."""
         a = torch.logit(u.double())
         log_q = -log_logistic(a).sum(-1)
         for i in reversed(range(len(self.nets))):
@@ -141,7 +139,7 @@ class VariationalDequantiser(nn.Module):
         return log_q + log_logistic(a).sum(-1)
 
     def _affine(self, i: int, a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(log scale, shift) (n, D) of coupling i, 0 on the pixels that it reads."""
+        """Return (log scale, shift) (n, D) of coupling i, 0 on the pixels that it reads."""
         read = self.colours[i % 2]
         seen = torch.stack([torch.tanh(0.25 * read * a), 2 * x.double() / (self.levels - 1) - 1], dim=1)
         weight = next(self.nets[i].parameters())
@@ -151,21 +149,18 @@ class VariationalDequantiser(nn.Module):
 
 
 def _coupling_net(channels: int) -> nn.Sequential:
-    last = nn.Conv2d(channels, 2, 3, padding=1)
-    nn.init.zeros_(last.weight)  # a coupling starts as the identity
-    assert last.bias is not None
-    nn.init.zeros_(last.bias)
+    last = zeroed(nn.Conv2d(channels, 2, 3, padding=1))  # a coupling starts as the identity
     inner = [nn.Conv2d(2, channels, 3, padding=1), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1), nn.SiLU()]
     return nn.Sequential(*inner, last)
 
 
 def log_logistic(a: Tensor) -> Tensor:
-    """Log density of the standard logistic distribution, elementwise."""
+    """Return the log density of the standard logistic distribution, elementwise."""
     return F.logsigmoid(a) + F.logsigmoid(-a)
 
 
 class ScaledLevels(nn.Module):
-    """y = 2 (x + u) / L - 1, in the place of the comparison's maps to (0, 1)^D and to Gaussian marginals.
+    """The map y = 2 (x + u) / L - 1, in the place of the comparison's maps to (0, 1)^D and to Gaussian marginals.
 
     Args:
         levels: L.
@@ -177,10 +172,10 @@ class ScaledLevels(nn.Module):
         self.levels, self.dequantiser = levels, dequantiser
 
     def fit(self, train: Tensor, generator: torch.Generator) -> None:
-        """There is nothing to fit."""
+        """Do nothing: the map is fixed."""
 
     def forward(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Integers x (n, D) -> (y (n, D), log |det dy/dx| - log q(u | x) (n,)) with a fresh draw of u."""
+        """Map integers x (n, D) to (y (n, D), log |det dy/dx| - log q(u | x) (n,)) with a fresh draw of u."""
         if self.dequantiser is None:
             u = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float64)
             log_q = torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -190,7 +185,7 @@ class ScaledLevels(nn.Module):
         return y.to(x.dtype), (x.shape[1] * math.log(2 / self.levels) - log_q).to(x.dtype)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """y (n, D) -> integers 0..L-1 (n, D)."""
+        """Map y (n, D) to integers 0..L-1 (n, D)."""
         return ((y.double() + 1) / 2 * self.levels).floor().clamp(0, self.levels - 1).to(y.dtype)
 
 
@@ -209,10 +204,10 @@ class DequantisedImages(Preprocessed):
 
 
 class LearnedDequantisation(DequantisedImages):
-    """Trains q(u | x) for a diffusion model that is already trained and does not change any more.
+    """Training of q(u | x) for a diffusion model that is trained and does not change any more.
 
-    The loss is the part of the bound on -log P(x) that u moves: the integral of E|eps - z|^2 over log rho plus log q.
-    The bound's two end terms, which u hardly moves, are left out.
+    The loss is the part of the bound on -log P(x) that depends on u: the integral of E|eps - z|^2 over log rho plus
+    log q. It leaves out the bound's two end terms, which hardly depend on u.
     """
 
     def __init__(self, inner: DiffusionModel, info: DataInfo, channels: int = 32, couplings: int = 4) -> None:
@@ -224,7 +219,7 @@ class LearnedDequantisation(DequantisedImages):
         self.transform = ScaledLevels(info.levels, dequantiser)  # type: ignore[assignment]
 
     def initialise(self, train: Tensor, generator: torch.Generator) -> None:
-        """The score model keeps its fit."""
+        """Do nothing: the score model keeps its fit."""
 
     def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
         y, log_volume = self.transform(batch, generator)
@@ -239,7 +234,7 @@ class LearnedDequantisation(DequantisedImages):
 
 @torch.no_grad()
 def inpaint(
-    score_at: ScoreAt,
+    score_at: ScoreAtLevel,
     sigmas: Tensor,
     observed: Tensor,
     known: Tensor,
@@ -248,11 +243,11 @@ def inpaint(
     step_size: float,
     generator: torch.Generator,
 ) -> Chain:
-    """Algorithm 2 of Song and Ermon 2019 (1907.05600): annealed Langevin with the known pixels pasted in.
+    """Run annealed Langevin dynamics with the known pixels pasted in: algorithm 2 of Song and Ermon 2019 (1907.05600).
 
-    Noise for the known part is drawn once a level and pasted after every step, as printed and in the paper's code;
-    `replicate.papers.ncsn_inpainting` compares this with drawing it at every step. At the end the known part is
-    `observed` plus the last level's noise.
+    The noise of the known part is drawn once per level and pasted after every step, as printed and in the paper's code;
+    the replication of that paper compares this with a draw at every step. At the end the known part is `observed` plus
+    the last level's noise.
 
     Args:
         score_at: (x (n, D), sigma (n,)) -> score of the data noised by N(0, sigma^2 I), shape (n, D).
@@ -263,6 +258,18 @@ def inpaint(
         steps_per_level: Langevin steps at each level.
         step_size: as in `annealed_langevin`.
         generator: on start's device.
+
+    Example:
+        Two pixels that are always equal; the known one is 3, and the other follows it:
+
+        >>> def score(x, sigma):
+        ...     covariance = torch.ones(2, 2) * 25 + torch.eye(2) * float(sigma[0]) ** 2
+        ...     return -x @ torch.linalg.inv(covariance)
+        >>> observed, known = torch.full((500, 2), 3.0), torch.tensor([True, False])
+        >>> g, sigmas = torch.Generator().manual_seed(0), torch.logspace(1, -1, 10)
+        >>> chain = inpaint(score, sigmas, observed, known, torch.zeros(500, 2), 30, 0.005, g)
+        >>> round(float(chain.samples[:, 1].mean()), 1)
+        3.0
     """
     levels = [float(s) for s in sigmas]
     state: State = {"x": start, "pasted": observed, "generator": generator}

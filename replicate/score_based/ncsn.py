@@ -5,8 +5,8 @@ annealed Langevin sampling (algorithm 1).
 
 Deviations: the network is an MLP conditioned on log sigma whose output is divided by sigma (Song and Ermon 2020,
 2006.09011, technique 3) and preconditioned by the data's Gaussian fit; the largest level is about the largest
-distance between data (technique 1); sampling ends with a denoising step unless told otherwise (Jolicoeur-Martineau
-et al. 2020, 2009.05475).
+distance between data (technique 1); sampling ends with a denoising step by default (Jolicoeur-Martineau et al. 2020,
+2009.05475).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from replicate.model import DataInfo, Model, Sampler
 from replicate.sampling.annealed import annealed_langevin
+from replicate.sampling.langevin import standard_normal_like
 from replicate.score_based.networks import NoiseNet
 
 
@@ -54,33 +55,33 @@ class NCSN(Model):
         self.net, self.dim = net, dim
         self.steps_per_level, self.step_size, self.denoise = steps_per_level, step_size, denoise
         self.nfe = levels * steps_per_level + int(denoise)
-        ladder = torch.linspace(math.log(sigma_max), math.log(sigma_min), levels, dtype=torch.float64).exp()
-        self.register_buffer("sigmas", ladder.float())
+        sigmas = torch.linspace(math.log(sigma_max), math.log(sigma_min), levels, dtype=torch.float64).exp()
+        self.register_buffer("sigmas", sigmas.float())
 
     def initialise(self, train: Tensor, generator: torch.Generator) -> None:
         self.net.gaussian.fit(train)
 
     def score_at_level(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Score (n, D) of the data noised by sigma (n,) at x (n, D)."""
+        """Return the score (n, D) of the data noised by sigma (n,) at x (n, D)."""
         return -self.net(x, sigma.log()) / sigma[:, None]
 
     def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
         level = torch.randint(len(self.sigmas), (len(batch),), generator=generator, device=batch.device)
         sigma = self.sigmas[level]
-        z = torch.randn(batch.shape, generator=generator, device=batch.device, dtype=batch.dtype)
+        z = standard_normal_like(batch, generator)
         # sigma s + z = z - eps: the sigma^2-weighted objective without a quotient
         error = z - self.net(batch + sigma[:, None] * z, sigma.log())
         return 0.5 * error.square().sum(-1).mean()
 
     def score(self, x: Tensor) -> Tensor:
-        """The score at the last level."""
+        """Return the score at the last level."""
         return self.score_at_level(x, self.sigmas[-1].to(x).expand(len(x)))
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         return self._annealed(n, generator, self.denoise)[0]
 
     def samplers(self) -> dict[str, Sampler]:
-        """The same chain with the other last step: denoised or not, which alone can decide a comparison."""
+        """Return the same chain with the other last step, denoised or not: that alone can decide a comparison."""
         other = "annealed-no-denoise" if self.denoise else "annealed-denoise"
         return {other: lambda n, generator: self._annealed(n, generator, not self.denoise)}
 
@@ -104,6 +105,6 @@ def build_ncsn(
     denoise: bool,
     **network: Any,
 ) -> NCSN:
-    """An NCSN; `network` are the settings of `NoiseNet`."""
+    """Build an NCSN; `network` are the settings of `NoiseNet`."""
     net = NoiseNet(info.dim, **network)
     return NCSN(net, info.dim, sigma_max, sigma_min, levels, steps_per_level, step_size, denoise)

@@ -1,4 +1,4 @@
-"""Score networks: free vector fields, gradients of a scalar energy, and noise-conditional ones.
+"""Score networks: free vector fields, gradients of a scalar energy, and noise-conditional networks.
 
 The noise-conditional network predicts the noise, eps(y, rho) = -rho grad log q_rho(y), where q_rho is the data
 density convolved with N(0, rho^2 I). It is the exact answer for the data's Gaussian fit plus a learned residual,
@@ -6,14 +6,16 @@ which is Karras et al.'s preconditioning (2022, 2206.00364, section 5) with a fu
 sigma_data: at large rho, where the data look Gaussian, there is nothing to learn.
 
 Input Fourier features follow Tancik et al. 2020 (2006.10739); deviation: each is damped by its expectation under
-the noise, exp(-(rho |w|)^2 / 2), so that frequencies that the noise has erased cannot act as noise themselves.
+the noise, exp(-(rho |w|)^2 / 2), so that frequencies that the noise has erased do not act as noise.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "softplus": nn.Soft
 
 
 def mlp(sizes: list[int], activation: str = "silu") -> nn.Sequential:
-    """Linear layers of the given sizes with a smooth activation between them.
+    """Return linear layers of the given sizes with a smooth activation between them.
 
     Raises:
         KeyError: the activation is neither "silu" nor "softplus".
@@ -37,7 +39,12 @@ def mlp(sizes: list[int], activation: str = "silu") -> nn.Sequential:
 
 
 def score_of(energy: Callable[[Tensor], Tensor]) -> Score:
-    """s = -grad f of an energy f (n, D) -> (n,), as a function; differentiable again where gradients are on."""
+    """Return the score -grad f of an energy f (n, D) -> (n,); differentiable again where gradients are on.
+
+    Example:
+        >>> score_of(lambda x: 0.5 * x.square().sum(1))(torch.tensor([[1.0, -2.0]])).tolist()
+        [[-1.0, 2.0]]
+    """
 
     def score(x: Tensor) -> Tensor:
         create_graph = torch.is_grad_enabled()
@@ -50,7 +57,7 @@ def score_of(energy: Callable[[Tensor], Tensor]) -> Score:
 
 
 class FreeScore(nn.Module):
-    """s(x) = MLP(x), an unconstrained vector field: x (n, D) -> (n, D)."""
+    """The unconstrained vector field s(x) = MLP(x): x (n, D) -> (n, D)."""
 
     def __init__(self, dim: int, hidden: int, depth: int, activation: str = "silu") -> None:
         super().__init__()
@@ -61,10 +68,10 @@ class FreeScore(nn.Module):
 
 
 class EnergyScore(nn.Module):
-    """s(x) = -grad f(x) of a scalar MLP f: a conservative field whose energy can be read off.
+    """The conservative field s(x) = -grad f(x) of a scalar MLP f, whose energy is known.
 
-    f has a quadratic bowl |x|^2 / (2 bowl^2) beside the network, so that exp(-f) can be normalised whatever the
-    network does far from the data (it grows at most linearly there).
+    f is the network plus a quadratic bowl |x|^2 / (2 bowl^2), so that exp(-f) can be normalised whatever the network
+    does far from the data (it grows at most linearly there).
     """
 
     def __init__(self, dim: int, hidden: int, depth: int, activation: str = "silu", bowl: float = 3.0) -> None:
@@ -73,11 +80,11 @@ class EnergyScore(nn.Module):
         self.bowl = bowl
 
     def energy(self, x: Tensor) -> Tensor:
-        """f(x), shape (n,), in nats up to a constant."""
+        """Return f(x), shape (n,), in nats up to a constant."""
         return self.net(x).squeeze(-1) + 0.5 * (x / self.bowl).square().sum(-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """-grad f, shape (n, D); differentiable again where gradients are on."""
+        """Return -grad f, shape (n, D); differentiable again where gradients are on."""
         return score_of(self.energy)(x)
 
 
@@ -96,7 +103,7 @@ class GaussianFit(nn.Module):
         self.register_buffer("variance", torch.ones(dim))
 
     def fit(self, x: Tensor) -> None:
-        """Moments of x (n, D); the covariance is shrunk towards its diagonal."""
+        """Fit the moments of x (n, D); the covariance is shrunk towards its diagonal."""
         x64 = x.double()
         centred = x64 - x64.mean(0)
         cov = centred.T @ centred / len(x)
@@ -107,16 +114,16 @@ class GaussianFit(nn.Module):
         self.variance.copy_(variance.clamp_min(1e-6))
 
     def to_basis(self, y: Tensor) -> Tensor:
-        """y (n, D) -> U'(y - m)."""
+        """Return U'(y - m) of y (n, D)."""
         return (y - self.mean) @ self.basis
 
     def from_basis(self, w: Tensor) -> Tensor:
-        """A vector (n, D) in eigen-coordinates, turned back: U w."""
+        """Return U w of a vector w (n, D) in eigen-coordinates."""
         return w @ self.basis.T
 
 
 class InputFeatures(nn.Module):
-    """sin and cos of random projections of y, each damped by its expectation under noise of size rho."""
+    """Fourier features: sin and cos of random projections of y, damped by their expectation under noise of size rho."""
 
     frequencies: Tensor
 
@@ -127,14 +134,14 @@ class InputFeatures(nn.Module):
         self.register_buffer("frequencies", direction * magnitude)
 
     def forward(self, y: Tensor, rho: Tensor) -> Tensor:
-        """y (n, D), rho (n, 1) -> (n, 2 count)."""
+        """Map y (n, D) and rho (n, 1) to features (n, 2 count)."""
         phase = y @ self.frequencies
         damping = (-0.5 * (rho * self.frequencies.norm(dim=0)).square()).exp()
         return torch.cat([phase.sin() * damping, phase.cos() * damping], dim=-1)
 
 
 class LevelFeatures(nn.Module):
-    """Gaussian bumps along log rho, from where noise is invisible to where nothing else is left."""
+    """Gaussian bumps along log rho, from invisible noise to nothing but noise."""
 
     COUNT = 16
     centres: Tensor
@@ -144,61 +151,68 @@ class LevelFeatures(nn.Module):
         self.register_buffer("centres", torch.linspace(-8.0, 5.0, self.COUNT))
 
     def forward(self, log_rho: Tensor) -> Tensor:
-        """log_rho (n,) -> (n, COUNT)."""
+        """Map log_rho (n,) to features (n, COUNT)."""
         spacing = 13.0 / (self.COUNT - 1)
         return (-0.5 * ((log_rho[:, None] - self.centres) / spacing).square()).exp()
 
 
-class NoiseNet(nn.Module):
-    """eps(y, log rho): the noise in y = x + rho z, predicted by the Gaussian fit plus an MLP.
+@dataclass(frozen=True)
+class NoiseNetSettings:
+    """The settings of a `NoiseNet` beside its width.
 
-    In the fit's eigenbasis, with w = U'(y - m) and total variance v = l + rho^2,
-
-        eps = (rho / v) w + sqrt(l / v) rho / sqrt(rho^2 + width^2) F(w / sqrt(v), features(y), log rho)
-
-    where F is the MLP. The factor sqrt(l / v) is Karras et al.'s c_out / sigma; the last one, which is theirs with a
-    second length in place of sigma_data, says that structure finer than `width` is not expected: below it the
-    correction is a score times rho.
-
-    Args:
-        dim: D.
-        hidden: units a layer.
+    Attributes:
         depth: hidden layers.
         features: number of random input frequencies; 0 for none.
         max_frequency: the largest of them, in radians per unit of y.
         width: the finest structure expected, in units of y.
         shrinkage: of the Gaussian fit's covariance.
         dropout: probability with which a hidden unit is dropped in training.
-        reach: r, where F sees r tanh(w / (r sqrt(v))): beyond r standard deviations it answers as at r, so that what is
-            far from all data is left to the Gaussian fit and not to what F happens to continue with; 0 for F as it is.
+        reach: r, where F sees r tanh(w / (r sqrt(v))): beyond r standard deviations F answers as at r, so that far from
+            the data the Gaussian fit decides and not the continuation of F; 0 for F as it is.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        hidden: int = 128,
-        depth: int = 3,
-        features: int = 0,
-        max_frequency: float = 12.0,
-        width: float = 0.1,
-        shrinkage: float = 0.0,
-        dropout: float = 0.0,
-        reach: float = 0.0,
-    ) -> None:
+    depth: int = 3
+    features: int = 0
+    max_frequency: float = 12.0
+    width: float = 0.1
+    shrinkage: float = 0.0
+    dropout: float = 0.0
+    reach: float = 0.0
+
+
+class NoiseNet(nn.Module):
+    """The noise eps(y, log rho) in y = x + rho z, predicted by the Gaussian fit plus an MLP.
+
+    In the fit's eigenbasis, with w = U'(y - m) and total variance v = l + rho^2,
+
+        eps = (rho / v) w + sqrt(l / v) rho / sqrt(rho^2 + width^2) F(w / sqrt(v), features(y), log rho)
+
+    where F is the MLP. The factor sqrt(l / v) is Karras et al.'s c_out / sigma; the last one, which is theirs with a
+    second length in place of sigma_data, expects no structure finer than `width`: below it the correction is a score
+    times rho.
+
+    Args:
+        dim: D.
+        hidden: units per layer.
+        settings: the fields of `NoiseNetSettings`.
+    """
+
+    def __init__(self, dim: int, hidden: int = 128, **settings: Any) -> None:
         super().__init__()
-        self.width, self.dropout, self.reach = width, dropout, reach
-        self.gaussian = GaussianFit(dim, shrinkage)
-        self.features = InputFeatures(dim, features, max_frequency) if features else None
+        chosen = NoiseNetSettings(**settings)
+        self.width, self.dropout, self.reach = chosen.width, chosen.dropout, chosen.reach
+        self.gaussian = GaussianFit(dim, chosen.shrinkage)
+        self.features = InputFeatures(dim, chosen.features, chosen.max_frequency) if chosen.features else None
         self.level = LevelFeatures()
-        self.first = nn.Linear(dim + 2 * features, hidden)
-        self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth - 1))
-        self.shifts = nn.ModuleList(nn.Linear(LevelFeatures.COUNT, hidden, bias=False) for _ in range(depth))
+        self.first = nn.Linear(dim + 2 * chosen.features, hidden)
+        self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(chosen.depth - 1))
+        self.shifts = nn.ModuleList(nn.Linear(LevelFeatures.COUNT, hidden, bias=False) for _ in range(chosen.depth))
         self.last = nn.Linear(hidden, dim)
         nn.init.zeros_(self.last.weight)  # training starts at the Gaussian fit
         nn.init.zeros_(self.last.bias)
 
     def forward(self, y: Tensor, log_rho: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """y (n, D), log_rho (n,) -> eps (n, D); the generator draws dropout masks, without it nothing is dropped."""
+        """Map y (n, D) and log_rho (n,) to eps (n, D); the generator draws dropout masks, None drops nothing."""
         rho = log_rho.exp()[:, None]
         w = self.gaussian.to_basis(y)
         variance = self.gaussian.variance

@@ -1,10 +1,10 @@
 """Score models of one noise level: implicit, denoising and sliced score matching, free or as -grad of an energy.
 
 Papers: Hyvarinen 2005 (JMLR 6); Vincent 2011 (Neural Computation 23); Song et al. 2019 (1905.07088). All but DSM
-estimate the score of the data themselves; DSM that of the data plus N(0, sigma^2 I).
+estimate the score of the data; DSM estimates that of the data plus N(0, sigma^2 I).
 
-Deviations: no Langevin sampler is part of those papers; ours starts from N(0, 2^2 I) in standardised units and runs
-the unadjusted chain. Like any single-noise model's, it cannot move weight between modes that are far apart.
+Deviations: those papers have no Langevin sampler; ours runs the unadjusted chain from N(0, 2^2 I) in standardised
+units. Like that of any single-noise model, it cannot move weight between modes that are far apart.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ START_STD = 2.0
 
 
 class ScoreModel(Model):
-    """A score network s(x), its objective left to subclasses, sampled by unadjusted Langevin dynamics."""
+    """A score network s(x), sampled by unadjusted Langevin dynamics; subclasses have the objective."""
 
     family = "score"
     capabilities = frozenset({"score", "sample"})
@@ -51,7 +51,7 @@ class ImplicitModel(ScoreModel):
 
 
 class SlicedModel(ScoreModel):
-    """Sliced score matching with one Rademacher projection an example."""
+    """Sliced score matching with one Rademacher projection per example."""
 
     objective = staticmethod(matching.sliced_score_matching)
 
@@ -73,10 +73,7 @@ class DenoisingModel(ScoreModel):
         self.sigma = sigma
 
     def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
-        """Each example is noised by z and by -z: most of the target's noise cancels within the pair."""
-        z = torch.randn(batch.shape, generator=generator, device=batch.device, dtype=batch.dtype)
-        pairs, noise = torch.cat([batch, batch]), torch.cat([z, -z])
-        return matching.denoising_score_matching(self.net, pairs, self.sigma, noise).mean()
+        return matching.paired_denoising(self.net, batch, self.sigma, generator).mean()
 
 
 class DenoisingEnergyModel(DenoisingModel):
@@ -92,10 +89,10 @@ class DenoisingEnergyModel(DenoisingModel):
 def build_free(
     model: type[ScoreModel], info: DataInfo, *, hidden: int, depth: int, activation: str, **rest: Any
 ) -> ScoreModel:
-    """A model around a free score network."""
+    """Build a model around a free score network."""
     return model(FreeScore(info.dim, hidden, depth, activation), dim=info.dim, **rest)
 
 
 def build_energy(info: DataInfo, *, hidden: int, depth: int, activation: str, **rest: Any) -> ScoreModel:
-    """A denoising model around the gradient of an energy."""
+    """Build a denoising model around the gradient of an energy."""
     return DenoisingEnergyModel(EnergyScore(info.dim, hidden, depth, activation), dim=info.dim, **rest)

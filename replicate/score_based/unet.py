@@ -4,13 +4,13 @@ After Ho et al. 2020 (2006.11239, appendix B): residual blocks with GroupNorm an
 level added inside each block, nearest upsampling and a convolution, zero padding. Like `NoiseNet` it is the exact
 answer of the data's Gaussian fit plus a learned residual, and training starts at the fit.
 
-The network sees the image three times: centred pixels, the image that the fit takes the noise out of, and sines and
-cosines of the pixels down to a period of one level, without which it cannot tell where between two levels a pixel lies
-(Kingma et al. 2021, 2107.00630, appendix C). Each of these is damped by its expectation under the noise, as in
+The network sees the image three times: centred pixels, the image denoised by the fit, and sines and cosines of the
+pixels down to a period of one level, without which it cannot see the place of a pixel between two levels (Kingma et al.
+2021, 2107.00630, appendix C). Each of these is damped by its expectation under the noise, as in
 `networks.InputFeatures`.
 
-Deviations: no attention and no dropout, one skip connection a resolution. What CUDA computes in another order from call
-to call is left out: nearest upsampling is a copy whose gradient is a sum.
+Deviations: no attention and no dropout, one skip connection per resolution, and no operation that CUDA computes in
+another order from call to call: nearest upsampling is a copy whose gradient is a sum.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ MULTIPLIERS = (1, 2, 4)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm of at most 8 groups, of 4 channels at least."""
+    """Return GroupNorm of at most 8 groups, of 4 channels at least."""
     return nn.GroupNorm(math.gcd(8, max(1, channels // 4)), channels)
 
 
 def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
-    """The layer with weights and bias 0."""
+    """Set weights and bias of a layer to 0; return it."""
     nn.init.zeros_(layer.weight)
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)
@@ -40,7 +40,7 @@ def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
 
 
 class Block(nn.Module):
-    """h + conv silu norm (conv silu norm h + W level): (n, inputs, H, W), (n, E) -> (n, outputs, H, W)."""
+    """The block h + conv silu norm (conv silu norm h + W level): (n, inputs, H, W), (n, E) -> (n, outputs, H, W)."""
 
     def __init__(self, inputs: int, outputs: int, embedding: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Two blocks one after the other: (n, inputs, H, W), (n, E) -> (n, outputs, H, W)."""
+    """Two blocks in sequence: (n, inputs, H, W), (n, E) -> (n, outputs, H, W)."""
 
     def __init__(self, inputs: int, outputs: int, embedding: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Stage(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Every pixel four times, then a convolution: (n, inputs, H, W) -> (n, outputs, 2 H, 2 W)."""
+    """Four copies of every pixel, then a convolution: (n, inputs, H, W) -> (n, outputs, 2 H, 2 W)."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -80,9 +80,9 @@ class Upsample(nn.Module):
 
 
 class UNet(nn.Module):
-    """Images (n, inputs, H, W) and embedded noise levels (n, E) -> (n, 1, H, W); 0 before training.
+    """A U-Net: images (n, inputs, H, W) and embedded noise levels (n, E) -> (n, 1, H, W); 0 before training.
 
-    One stage on the way down and one on the way up at each resolution, a stage and a block at the lowest.
+    Each resolution has one stage on the way down and one on the way up, the lowest a stage and a block.
     """
 
     def __init__(self, inputs: int, width: int, embedding: int) -> None:
@@ -115,7 +115,7 @@ class UNet(nn.Module):
 
 
 class PixelFeatures(nn.Module):
-    """sin and cos of each pixel with periods of 1, 2, 4, .. levels, damped by their expectation under the noise.
+    """Fourier features: sin and cos of pixels, periods of 1, 2, 4, .. levels, damped by their expectation under noise.
 
     Args:
         octaves: number of periods.
@@ -130,14 +130,14 @@ class PixelFeatures(nn.Module):
         self.register_buffer("frequencies", 2 * math.pi / periods)
 
     def forward(self, y: Tensor, rho: Tensor) -> Tensor:
-        """y (n, D), rho (n, 1) -> (n, 2 octaves, D)."""
+        """Map y (n, D) and rho (n, 1) to features (n, 2 octaves, D)."""
         phase = y[:, None] * self.frequencies[:, None]
         damping = (-0.5 * (rho * self.frequencies).square()).exp()[:, :, None]
         return torch.cat([phase.sin() * damping, phase.cos() * damping], dim=1)
 
 
 class NoiseUNet(nn.Module):
-    """eps(y, log rho): the noise in images y = x + rho z, predicted by the Gaussian fit plus a U-Net.
+    """The noise eps(y, log rho) in images y = x + rho z, predicted by the Gaussian fit plus a U-Net.
 
     The formula is that of `NoiseNet`, with its symbols: in the fit's eigenbasis, w = U'(y - m) and v = l + rho^2,
 
@@ -178,7 +178,7 @@ class NoiseUNet(nn.Module):
         self.net = UNet(2 + 2 * octaves, channels, embedding)
 
     def forward(self, y: Tensor, log_rho: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """y (n, D), log_rho (n,) -> eps (n, D); nothing here is random, the generator is part of the call only."""
+        """Map y (n, D) and log_rho (n,) to eps (n, D); nothing here is random, the call alone has a generator."""
         rho = log_rho.exp()[:, None]
         w = self.gaussian.to_basis(y)
         variance = self.gaussian.variance
@@ -189,7 +189,7 @@ class NoiseUNet(nn.Module):
         return self.gaussian.from_basis(rho / total * w + gain * residual)
 
     def _unet(self, y: Tensor, denoised: Tensor, rho: Tensor, log_rho: Tensor) -> Tensor:
-        """F (n, D); `denoised` is the fit's E[x | y] - m."""
+        """Return F (n, D); `denoised` is the fit's E[x | y] - m."""
         size = self.gaussian.variance.mean()
         noised_size = (size + rho.square()).sqrt()
         seen = torch.stack([(y - self.gaussian.mean) / noised_size, denoised / size.sqrt()], dim=1)

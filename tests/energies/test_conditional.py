@@ -75,7 +75,7 @@ def test_wells_are_minus_the_log_of_a_sum_of_gaussians() -> None:
     np.testing.assert_allclose(WELLS(normal(6, 4), y).numpy(), expected)
 
 
-def test_the_ranking_loss_is_least_at_the_pointwise_mutual_information_and_not_at_log_p_of_y_given_x() -> None:
+def test_the_ranking_loss_is_least_at_the_pointwise_mutual_information() -> None:
     joint = torch.rand(3, 4, generator=generator(3), dtype=F64)
     joint = joint / joint.sum()
     given_x = joint / joint.sum(1, keepdim=True)
@@ -112,7 +112,7 @@ def test_the_loss_is_ranking_plus_weighted_denoising_by_finite_differences() -> 
     torch.testing.assert_close(with_denoising, ranking + weight * denoising, rtol=1e-6, atol=1e-8)
 
 
-def test_distractors_are_ranked_beside_the_other_rows() -> None:
+def test_distractors_are_ranked_with_the_other_rows() -> None:
     network, batch, wrong = product_energy(), normal(4, 7, seed=8), normal(4, 2, 3, seed=9)
     model = ConditionalEnergy(network, 4, 0.1, 0.0, distractors=lambda x, g: wrong)
     x, y = batch[:, :4], batch[:, 4:]
@@ -155,7 +155,7 @@ def test_langevin_answers_have_the_law_of_a_gaussian_cut_to_the_box(temperature:
     assert float(y.std()) == pytest.approx(law.std(), abs=0.01)
 
 
-def test_langevin_refuses_a_temperature_of_nothing() -> None:
+def test_langevin_refuses_temperature_zero() -> None:
     with pytest.raises(ValueError, match="temperature > 0"):
         langevin_answers(WELLS, normal(1, 4), torch.rand(1, 1, 3), 3, 0.1, 0.0, generator())
 

@@ -162,7 +162,7 @@ def energy_gap_gradient(theta: Tensor, negatives: np.ndarray) -> Tensor:
 # -- the pieces
 
 
-def test_the_noise_is_scipy_s_bernoulli_at_the_data_s_rates() -> None:
+def test_the_noise_is_bernoulli_at_the_rates_of_the_data() -> None:
     rows = torch.bernoulli(torch.tensor(NOISE_RATES).expand(4000, -1), generator=seeded())
     noise = FactorisedBernoulli()
     noise.fit(rows, seeded())
@@ -201,7 +201,7 @@ def test_flips_have_their_rate_and_are_symmetric() -> None:
     assert (frequency - torch.tensor(FLIPS)).abs().max() < 0.05
 
 
-def test_a_gibbs_sweep_leaves_the_machine_s_distribution_as_it_is() -> None:
+def test_a_gibbs_sweep_leaves_the_distribution_of_the_machine_invariant() -> None:
     start = V[torch.multinomial(torch.tensor(DATA), 40_000, replacement=True, generator=seeded(5))]
     moved = block_gibbs(Gibbs(TRUTH))(lambda x: x.sum(1), start, seeded(6))
     assert not torch.equal(moved, start)
@@ -215,7 +215,7 @@ def test_a_gibbs_sweep_leaves_the_machine_s_distribution_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("theta", [TRUTH, ELSEWHERE], ids=["truth", "elsewhere"])
-def test_ratio_matching_s_gradient_is_that_of_its_objective(theta: Tensor) -> None:
+def test_the_gradient_of_ratio_matching_is_that_of_its_objective(theta: Tensor) -> None:
     per_state = torch.stack([loss_gradient(RatioMatching(), theta, v[None], seeded()) for v in V])
     exact = approx_fprime(theta.numpy(), ratio_matching, 1e-7)
     np.testing.assert_allclose((torch.tensor(DATA) @ per_state).numpy(), exact, atol=1e-6)
@@ -234,7 +234,7 @@ def test_ratio_matching_is_a_squared_distance_of_ratios_up_to_a_constant() -> No
 
 
 @pytest.mark.parametrize("log_z", [0.0, 2.5])
-def test_noise_contrast_s_mean_gradient_is_that_of_its_objective(log_z: float) -> None:
+def test_the_mean_gradient_of_noise_contrast_is_that_of_its_objective(log_z: float) -> None:
     exact = approx_fprime(np.append(ELSEWHERE.numpy(), -log_z), noise_contrast, 1e-7)
     exact[-1] *= -1  # the objective learns log Z, not its negative
     z = z_scores(lambda theta: contrast(log_z), ELSEWHERE, torch.tensor(exact))
@@ -242,7 +242,7 @@ def test_noise_contrast_s_mean_gradient_is_that_of_its_objective(log_z: float) -
     assert 0.5 < z.square().mean() < 2
 
 
-def test_bit_flip_contrast_s_mean_gradient_is_that_of_its_objective() -> None:
+def test_the_mean_gradient_of_bit_flip_contrast_is_that_of_its_objective() -> None:
     exact = torch.tensor(approx_fprime(ELSEWHERE.numpy(), conditional_contrast, 1e-7))
     z = z_scores(lambda theta: BitFlipContrastive(FLIP, RATIO), ELSEWHERE, exact)
     assert z.abs().max() < 4
@@ -250,7 +250,7 @@ def test_bit_flip_contrast_s_mean_gradient_is_that_of_its_objective() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_cd_s_mean_gradient_is_that_of_chains_by_transition_matrix(k: int) -> None:
+def test_the_mean_gradient_of_cd_is_that_of_chains_by_transition_matrix(k: int) -> None:
     exact = energy_gap_gradient(ELSEWHERE, after_sweeps(ELSEWHERE, k))
     z = z_scores(lambda theta: ContrastiveDivergence(block_gibbs(Gibbs(theta)), k), ELSEWHERE, exact)
     assert z.abs().max() < 4
@@ -264,7 +264,7 @@ def test_short_runs_from_noise_have_the_mean_gradient_of_chains_by_transition_ma
     assert z.abs().max() < 4
 
 
-def test_persistent_chains_come_to_follow_the_likelihood_gradient() -> None:
+def test_persistent_chains_approach_the_likelihood_gradient() -> None:
     objective = PersistentCD(block_gibbs(Gibbs(ELSEWHERE)), 30, 20_000, FactorisedBernoulli())
     rows = V[torch.multinomial(torch.tensor(DATA), 20_000, replacement=True, generator=seeded(9))]
     objective.prepare(rows, seeded(10))

@@ -84,7 +84,7 @@ def test_samples_have_the_moments_of_the_energy(jumps: bool) -> None:
 
 
 @pytest.mark.parametrize("beta", [0.3, 1.0])
-def test_a_move_leaves_its_temperature_invariant_and_moves(beta: float) -> None:
+def test_the_kernel_leaves_its_temperature_invariant_and_moves(beta: float) -> None:
     model, _, _, _ = bowl(1.0)
     x = data()
     before = torch.linalg.inv(torch.cov(x.T).double())
@@ -100,7 +100,7 @@ def test_a_move_leaves_its_temperature_invariant_and_moves(beta: float) -> None:
     torch.testing.assert_close(torch.cov(moved.T.double()), cov, rtol=0, atol=0.05)
 
 
-def test_waves_are_sines_of_projections() -> None:
+def test_fourier_features_are_sines_of_projections() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = EnergyNet(2, 6, 2, 1.5)
@@ -113,7 +113,7 @@ def test_waves_are_sines_of_projections() -> None:
 
 
 @pytest.mark.parametrize("name", list(METHODS))
-def test_every_objective_trains_repeats_and_survives_its_state(name: str) -> None:
+def test_every_objective_trains_repeats_and_restores_its_state(name: str) -> None:
     def trained() -> TrainedEnergy:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
@@ -134,7 +134,7 @@ def test_every_objective_trains_repeats_and_survives_its_state(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", [m for m in METHODS if m != "ml"])
-def test_objectives_need_no_plane(name: str) -> None:
+def test_objectives_but_ml_work_in_three_dimensions(name: str) -> None:
     model = build(DataInfo(5, "continuous"), **{**ENERGY.params, **TINY, "objective": name}).double()
     x = data(60, 5, torch.float64)
     model.initialise(x, generator())
@@ -144,7 +144,7 @@ def test_objectives_need_no_plane(name: str) -> None:
     assert torch.isfinite(loss)
 
 
-def test_an_unknown_objective_is_told_with_the_nearest_name() -> None:
+def test_an_unknown_objective_is_reported_with_the_nearest_name() -> None:
     with pytest.raises(UsageError, match=r"unknown objective 'nc'\. Did you mean .*nce.*one of ml, cd, pcd"):
         build_objective("nc", 2)
     with pytest.raises(UsageError, match=r"needs log Z.*have 3\. Set objective to one of cd"):

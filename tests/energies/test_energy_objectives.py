@@ -90,7 +90,7 @@ class Standard(ob.Noise):
 # -- maximum likelihood
 
 
-def test_maximum_likelihood_has_the_closed_form_s_gradient() -> None:
+def test_maximum_likelihood_has_the_gradient_of_the_closed_form() -> None:
     x = draws(50)
     found = gradient(of_theta(ob.MaximumLikelihood(ob.Quadrature(12.0, 80).double()), x), BESIDE)
 
@@ -123,7 +123,7 @@ def energy_gradient_mean(mean: Tensor, cov: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_contrastive_divergence_follows_its_exact_mean_update(k: int) -> None:
-    """With a Gaussian kernel the chain's law after k moves is known, and so is what CD leaves of the gradient."""
+    """With a Gaussian kernel the law of the chain after k steps is known, and with it the update of CD."""
     x = draws(40_000, 1)
     found = gradient(of_theta(ob.ContrastiveDivergence(autoregression, k), x), BESIDE)
     m, cov = moments(BESIDE)
@@ -137,7 +137,7 @@ def test_contrastive_divergence_follows_its_exact_mean_update(k: int) -> None:
     assert 0.6 ** (2 * k) / 2 < missing < 1.1 * r
 
 
-def test_chains_from_noise_and_persistent_chains_follow_theirs() -> None:
+def test_short_runs_and_persistent_chains_follow_their_exact_mean_update() -> None:
     x = draws(20_000, 2)
     mean, spread = x.mean(0), torch.cov(x.T, correction=0)
     m, cov = moments(BESIDE)
@@ -156,29 +156,29 @@ def test_chains_from_noise_and_persistent_chains_follow_theirs() -> None:
 
 
 @pytest.mark.parametrize("adjusted", [True, False])
-def test_a_langevin_move_has_the_stationary_variance_of_its_kind(adjusted: bool) -> None:
+def test_a_langevin_kernel_has_the_stationary_variance_of_its_kind(adjusted: bool) -> None:
     """Exact for MALA; 1 / (1 - eps / 4) for the unadjusted chain on a standard normal."""
     eps = 0.8
-    move = ob.langevin_move(eps, adjusted)
+    kernel = ob.langevin_move(eps, adjusted)
     x = torch.randn(20_000, 2, generator=generator(), dtype=torch.float64)
     g = generator(1)
     for _ in range(25):
-        x = move(lambda v: 0.5 * v.square().sum(1), x, g)
+        x = kernel(lambda v: 0.5 * v.square().sum(1), x, g)
     expected = 1.0 if adjusted else 1 / (1 - eps / 4)
     assert float(x.var()) == pytest.approx(expected, rel=0.03)
 
 
-def test_jumps_from_noise_draw_the_energy_and_keep_it() -> None:
-    move = ob.jumping(lambda energy, x, generator: x, Standard())
+def test_independence_proposals_reach_the_energy_and_keep_it() -> None:
+    kernel = ob.with_independence(lambda energy, x, generator: x, Standard())
     x, g = torch.zeros(20_000, 2, dtype=torch.float64), generator(1)
     for _ in range(12):
-        x = move(gaussian(TRUE), x, g)
+        x = kernel(gaussian(TRUE), x, g)
     mean, cov = moments(TRUE)
     torch.testing.assert_close(x.mean(0), mean, rtol=0, atol=0.04)
     torch.testing.assert_close(torch.cov(x.T), cov, rtol=0, atol=0.06)
 
 
-def test_value_and_score_are_evaluated_once_a_point() -> None:
+def test_value_and_score_are_evaluated_once_per_point() -> None:
     calls: list[int] = []
 
     def energy(x: Tensor) -> Tensor:
@@ -200,13 +200,13 @@ def fisher(theta: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("objective", [ob.ImplicitScoreMatching(), ob.SlicedScoreMatching()], ids=["ism", "ssm"])
-def test_score_matching_has_the_fisher_divergence_s_gradient(objective: Objective) -> None:
+def test_score_matching_has_the_gradient_of_the_fisher_divergence(objective: Objective) -> None:
     x = draws(100_000, 3)
     found = gradient(of_theta(objective, x), BESIDE)
     torch.testing.assert_close(found, gradient(fisher, BESIDE), rtol=0, atol=0.03)
 
 
-def test_score_matching_of_a_batch_is_hyvarinen_s_closed_form() -> None:
+def test_score_matching_of_a_batch_is_the_closed_form_of_hyvarinen() -> None:
     x = draws(60, 4)
 
     def closed(theta: Tensor) -> Tensor:
@@ -270,7 +270,7 @@ def test_the_stein_discrepancy_is_that_of_a_double_loop() -> None:
 # -- contrast
 
 
-def test_noise_contrast_has_its_population_s_gradient() -> None:
+def test_noise_contrast_has_the_gradient_of_its_population() -> None:
     """Against quadrature of -E_p log h - nu E_q log(1 - h), written out, in theta and in log Z."""
     nu = 2
     objective = ob.NoiseContrastive(Standard(), nu)
@@ -299,7 +299,7 @@ def test_noise_contrast_has_its_population_s_gradient() -> None:
     assert differences(population, torch.cat([TRUE, log_z[None]])).abs().max() < 1e-4
 
 
-def test_conditional_contrast_has_its_population_s_gradient() -> None:
+def test_conditional_contrast_has_the_gradient_of_its_population() -> None:
     sigma = 0.8
     x = draws(60_000, 9)
     points, w = nodes(TRUE, 16)
@@ -375,9 +375,8 @@ class Truth(Standard):
         return mean + z @ torch.linalg.cholesky(cov).T
 
 
-def test_every_consistent_method_of_the_table_is_tested() -> None:
-    assert list(METHODS) == ["ml", "cd", "pcd", "short-run", "ism", "dsm", "ssm", "nce", "cnce", "ksd", "flow-nce"]
-    assert {m for m, about in METHODS.items() if about.consistent} <= set(consistent_objectives())
+def test_every_consistent_method_is_tested() -> None:
+    assert set(METHODS) - {"cd", "short-run"} <= set(consistent_objectives())
 
 
 @pytest.mark.parametrize("name", list(consistent_objectives()))
@@ -420,7 +419,7 @@ def test_no_method_but_noise_contrast_sees_a_constant_in_the_energy(shift: float
     torch.testing.assert_close(plain, learned.loss(lambda v: gaussian(BESIDE)(v) + shift, x, generator(seed)))
 
 
-def test_a_state_gives_chains_and_noise_their_size() -> None:
+def test_a_saved_state_sets_the_size_of_chains_and_noise() -> None:
     saved = ob.PersistentCD(ob.langevin_move(0.1), 1, 9)
     saved.prepare(draws(30), generator())
     fresh = ob.PersistentCD(ob.langevin_move(0.1), 1, 9).double()

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from replicate.likelihood.ais import ais, bracket, log_likelihood_bracket, reverse_ais, schedule
+from replicate.likelihood.ais import ais, bracket, reverse_ais, schedule
 from replicate.likelihood.enumeration import enumerate_log_z, log_sum_over_states, rbm_log_z, states
+from replicate.likelihood.estimator import Effort, log_likelihood
 from replicate.model import Model
 
 
@@ -95,7 +96,7 @@ class TestGaussianPath:
 
     def test_log_likelihood_is_the_gaussian(self) -> None:
         x = torch.randn(7, 3, generator=seeded(7), dtype=torch.float64)
-        ll = log_likelihood_bracket(self.model, x, 2000, schedule(100), seeded(8))
+        ll = log_likelihood(self.model, x, Effort(ais_chains=2000, ais_steps=100), seeded(8))
         exact = -self.model.energy(x) - self.model.exact
         assert ll.kind == "estimate"
         assert set(ll.details) == {"ais_log_z_forward", "ais_log_z_reverse", "ais_ess"}

@@ -92,7 +92,7 @@ def test_the_same_behind_an_affine_preprocessing() -> None:
             assert exact.mean() - 3 < out.details["elbo"].value < float(out.values.mean())
 
 
-def test_in_the_plane_quadrature_decides_and_annealing_stands_beside_it() -> None:
+def test_in_the_plane_quadrature_gives_log_z_and_annealing_is_reported_too() -> None:
     """log Z of exp(-|x|^2 / 8 - 3) is log 8 pi - 3; the bracket agrees within its own errors."""
     out = log_likelihood(Bell("energy", "annealing", "sample"), X, EFFORT, gen(), half_width=16.0)
     log_z = math.log(8 * math.pi) - 3
@@ -114,7 +114,7 @@ def test_the_log_z_error_is_shared_by_all_examples_and_does_not_average_out() ->
     assert out.mean().stderr >= out.shared_stderr
 
 
-def test_negating_an_estimate_turns_its_bound_round() -> None:
+def test_negating_an_estimate_flips_its_bound() -> None:
     bound = Estimate(-3.0, 0.1, "lower_bound", "nats", 5)
     assert (-bound).kind == "upper_bound"
     assert (-bound).symbol == "<="

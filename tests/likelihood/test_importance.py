@@ -89,7 +89,7 @@ def test_bounds_are_ordered_and_approach_the_exact_value(points: Tensor) -> None
     assert abs(float((close - truth).mean())) < 0.01
 
 
-def test_the_elbo_is_short_of_log_p_by_the_kl_to_the_posterior(points: Tensor) -> None:
+def test_the_elbo_is_below_log_p_by_the_kl_to_the_posterior(points: Tensor) -> None:
     model, exact = linear_vae(optimal=False)
     best, _ = linear_vae(optimal=True)
     (q_mean, q_log_std), (p_mean, p_log_std) = model.posterior(points), best.posterior(points)

@@ -133,7 +133,7 @@ def test_steps_are_counted_and_odd_ones_refused() -> None:
             ode_log_prob(model(), data(2), generator(), steps=steps)
 
 
-def test_hutchinson_s_trace_is_unbiased() -> None:
+def test_hutchinson_trace_is_unbiased() -> None:
     """Over all sign vectors the estimate's mean is the exact trace, at a point and through a solution's first order."""
     field = model(dim=3)
     x = data(2, 3)
@@ -147,7 +147,7 @@ def test_hutchinson_s_trace_is_unbiased() -> None:
     assert (one - exact).abs().max() > 1e-3
 
 
-def test_hutchinson_s_likelihood_is_unbiased() -> None:
+def test_hutchinson_likelihood_is_unbiased() -> None:
     """The fixed probe enters log p linearly and never the path, so that the answer is unbiased for the exact one."""
     exact_model, x = model(dim=3), data(1, 3).expand(4000, -1)
     exact = ode_log_prob(exact_model, x[:1], generator(), steps=10, trace="exact").values
@@ -163,7 +163,7 @@ def test_high_dimension_uses_probes_by_default() -> None:
     assert answer.draws == 3
 
 
-def test_an_example_does_not_depend_on_its_batch_mates() -> None:
+def test_an_example_does_not_depend_on_the_rest_of_its_batch() -> None:
     exact, x = model(), data(9)
     together = ode_log_prob(exact, x, generator(), steps=10).values
     far = torch.cat([x[:1], 1000 * x[1:]])
@@ -171,7 +171,7 @@ def test_an_example_does_not_depend_on_its_batch_mates() -> None:
     torch.testing.assert_close(ode_log_prob(exact, far, generator(), steps=10).values[:1], together[:1])
 
 
-def test_a_gaussian_fit_answers_exactly_through_the_whole_suite_s_stack() -> None:
+def test_a_gaussian_fit_is_exact_through_the_whole_stack() -> None:
     """Untrained, sde-* is the data's Gaussian fit; behind `Preprocessed` its log p is that Gaussian's."""
     info = DataInfo(2, "continuous")
     x = 3 + torch.randn(400, 2, generator=generator()) @ torch.tensor([[2.0, 0.7], [0.0, 0.5]])

@@ -37,14 +37,14 @@ def test_one_dimension_gives_the_laplace_distribution() -> None:
     assert z.value == pytest.approx(math.log(2), abs=1e-5)
 
 
-def test_at_a_jump_the_error_falls_like_the_spacing_and_is_of_the_stated_order() -> None:
+def test_at_a_discontinuity_the_error_falls_like_the_spacing() -> None:
     disc = lambda x: torch.where(x.square().sum(-1) < 1, 0.0, -math.inf)  # noqa: E731
     for points in (30, 50, 100, 400):
         z = log_z(disc, 1.5, points=points)
         assert 0 < abs(z.value - math.log(math.pi)) < min(3 / points, 3 * z.stderr)
 
 
-def test_jumps_along_cell_borders_cost_nothing() -> None:
+def test_discontinuities_along_cell_borders_cost_nothing() -> None:
     square = lambda x: torch.where(x.abs().amax(-1) < 1, 0.0, -math.inf)  # noqa: E731
     assert log_z(square, 2.0, points=40).value == pytest.approx(math.log(4), abs=1e-12)
 
@@ -65,7 +65,7 @@ def test_single_precision_functions_are_summed_in_double_precision() -> None:
     assert z.value == pytest.approx(math.log(2 * math.pi * 0.7 * 1.3) + 5, abs=1e-6)
 
 
-def test_chunks_do_not_change_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_do_not_change_the_integral(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def watched(x: Tensor) -> Tensor:
@@ -80,6 +80,6 @@ def test_chunks_do_not_change_the_answer(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(("half_width", "points", "dim"), [(1.0, 10, 3), (0.0, 10, 2), (1.0, 0, 2), (1.0, 1, 2)])
-def test_what_cannot_be_integrated_is_refused(half_width: float, points: int, dim: int) -> None:
+def test_settings_without_an_integral_are_refused(half_width: float, points: int, dim: int) -> None:
     with pytest.raises(ValueError, match="needs"):
         log_z(anisotropic_gaussian, half_width, points, dim)

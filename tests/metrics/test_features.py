@@ -43,7 +43,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[Task]:
     image_features.cache_clear()
 
 
-def test_two_kinds_of_images_are_told_apart() -> None:
+def test_two_kinds_of_images_are_separated() -> None:
     found, (x, labels) = classifier(), two_kinds(300, 2)
     accuracy = found.accuracy(x, labels)
     assert accuracy.value > 0.99
@@ -62,7 +62,7 @@ def test_training_twice_gives_the_same_weights_and_touches_no_global_generator()
     assert torch.equal(first.features(x), again.features(x))
 
 
-def test_features_do_not_depend_on_how_many_images_come_together() -> None:
+def test_features_do_not_depend_on_the_size_of_the_batch() -> None:
     found, x = classifier(), two_kinds(2 * features.CHUNK + 1, 4)[0]
     torch.testing.assert_close(found.features(x)[-1:], found.features(x[-1:]))
 
@@ -82,7 +82,7 @@ def test_worse_images_are_farther(made_up: Task) -> None:
     assert set(real) == {"frechet", "precision", "recall", "density", "coverage"}
 
 
-def test_the_classifier_is_trained_once_a_process(made_up: Task) -> None:
+def test_the_classifier_is_trained_once_per_process(made_up: Task) -> None:
     assert image_features("mnist") is image_features("mnist")
     with pytest.raises(ValueError, match="one of mnist, fashion-mnist"):
         image_features("cifar-10")

@@ -36,7 +36,7 @@ def variance_error(x: Tensor, expected: float) -> float:
 # -- one convention
 
 
-def test_the_convention_is_eps_over_two_t_and_root_eps() -> None:
+def test_a_step_has_drift_eps_over_two_t_and_noise_root_eps() -> None:
     x, score, noise = (torch.randn(5, 3, generator=rng(i)) for i in range(3))
     step = langevin_step(x, score, 0.25, noise, temperature=2.0)
     torch.testing.assert_close(step, x + 0.0625 * score + 0.5 * noise)
@@ -127,7 +127,7 @@ def test_a_wrong_score_costs_mala_acceptance_and_not_correctness() -> None:
     assert abs(chain.samples.mean().item()) < 4 / math.sqrt(20_000)
 
 
-def test_mala_rejects_proposals_where_the_density_is_no_number() -> None:
+def test_mala_rejects_proposals_of_density_nan() -> None:
     log_p = lambda x: torch.where(x > 0, -x, math.nan).squeeze(-1)  # noqa: E731
     x = mala(log_p, lambda x: -torch.ones_like(x), torch.ones(4000, 1), 200, 1.0, rng()).samples
     assert bool((x > 0).all())
@@ -196,7 +196,7 @@ def test_the_generator_alone_decides_the_samples(name: str) -> None:
 
 
 @pytest.mark.parametrize(("steps", "eps", "temperature"), [(-1, 0.1, 1.0), (1, 0.0, 1.0), (1, 0.1, 0.0)])
-def test_settings_that_mean_nothing_are_refused(steps: int, eps: float, temperature: float) -> None:
+def test_settings_out_of_range_are_refused(steps: int, eps: float, temperature: float) -> None:
     with pytest.raises(ValueError, match="needs steps >= 0"):
         ula(gaussian(1.0)[1], torch.zeros(1, 1), steps, eps, rng(), temperature)
 
@@ -245,7 +245,7 @@ def test_annealed_langevin_finds_mode_weights_that_plain_langevin_does_not() -> 
 
 
 @pytest.mark.parametrize("sigmas", [[], [1.0, 2.0], [1.0, 0.0]])
-def test_a_ladder_that_does_not_descend_is_refused(sigmas: list[float]) -> None:
+def test_noise_levels_that_do_not_decrease_are_refused(sigmas: list[float]) -> None:
     with pytest.raises(ValueError, match="positive and decreasing"):
         annealed_langevin(lambda x, s: -x, torch.tensor(sigmas), torch.zeros(1, 1), 1, 0.1, rng(), denoise=False)
 
@@ -311,7 +311,7 @@ def test_the_predictor_follows_its_recursion_on_a_gaussian(sde: SDE) -> None:
 
 
 @sdes
-def test_the_predictors_bias_is_of_first_order(sde: SDE) -> None:
+def test_the_bias_of_the_predictor_is_of_first_order(sde: SDE) -> None:
     coarse, fine = (predictor_std(sde, 0.5, steps) - 0.5 for steps in (200, 400))
     assert coarse / fine == pytest.approx(2, abs=0.3)
     assert abs(fine) < 0.01
@@ -405,7 +405,7 @@ def test_sde_samplers_recover_a_mixture(sde: SDE, method: str) -> None:
     assert x[right].std().item() == pytest.approx(0.3, abs=0.02)
 
 
-def test_denoising_ends_with_tweedies_mean() -> None:
+def test_denoising_ends_with_the_posterior_mean() -> None:
     sde = VE(0.5, 20.0)
     score_at = diffused_gaussian(sde, 1.0)
     plain = probability_flow(score_at, sde, 50, 2, 10, rng(1))

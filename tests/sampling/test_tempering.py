@@ -19,18 +19,18 @@ from replicate.tasks.densities import GaussianMixture
 torch.set_num_threads(1)
 
 PAIR = GaussianMixture(torch.tensor([[-4.0], [4.0]]), torch.eye(1), torch.tensor([1.0, 3.0]))
-LADDER = torch.tensor([1.0, 3.0, 9.0])
+TEMPERATURES = torch.tensor([1.0, 3.0, 9.0])
 
 
 def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def tempered(x: Tensor, rounds: int, generator: torch.Generator, ladder: Tensor = LADDER) -> Tempered:
-    return parallel_tempering(PAIR.log_prob, PAIR.score, x, ladder, rounds, 3, 1.5, generator, record_every=1)
+def tempered(x: Tensor, rounds: int, generator: torch.Generator, temperatures: Tensor = TEMPERATURES) -> Tempered:
+    return parallel_tempering(PAIR.log_prob, PAIR.score, x, temperatures, rounds, 3, 1.5, generator, record_every=1)
 
 
-def test_one_temperature_is_mala_bit_for_bit() -> None:
+def test_one_temperature_equals_mala_bit_for_bit() -> None:
     x = torch.randn(50, 1, generator=rng(1), dtype=torch.float64)
     alone = mala(PAIR.log_prob, PAIR.score, x, 12, 1.5, rng(2), record_every=3)
     one = tempered(x, 4, rng(2), torch.ones(1)).coldest
@@ -41,7 +41,7 @@ def test_one_temperature_is_mala_bit_for_bit() -> None:
     assert one.acceptance == pytest.approx(alone.acceptance)
 
 
-def test_every_temperature_is_mala_at_that_temperature_with_a_step_as_many_times_as_large() -> None:
+def test_each_temperature_equals_mala_with_a_step_size_in_proportion() -> None:
     x = torch.randn(50, 1, generator=rng(1), dtype=torch.float64)
     alone = mala(PAIR.log_prob, PAIR.score, x, 12, 1.5 * 4, rng(2), temperature=4.0)
     one = tempered(x, 4, rng(2), torch.tensor([4.0])).coldest
@@ -58,7 +58,7 @@ def test_the_stationary_law_is_the_density_by_quadrature() -> None:
     assert float((share - 0.1).abs().max()) < 4 * math.sqrt(0.09 / 2000)
 
 
-def test_langevin_alone_stays_where_it_started() -> None:
+def test_langevin_alone_stays_in_its_first_mode() -> None:
     x = -4 * torch.ones(500, 1, dtype=torch.float64)
     cold = tempered(x, 50, rng(3)).coldest
     alone = mala(PAIR.log_prob, PAIR.score, x, 200, 1.5, rng(4)).samples
@@ -71,7 +71,7 @@ def test_the_exchange_is_in_detailed_balance_on_every_pair_of_joint_states() -> 
     """pi(a) P(a -> b) = pi(b) P(b -> a) for three replicas on four points, P counted over many draws."""
     log_p = torch.tensor([0.0, -1.0, 0.7, -2.5], dtype=torch.float64)
     states = torch.tensor(list(itertools.product(range(4), repeat=3)))
-    n, t = 4000, LADDER.double()
+    n, t = 4000, TEMPERATURES.double()
     log_pi = (log_p[states] / t).sum(1)
     for first in (0, 1):
         x = states.T[:, :, None].expand(3, 64, n).reshape(3, -1, 1).double()
@@ -99,7 +99,7 @@ def test_states_are_exchanged_and_never_copied() -> None:
         assert torch.equal(out[first], x[first + 1])
 
 
-def test_nothing_is_exchanged_where_the_density_is_no_number() -> None:
+def test_a_pair_with_a_nan_is_not_exchanged() -> None:
     x = torch.arange(2.0)[:, None, None]
     out, accept = exchange(x, torch.tensor([[0.0], [math.nan]]), torch.tensor([1.0, 2.0]), 0, rng())
     assert not bool(accept.any())
@@ -114,13 +114,13 @@ def test_evaluations_of_all_temperatures_are_counted() -> None:
         rows += len(x)
         return PAIR.score(x)
 
-    found = parallel_tempering(PAIR.log_prob, counted, torch.zeros(10, 1), LADDER, 5, 4, 1.0, rng())
+    found = parallel_tempering(PAIR.log_prob, counted, torch.zeros(10, 1), TEMPERATURES, 5, 4, 1.0, rng())
     assert found.coldest.nfe * 10 == rows
     assert found.coldest.path is None
     assert found.swaps.shape == (2,)
 
 
-def test_a_kill_at_any_round_changes_nothing() -> None:
+def test_an_interrupted_run_resumes_bit_for_bit() -> None:
     x = torch.zeros(20, 1, dtype=torch.float64)
     whole = tempered(x, 6, rng(5))
     kept: list[State] = []
@@ -134,7 +134,7 @@ def test_a_kill_at_any_round_changes_nothing() -> None:
         return PAIR.score(y)
 
     def run(score_) -> Tempered:  # type: ignore[no-untyped-def]
-        return parallel_tempering(PAIR.log_prob, score_, x, LADDER, 6, 3, 1.5, rng(5), record_every=1)
+        return parallel_tempering(PAIR.log_prob, score_, x, TEMPERATURES, 6, 3, 1.5, rng(5), record_every=1)
 
     journal = Journal(kept.append, every=1e9)
     with pytest.raises(Stopped), journal.active():
@@ -148,10 +148,10 @@ def test_a_kill_at_any_round_changes_nothing() -> None:
     assert again.coldest.acceptance == whole.coldest.acceptance
 
 
-@pytest.mark.parametrize("ladder", [[], [2.0, 1.0], [0.0, 1.0], [1.0, 1.0]])
-def test_a_ladder_that_does_not_rise_is_refused(ladder: list[float]) -> None:
+@pytest.mark.parametrize("values", [[], [2.0, 1.0], [0.0, 1.0], [1.0, 1.0]])
+def test_temperatures_that_do_not_increase_are_refused(values: list[float]) -> None:
     with pytest.raises(ValueError, match="positive and increasing"):
-        tempered(torch.zeros(1, 1), 1, rng(), torch.tensor(ladder))
+        tempered(torch.zeros(1, 1), 1, rng(), torch.tensor(values))
 
 
 def test_a_negative_number_of_rounds_is_refused() -> None:

@@ -98,7 +98,7 @@ def test_three_times_the_noise_counts_three_times() -> None:
     torch.testing.assert_close(loss, -h[:10].log().mean() - 3 * (1 - h[10:]).log().mean())
 
 
-def test_gaussian_noise_is_scipy_s() -> None:
+def test_gaussian_noise_equals_scipy() -> None:
     g = torch.Generator().manual_seed(2)
     x = torch.randn(500, 3, generator=g, dtype=torch.float64) @ torch.randn(3, 3, generator=g, dtype=torch.float64)
     for diagonal in (False, True):

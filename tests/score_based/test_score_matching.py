@@ -173,7 +173,7 @@ def test_denoising_loss_stays_finite_in_half_precision_at_tiny_noise() -> None:
     torch.testing.assert_close(loss, 0.5 * z.square().sum(-1), rtol=0.01, atol=0.01)
 
 
-def test_the_score_of_an_energy_forgets_constants_and_has_no_curl() -> None:
+def test_the_score_of_an_energy_ignores_constants_and_has_no_curl() -> None:
     torch.manual_seed(0)
     net = EnergyScore(3, 8, 2).double()
     x = torch.randn(4, 3, generator=generator(), dtype=torch.float64)
@@ -185,7 +185,7 @@ def test_the_score_of_an_energy_forgets_constants_and_has_no_curl() -> None:
     torch.testing.assert_close(jacobian, jacobian.T, rtol=0, atol=1e-12)
 
 
-def test_the_energy_model_s_score_is_minus_the_gradient_of_its_energy() -> None:
+def test_the_score_of_the_energy_model_is_minus_the_gradient_of_its_energy() -> None:
     model = entries.DSM_ENERGY.build(DataInfo(2, "continuous"), **entries.DSM_ENERGY.params)
     x = torch.randn(5, 2, generator=generator()).requires_grad_(True)
     (grad,) = torch.autograd.grad(model.energy(x).sum(), x)
@@ -211,7 +211,7 @@ def test_an_untrained_noise_network_is_exact_on_a_gaussian() -> None:
         torch.testing.assert_close(eps, expected)
 
 
-def test_noise_predictions_of_an_example_do_not_depend_on_its_batch_mates() -> None:
+def test_noise_predictions_do_not_depend_on_the_rest_of_the_batch() -> None:
     torch.manual_seed(0)
     net = NoiseNet(2, hidden=16, depth=3, features=8).double()
     nn.init.normal_(net.last.weight)
@@ -220,7 +220,7 @@ def test_noise_predictions_of_an_example_do_not_depend_on_its_batch_mates() -> N
     torch.testing.assert_close(net(y, level), alone)
 
 
-def test_beyond_its_reach_a_noise_network_leaves_the_gaussian_fit_to_itself() -> None:
+def test_beyond_its_reach_a_noise_network_adds_little_to_the_gaussian_fit() -> None:
     """Twice as far away, the prediction grows by the fit's own part alone."""
     torch.manual_seed(0)
     net = NoiseNet(2, hidden=16, depth=3, reach=3.0).double()
@@ -259,7 +259,7 @@ def test_entries_build_train_and_sample_reproducibly(name: str) -> None:
     assert not torch.equal(sample, outcome(2)[1])
 
 
-def test_a_denoising_model_learns_a_gaussian_s_smoothed_score() -> None:
+def test_a_denoising_model_learns_the_smoothed_score_of_a_gaussian() -> None:
     x = 0.8 * torch.randn(2000, 2, generator=generator())
     torch.manual_seed(0)
     model = DenoisingModel(FreeScore(2, 16, 1), sigma=0.6, dim=2, langevin_steps=300, step_size=0.05)
@@ -275,7 +275,7 @@ def test_a_denoising_model_learns_a_gaussian_s_smoothed_score() -> None:
     torch.testing.assert_close(samples.var(0), torch.ones(2), rtol=0, atol=0.15)
 
 
-def test_dropout_is_the_generator_s_and_off_in_evaluation() -> None:
+def test_dropout_uses_the_generator_and_is_off_in_evaluation() -> None:
     torch.manual_seed(0)
     net = NoiseNet(2, hidden=16, depth=2, dropout=0.5)
     nn.init.normal_(net.last.weight)

@@ -66,7 +66,7 @@ def test_images_that_cannot_be_halved_twice_are_refused() -> None:
 
 
 @pytest.mark.parametrize("log_rho", [-6.0, 1.0])
-def test_before_training_it_is_the_score_of_the_noised_gaussian_fit(log_rho: float) -> None:
+def test_an_untrained_unet_is_the_score_of_the_noised_gaussian_fit(log_rho: float) -> None:
     net, x = network().double(), correlated()
     truth = fitted(net, x)
     rho = math.exp(log_rho)
@@ -77,7 +77,7 @@ def test_before_training_it_is_the_score_of_the_noised_gaussian_fit(log_rho: flo
     torch.testing.assert_close(eps, -rho * score, rtol=1e-4, atol=1e-6)
 
 
-def test_it_starts_where_the_suite_s_other_network_starts() -> None:
+def test_the_unet_starts_at_the_same_function_as_the_mlp() -> None:
     mlp, unet, x = NoiseNet(16, hidden=4, depth=2), network(), correlated()
     mlp.gaussian.fit(x)
     unet.gaussian.fit(x)
@@ -108,7 +108,7 @@ def test_from_the_start_the_gradient_reaches_the_last_layer_alone() -> None:
     assert {"first", "up", "last"} <= moved[1]
 
 
-def test_an_image_does_not_depend_on_its_batch_mates() -> None:
+def test_an_image_does_not_depend_on_the_rest_of_its_batch() -> None:
     net, x = network(stirred=True), correlated(6)
     net.gaussian.fit(x)
     level = torch.linspace(-3, 1, 6)
@@ -116,7 +116,7 @@ def test_an_image_does_not_depend_on_its_batch_mates() -> None:
     torch.testing.assert_close(net(far, level)[:1], net(x[:1], level[:1]), rtol=1e-4, atol=1e-5)
 
 
-def test_upsampling_is_torch_s_nearest_neighbour() -> None:
+def test_upsampling_equals_torch_nearest_neighbour() -> None:
     h = torch.randn(2, 3, 2, 4, generator=generator())
     grow = Upsample(3, 5)
     torch.testing.assert_close(grow(h), grow.conv(torch.nn.functional.interpolate(h, scale_factor=2.0)))
@@ -150,7 +150,7 @@ def uncorrelated(name: str) -> tuple[DequantisedImages, torch.distributions.Norm
     return model.double(), truth
 
 
-def test_the_flow_s_likelihood_of_an_untrained_unet_is_the_gaussian_s() -> None:
+def test_the_flow_likelihood_of_an_untrained_unet_is_that_of_the_gaussian() -> None:
     model, truth = uncorrelated("vp")
     x = torch.randn(3, 32, generator=generator(), dtype=torch.float64)
     found = ode_log_prob(model.inner, x, generator(), steps=16)
@@ -159,7 +159,7 @@ def test_the_flow_s_likelihood_of_an_untrained_unet_is_the_gaussian_s() -> None:
     assert error < 0.06
 
 
-def test_bits_per_dim_of_levels_are_the_gaussian_s() -> None:
+def test_bits_per_dim_of_levels_are_those_of_the_gaussian() -> None:
     """The whole way from integers to the bound on log P, for the draw of u that the model makes."""
     model, truth = uncorrelated("ve")
     x = torch.randint(0, 8, (3, 32), generator=generator(3)).double()

@@ -66,7 +66,9 @@ def training_and_test(dynamic: bool) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def code_adam_step(parameters: list[nn.Parameter], first: list[Tensor], second: list[Tensor], number: int, lr: float) -> None:
+def code_adam_step(
+    parameters: list[nn.Parameter], first: list[Tensor], second: list[Tensor], number: int, lr: float
+) -> None:
     """Take a step of Adam as the released code has it, with eps = 1e-4 outside the bias correction.
 
     Args:
@@ -84,7 +86,7 @@ def code_adam_step(parameters: list[nn.Parameter], first: list[Tensor], second: 
     torch._foreach_add_(scale, 1e-4)
     change = torch._foreach_mul(first, rate)
     torch._foreach_div_(change, scale)
-    torch._foreach_sub_(parameters, change)
+    torch._foreach_sub_([*parameters], [*change])
 
 
 def schedule(stages: int, shortened: int = 1) -> Iterator[tuple[int, float]]:

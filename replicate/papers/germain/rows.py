@@ -35,7 +35,7 @@ def adagrad_step(parameters: list[nn.Parameter], squares: list[Tensor], lr: floa
     torch._foreach_addcmul_(squares, gradients, gradients, 1.0)
     roots = torch._foreach_add(squares, 1e-6)
     torch._foreach_sqrt_(roots)
-    torch._foreach_addcdiv_(parameters, gradients, roots, -lr)
+    torch._foreach_addcdiv_([*parameters], gradients, roots, -lr)
 
 
 @dataclass(frozen=True, kw_only=True)
