@@ -9,8 +9,8 @@ goes through `resumable`, which remembers its progress:
     return state["x"]
 
 Everything that the loop changes must be in `state` and be read from there. In the second process the n-th loop matches
-the n-th loop of the first: a loop that had ended is skipped with its last state, an interrupted one resumes from the last
-save. A loop inside the step of another is part of that step and is not remembered by itself.
+the n-th loop of the first: a loop that had ended is skipped with its last state, an interrupted one resumes from the
+last save. A loop inside the step of another is part of that step and is not remembered by itself.
 
 Without a `Journal` (in tests, in notebooks) `resumable` is `range`. This module knows neither files nor models;
 `replicate.runs.checkpoint` writes a journal to disk.

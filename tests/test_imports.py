@@ -11,7 +11,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 #: from the bottom up; a module imports its own room and those before it
 ROOMS = (
-    *("errors", "validation", "resume", "fitting", "model", "registry", "sde", "data", "tasks", "sampling", "likelihood"),
+    *(
+        "errors",
+        "validation",
+        "resume",
+        "fitting",
+        "model",
+        "registry",
+        "sde",
+        "data",
+        "tasks",
+        "sampling",
+        "likelihood",
+    ),
     *("metrics", "score_based", "energies", "runs", "ledger", "experiments", "papers", "report", "sweeps", "cli"),
     *("testing", "__main__"),
 )

@@ -87,6 +87,9 @@ class Claims:
     tables: tuple[MeasureTable, ...] = ()
 
 
+NO_CLAIMS = Claims()
+
+
 def read_ledger() -> Claims:
     """Read the claims of every paper, and the tables that compare print with released code.
 

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from replicate.errors import ReportError
-from replicate.ledger.tables import Claims
+from replicate.ledger.tables import NO_CLAIMS, Claims
 from replicate.report import ledger as claims_ledger
 from replicate.report.drawing import Figure, save, style
 from replicate.report.figures import all_figures
@@ -149,7 +149,7 @@ def build(
     out_folder: Path,
     profile: str,
     run_ids: Iterable[str] | None = None,
-    claims: Claims = Claims(),
+    claims: Claims = NO_CLAIMS,
     keep: Iterable[str] | None = (),
 ) -> Path:
     """Write measurements, summary, records, tables, figures, report and manifest of a folder of runs.
@@ -195,7 +195,7 @@ def build(
 # -- the check
 
 
-def verify(out_folder: Path, claims: Claims = Claims()) -> list[str]:
+def verify(out_folder: Path, claims: Claims = NO_CLAIMS) -> list[str]:
     """List what is wrong with a results folder, one line per problem.
 
     Check that every file is the one in the manifest, that summary.csv follows from measurements.csv, that every run id
