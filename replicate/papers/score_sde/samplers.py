@@ -84,7 +84,8 @@ def measure_tolerances(run: Run, score_at: ScoreAt, sde: SDE, x: Tensor, quality
         run.measure(f"displacement:{name}", Estimate.mean_of(moved, "estimate", "distance"))
     ours = [run.estimates[f"nfe:{name}"].value for name in PRINTED_NFE]
     x_axis = [float(name) for name in PRINTED_NFE]
-    curves = {"ours": (x_axis, ours), "printed, CIFAR-10": (x_axis, list(PRINTED_NFE.values()))}
+    printed = [float(nfe) for nfe in PRINTED_NFE.values()]
+    curves = {"ours": (x_axis, ours), "printed, CIFAR-10": (x_axis, printed)}
     title = "Evaluations of the probability flow by tolerance"
     run.curves("tolerance", title, ("tolerance", "score evaluations"), curves, log="xy")
 
@@ -109,7 +110,7 @@ def mixture_distance(truth: GaussianMixture, x: Tensor) -> Estimate:
 
 
 def best_snr(truth: GaussianMixture, draw: Callable[..., Tensor], chains: int) -> float:
-    """Return the r whose samples are nearest, on chains of its own, so that the reported samples are not searched."""
+    """Return the r whose samples are nearest; these are chains of their own, not the reported ones."""
     pilots = {r: draw(chains // len(SNRS), snr=r) for r in SNRS}
     return min(SNRS, key=lambda r: mixture_distance(truth, pilots[r]).value)
 
