@@ -24,12 +24,13 @@ restarted, and log Z is annealed from the Gaussian: all that is `baselines.ebm.N
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from baselines.ebm import NeuralEBM
+from baselines.ebm import NeuralEBM, NeuralSettings
 from replicate.model import DataInfo, Family, Model, ModelEntry, Training
 
 
@@ -103,11 +104,11 @@ def langevin(
     return x
 
 
-class ConvEBM(Model):
-    """exp(-U(x)), U = (2 / eps) u(x), learned from the ends of short chains; nothing says that it can be normalised.
+@dataclass(frozen=True)
+class ConvSettings:
+    """Settings of `ConvEBM`.
 
-    Args:
-        info: images; `langevin_sd` and `noise` are in the data's units.
+    Attributes:
         width, layers: of `conv_net`.
         chains: in the replay buffer, at least the batch's size.
         steps: K, Langevin steps before each update.
@@ -119,33 +120,40 @@ class ConvEBM(Model):
             apart, which must be more than a chain falls on its way from noise: 0.1 is too much for 28x28 pixels.
     """
 
+    width: int = 32
+    layers: int = 3
+    chains: int = 1000
+    steps: int = 50
+    langevin_sd: float = 0.01
+    restart: float = 0.05
+    temperature: float = 1.0
+    noise: float = 0.03
+    penalty: float = 0.001
+
+
+class ConvEBM(Model):
+    """exp(-U(x)), U = (2 / eps) u(x), learned from the ends of short chains; nothing says that it can be normalised.
+
+    Args:
+        info: images; `langevin_sd` and `noise` are in the data's units.
+        s: see `ConvSettings`.
+    """
+
     family: ClassVar[Family] = "ebm"
     capabilities = frozenset({"energy", "score", "sample"})
     replay: Tensor
     limits: Tensor
 
-    def __init__(
-        self,
-        info: DataInfo,
-        width: int = 32,
-        layers: int = 3,
-        chains: int = 1000,
-        steps: int = 50,
-        langevin_sd: float = 0.01,
-        restart: float = 0.05,
-        temperature: float = 1.0,
-        noise: float = 0.03,
-        penalty: float = 0.001,
-    ) -> None:
+    def __init__(self, info: DataInfo, s: ConvSettings) -> None:
         super().__init__()
-        if not 0 < restart <= 1:
-            raise ValueError(f"restart is {restart}; it must be a probability above 0, or a chain never sees noise")
-        self.steps, self.step_size, self.restart = steps, langevin_sd**2, restart
-        self.temperature, self.noise, self.penalty = temperature, noise, penalty
+        if not 0 < s.restart <= 1:
+            raise ValueError(f"restart is {s.restart}; it must be a probability above 0, or a chain never sees noise")
+        self.steps, self.step_size, self.restart = s.steps, s.langevin_sd**2, s.restart
+        self.temperature, self.noise, self.penalty = s.temperature, s.noise, s.penalty
         #: a chain of the buffer has seen this many steps on average since it was noise
-        self.nfe = round(steps / restart)
-        self.u = conv_net(image_of(info), width, layers)
-        self.register_buffer("replay", torch.zeros(chains, info.dim))
+        self.nfe = round(s.steps / s.restart)
+        self.u = conv_net(image_of(info), s.width, s.layers)
+        self.register_buffer("replay", torch.zeros(s.chains, info.dim))
         self.register_buffer("limits", torch.tensor([-1.0, 1.0]))
 
     def initialise(self, train: Tensor, generator: torch.Generator) -> None:
@@ -199,7 +207,7 @@ class TiltedConvEBM(NeuralEBM):
 
     def __init__(self, info: DataInfo, width: int = 8, layers: int = 2, **settings: Any) -> None:
         # no proposals from p0, which is never right in many dimensions; the perceptron is replaced
-        super().__init__(info, hidden=1, layers=1, jump=0.0, **settings)
+        super().__init__(info, NeuralSettings(hidden=1, layers=1, jump=0.0, **settings))
         self.g = nn.Sequential(PixelScale(info.dim), conv_net(image_of(info), width, layers))
 
 

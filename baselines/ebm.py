@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from baselines.layers import from_settings
 from replicate.model import DataInfo, Family, Model, ModelEntry, Training
 
 
@@ -305,11 +307,11 @@ class Waves(nn.Module):
         return torch.cat([phase.sin(), phase.cos()], 1)
 
 
-class NeuralEBM(Model):
-    """p(x) = p0(x) exp(-g(x)) / Z with a Gaussian (mixture) base p0 and a multilayer perceptron g.
+@dataclass(frozen=True)
+class NeuralSettings:
+    """Settings of `NeuralEBM`.
 
-    Args:
-        info: continuous data of unit scale.
+    Attributes:
         hidden, layers: width and number of hidden layers of g.
         frequency: standard deviation of the wave numbers where g's first layer is sines; 0 for a plain first layer.
         components: Gaussians in the base.
@@ -324,41 +326,48 @@ class NeuralEBM(Model):
         check: (chains, annealing steps) of the log Z inside `validation_loss`.
     """
 
+    hidden: int = 128
+    layers: int = 3
+    frequency: float = 0.0
+    components: int = 1
+    prior: float = 0.0
+    inflation: float = 1.1
+    chains: int = 512
+    moves: int = 2
+    jump: float = 0.3
+    bound: float = 0.0
+    sweeps: tuple[int, int] = (100, 50)
+    check: tuple[int, int] = (500, 50)
+
+
+class NeuralEBM(Model):
+    """p(x) = p0(x) exp(-g(x)) / Z with a Gaussian (mixture) base p0 and a multilayer perceptron g.
+
+    Args:
+        info: continuous data of unit scale.
+        s: see `NeuralSettings`.
+    """
+
     family: ClassVar[Family] = "ebm"
     capabilities = frozenset({"energy", "score", "annealing", "sample"})
     replay: Tensor
     spread: Tensor
     log_step: Tensor
 
-    def __init__(
-        self,
-        info: DataInfo,
-        hidden: int = 128,
-        layers: int = 3,
-        frequency: float = 0.0,
-        components: int = 1,
-        prior: float = 0.0,
-        inflation: float = 1.1,
-        chains: int = 512,
-        moves: int = 2,
-        jump: float = 0.3,
-        bound: float = 0.0,
-        sweeps: tuple[int, int] = (100, 50),
-        check: tuple[int, int] = (500, 50),
-    ) -> None:
+    def __init__(self, info: DataInfo, s: NeuralSettings) -> None:
         super().__init__()
-        self.prior, self.inflation, self.jump, self.bound = prior, inflation, jump, bound
-        self.moves, self.sweeps, self.check = moves, sweeps, check
-        self.nfe = sum(self.sweeps) * (moves + 1)
-        waves = Waves(info.dim, hidden // 2, frequency) if frequency else None
-        widths = [hidden if waves else info.dim] + [hidden] * (layers - bool(waves))
+        self.prior, self.inflation, self.jump, self.bound = s.prior, s.inflation, s.jump, s.bound
+        self.moves, self.sweeps, self.check = s.moves, s.sweeps, s.check
+        self.nfe = sum(s.sweeps) * (s.moves + 1)
+        waves = Waves(info.dim, s.hidden // 2, s.frequency) if s.frequency else None
+        widths = [s.hidden if waves else info.dim] + [s.hidden] * (s.layers - bool(waves))
         blocks = [nn.Sequential(nn.Linear(a, b), nn.SiLU()) for a, b in pairwise(widths)]
-        head = nn.Linear(hidden, 1)
+        head = nn.Linear(s.hidden, 1)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         self.g = nn.Sequential(*([waves] if waves else []), *blocks, head)
-        self.base = GaussianMixture(info.dim, components)
-        self.register_buffer("replay", torch.zeros(chains, info.dim))
+        self.base = GaussianMixture(info.dim, s.components)
+        self.register_buffer("replay", torch.zeros(s.chains, info.dim))
         self.register_buffer("spread", torch.eye(info.dim))
         # log Langevin step at beta = 0 and beta = 1; 1.65^2 D^(-1/3) is the optimum on a Gaussian (Roberts &
         # Rosenthal 1998)
@@ -459,19 +468,12 @@ class NeuralEBM(Model):
         return (beta - beta_next) * g.double(), moved
 
 
-def _build(kind: type[Model], **fixed: Any) -> Callable[..., Model]:
-    def build(info: DataInfo, **params: Any) -> Model:
-        return kind(info, **{**fixed, **params})
-
-    return build
-
-
 #: CD-k raises spurious modes far from the data unless the weights stay small: stronger decay and fewer steps than PCD
 RBM_CD = ModelEntry(
     family="ebm",
     about="restricted Boltzmann machine, contrastive divergence",
     paper="Hinton 2002, Neural Computation 14(8)",
-    build=_build(RBM),
+    build=RBM,
     domains=frozenset({"levels", "bits"}),
     params={"hidden": 200, "features": 3, "gibbs": 10, "chains": 0},
     training=Training(steps=1000, batch_size=100, lr=1e-3, weight_decay=1.0, ema=0.998, validate_every=250),
@@ -484,7 +486,7 @@ RBM_PCD = ModelEntry(
     family="ebm",
     about="restricted Boltzmann machine, persistent contrastive divergence",
     paper="Tieleman 2008, ICML",
-    build=_build(RBM),
+    build=RBM,
     domains=frozenset({"levels", "bits"}),
     params={"hidden": 200, "features": 3, "gibbs": 1, "chains": 200},
     training=Training(steps=3000, batch_size=100, lr=2e-3, weight_decay=0.1, ema=0.998, validate_every=1000),
@@ -511,7 +513,7 @@ NEURAL_EBM = ModelEntry(
     family="ebm",
     about="neural energy tilting a Gaussian base, persistent Langevin negatives",
     paper="Du & Mordatch 2019, 1903.08689",
-    build=_build(NeuralEBM),
+    build=from_settings(NeuralEBM, NeuralSettings),
     domains=frozenset({"continuous"}),
     params={
         "hidden": 64,

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baselines.layers import dropout
+from baselines.layers import dropout, from_settings
 from replicate.model import DataInfo, Model, ModelEntry, Training
 
 
@@ -405,22 +405,26 @@ def build_realnvp(
     return _stack(info, parts, principal)
 
 
-def build_spline_flow(
-    info: DataInfo,
-    couplings: int = 4,
-    hidden: int = 64,
-    blocks: int = 1,
-    dropout: float = 0.0,
-    sharpness: float = 1.0,
-    bins: int = 16,
-    bound: float = 4.0,
-    principal: bool = False,
-    shrinkage: float = 0.0,
-) -> Flow:
-    """Spline flow; see `Shape`, `SplineCoupling` and `Whitening` for the arguments."""
-    shape = Shape(hidden, blocks, dropout, sharpness)
-    parts = [SplineCoupling(info.dim, kept, shape, bins, bound) for kept in splits(info.dim, couplings)]
-    return _stack(info, parts, principal, shrinkage)
+@dataclass(frozen=True)
+class SplineFlowSettings:
+    """Settings of the spline flow; see `Shape`, `SplineCoupling` and `Whitening`."""
+
+    couplings: int = 4
+    hidden: int = 64
+    blocks: int = 1
+    dropout: float = 0.0
+    sharpness: float = 1.0
+    bins: int = 16
+    bound: float = 4.0
+    principal: bool = False
+    shrinkage: float = 0.0
+
+
+def build_spline_flow(info: DataInfo, s: SplineFlowSettings) -> Flow:
+    """Build a spline flow."""
+    shape = Shape(s.hidden, s.blocks, s.dropout, s.sharpness)
+    parts = [SplineCoupling(info.dim, kept, shape, s.bins, s.bound) for kept in splits(info.dim, s.couplings)]
+    return _stack(info, parts, s.principal, s.shrinkage)
 
 
 #: 1000 images: what limits the fit is overfitting, so dropout, and the step that validation likes best
@@ -463,7 +467,7 @@ SPLINE_FLOW = ModelEntry(
     family="flow",
     about="rational-quadratic spline coupling flow",
     paper="Durkan, Bekasov, Murray, Papamakarios 2019, 1906.04032",
-    build=build_spline_flow,
+    build=from_settings(build_spline_flow, SplineFlowSettings),
     domains=frozenset({"continuous"}),
     params={"couplings": 4, "hidden": 64, "blocks": 1, "bins": 8},
     training=Training(steps=500, batch_size=512, lr=3e-3, ema=0.99),

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -30,7 +31,7 @@ from torch.nn import functional as F
 
 from baselines import flow
 from baselines.flow import Layer, Shape
-from baselines.layers import dropout
+from baselines.layers import dropout, from_settings
 from replicate.model import DataInfo, Model, ModelEntry, Training
 
 #: training images that the actnorms are initialised from
@@ -345,66 +346,62 @@ def mixing(permutation: str, channels: int, depth: int) -> list[list[Layer]]:
     raise ValueError(f"permutation is {permutation!r}; it must be 'mask' or 'conv1x1'")
 
 
-def build(
-    info: DataInfo,
-    coupling: str,
-    permutation: str,
-    scales: int = 2,
-    depth: int = 4,
-    hidden: int = 32,
-    blocks: int = 1,
-    dropout: float = 0.0,
-    positions: bool = False,
-    bound: float = 4.0,
-    bins: int = 8,
-) -> ImageFlow:
-    """Build an image flow.
+@dataclass(frozen=True)
+class ImageFlowSettings:
+    """Settings of an image flow.
 
-    Args:
+    Attributes:
         coupling: "affine" with log scales between -bound and bound, or "spline" with so many bins on [-bound, bound].
         permutation: see `mixing`.
         scales: at most; no more than the sides of the image can be halved.
         depth: steps a scale.
         hidden, blocks, dropout: see `Shape`.
         positions: the conditioners know where in the image they are.
+    """
+
+    coupling: str
+    permutation: str
+    scales: int = 2
+    depth: int = 4
+    hidden: int = 32
+    blocks: int = 1
+    dropout: float = 0.0
+    positions: bool = False
+    bound: float = 4.0
+    bins: int = 8
+
+
+def build(info: DataInfo, s: ImageFlowSettings) -> ImageFlow:
+    """Build an image flow.
 
     Raises:
         ValueError: the data are not images of even sides, or an option has an unknown value.
     """
-    if coupling not in ("affine", "spline"):
-        raise ValueError(f"coupling is {coupling!r}; it must be 'affine' or 'spline'")
+    if s.coupling not in ("affine", "spline"):
+        raise ValueError(f"coupling is {s.coupling!r}; it must be 'affine' or 'spline'")
     if info.image is None or any(side % 2 for side in info.image):
         found = "these data are no images" if info.image is None else f"these have {info.image[0]} x {info.image[1]}"
         raise ValueError(f"an image flow needs images of even sides, and {found}; use realnvp or spline-flow")
-    shape, made = Shape(hidden, blocks, dropout), list[list[Layer]]()
+    shape, made = Shape(s.hidden, s.blocks, s.dropout), list[list[Layer]]()
     height, width = info.image
-    while len(made) < scales and not (height % 2 or width % 2):
+    while len(made) < s.scales and not (height % 2 or width % 2):
         height, width, channels = height // 2, width // 2, 4 << len(made)
-        places = (height, width) if positions else None
+        places = (height, width) if s.positions else None
         layers: list[Layer] = [Squeeze()]
-        for mixed in mixing(permutation, channels, depth):
+        for mixed in mixing(s.permutation, channels, s.depth):
             layers += [ActNorm(channels), *mixed]
-            if coupling == "affine":
-                layers.append(AffineImageCoupling(channels, shape, bound, places))
+            if s.coupling == "affine":
+                layers.append(AffineImageCoupling(channels, shape, s.bound, places))
             else:
-                layers.append(SplineImageCoupling(channels, shape, bound, bins, places))
+                layers.append(SplineImageCoupling(channels, shape, s.bound, s.bins, places))
         made.append(layers)
     return ImageFlow(info.image, made)
 
 
-def build_realnvp(info: DataInfo, **params: Any) -> ImageFlow:
-    """Affine couplings under fixed masks; see `build`."""
-    return build(info, "affine", "mask", **params)
-
-
-def build_glow(info: DataInfo, **params: Any) -> ImageFlow:
-    """Affine couplings between learned 1x1 convolutions; see `build`."""
-    return build(info, "affine", "conv1x1", **params)
-
-
-def build_spline(info: DataInfo, **params: Any) -> ImageFlow:
-    """Spline couplings between learned 1x1 convolutions; see `build`."""
-    return build(info, "spline", "conv1x1", **params)
+#: affine couplings under fixed masks, between learned 1x1 convolutions, and spline couplings between these
+build_realnvp = from_settings(build, ImageFlowSettings, coupling="affine", permutation="mask")
+build_glow = from_settings(build, ImageFlowSettings, coupling="affine", permutation="conv1x1")
+build_spline = from_settings(build, ImageFlowSettings, coupling="spline", permutation="conv1x1")
 
 
 _PARAMS: dict[str, Any] = {

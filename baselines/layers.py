@@ -1,9 +1,31 @@
-"""What several families share: dropout whose masks come from an explicit generator."""
+"""Pieces that several families share: settings as values, and dropout whose masks come from an explicit generator."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
+
+from replicate.model import DataInfo
+
+M, S = TypeVar("M"), TypeVar("S")
+
+
+def from_settings(build: Callable[[DataInfo, S], M], settings: type[S], **fixed: Any) -> Callable[..., M]:
+    """Return a builder that takes the fields of a settings dataclass as keyword arguments, as `ModelEntry.build` does.
+
+    Args:
+        build: takes the data's shape and the settings.
+        settings: the dataclass.
+        fixed: values of fields that are not parameters of the builder.
+    """
+
+    def build_from(info: DataInfo, **params: Any) -> M:
+        return build(info, settings(**{**fixed, **params}))
+
+    return build_from
 
 
 def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:

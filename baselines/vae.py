@@ -17,13 +17,14 @@ Departures:
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines.layers import dropout
+from baselines.layers import dropout, from_settings
 from replicate.model import DataInfo, Family, Model, ModelEntry, Training
 
 LOG_2PI = math.log(2 * math.pi)
@@ -239,11 +240,11 @@ def quasi_normal(points: int, dim: int) -> Tensor:
     return torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)).float()
 
 
-class VariationalAutoencoder(Model):
-    """VAE (draws = 1) and IWAE (draws > 1).
+@dataclass(frozen=True)
+class VaeSettings:
+    """Settings of `VariationalAutoencoder`.
 
-    Args:
-        info: the data's shape and domain.
+    Attributes:
         latent: dimensions of z.
         width: hidden units of the encoder and of the decoder.
         blocks: residual blocks of each.
@@ -257,39 +258,46 @@ class VariationalAutoencoder(Model):
         valid_draws: k of the IW bound that selects the best step.
     """
 
+    latent: int = 16
+    width: int = 128
+    blocks: int = 1
+    components: int = 1
+    draws: int = 1
+    dropout: float = 0.0
+    input_dropout: float = 0.0
+    beta_warmup: int = 0
+    rank: int = 4
+    score_draws: int = 8
+    valid_draws: int = 16
+
+
+class VariationalAutoencoder(Model):
+    """VAE (draws = 1) and IWAE (draws > 1).
+
+    Args:
+        info: the data's shape and domain.
+        s: see `VaeSettings`.
+    """
+
     #: least log standard deviation of q(z | x)
     FLOOR: ClassVar[float] = -8.0
     family: ClassVar[Family] = "vae"
     steps: Tensor
     score_noise: Tensor
 
-    def __init__(
-        self,
-        info: DataInfo,
-        latent: int = 16,
-        width: int = 128,
-        blocks: int = 1,
-        components: int = 1,
-        draws: int = 1,
-        dropout: float = 0.0,
-        input_dropout: float = 0.0,
-        beta_warmup: int = 0,
-        rank: int = 4,
-        score_draws: int = 8,
-        valid_draws: int = 16,
-    ) -> None:
+    def __init__(self, info: DataInfo, s: VaeSettings) -> None:
         super().__init__()
-        self.info, self.latent, self.draws, self.valid_draws = info, latent, draws, valid_draws
-        self.input_dropout, self.beta_warmup = input_dropout, beta_warmup
-        self.decoder = make_decoder(info, rank)
-        self.encode = Net(self.decoder.inputs, width, blocks, 2 * latent, dropout)
-        self.decode = Net(latent, width, blocks, self.decoder.outputs, dropout)
-        self.prior = MixturePrior(latent, components)
+        self.info, self.latent, self.draws, self.valid_draws = info, s.latent, s.draws, s.valid_draws
+        self.input_dropout, self.beta_warmup = s.input_dropout, s.beta_warmup
+        self.decoder = make_decoder(info, s.rank)
+        self.encode = Net(self.decoder.inputs, s.width, s.blocks, 2 * s.latent, s.dropout)
+        self.decode = Net(s.latent, s.width, s.blocks, self.decoder.outputs, s.dropout)
+        self.prior = MixturePrior(s.latent, s.components)
         self.register_buffer("steps", torch.zeros(()))
         self.capabilities = frozenset({"importance_weights", "sample"})
         if info.domain == "continuous":
             self.capabilities |= {"score"}
-            self.register_buffer("score_noise", quasi_normal(score_draws, latent), persistent=False)
+            self.register_buffer("score_noise", quasi_normal(s.score_draws, s.latent), persistent=False)
 
     @torch.no_grad()
     def initialise(self, train: Tensor, generator: torch.Generator) -> None:
@@ -417,7 +425,7 @@ VAE = ModelEntry(
     family="vae",
     about="variational autoencoder trained by the ELBO",
     paper="Kingma and Welling 2014, arXiv:1312.6114",
-    build=VariationalAutoencoder,
+    build=from_settings(VariationalAutoencoder, VaeSettings),
     domains=frozenset({"continuous", "levels", "bits"}),
     params={**_PARAMS, "draws": 1},
     training=Training(steps=1500, batch_size=128, lr=2e-3, weight_decay=0.1, ema=0.99, validate_every=100),
@@ -433,7 +441,7 @@ IWAE = ModelEntry(
     family="vae",
     about="importance-weighted autoencoder trained by the IW-k bound",
     paper="Burda, Grosse and Salakhutdinov 2016, arXiv:1509.00519",
-    build=VariationalAutoencoder,
+    build=from_settings(VariationalAutoencoder, VaeSettings),
     domains=frozenset({"continuous", "levels", "bits"}),
     params={**_PARAMS, "draws": 5},
     training=Training(steps=700, batch_size=128, lr=2e-3, weight_decay=0.1, ema=0.99, validate_every=100),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.conv_ebm import CONV_EBM, ConvEBM, TiltedConvEBM, conv_net, langevin
+from baselines.conv_ebm import CONV_EBM, ConvEBM, ConvSettings, TiltedConvEBM, conv_net, langevin
 from replicate.likelihood.ais import bracket, schedule
 from replicate.likelihood.quadrature import log_z
 from replicate.model import DataInfo, Model, Training
@@ -35,7 +35,7 @@ def images(n: int, info: DataInfo = SMALL) -> Tensor:
 def short_run(chains: int = 40, steps: int = 3, **settings: float) -> ConvEBM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return ConvEBM(SMALL, width=3, layers=2, chains=chains, steps=steps, **settings)
+        return ConvEBM(SMALL, ConvSettings(width=3, layers=2, chains=chains, steps=steps, **settings))
 
 
 Kind = TypeVar("Kind", bound=Model)

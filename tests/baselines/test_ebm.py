@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.ebm import NEURAL_EBM, RBM, RBM_CD, RBM_PCD, GaussianMixture, NeuralEBM, _draw_levels, _softplus_change
+from baselines.ebm import NEURAL_EBM, RBM, RBM_CD, RBM_PCD, GaussianMixture, NeuralEBM, NeuralSettings, _draw_levels, _softplus_change
 from replicate.likelihood.ais import ais, bracket, schedule
 from replicate.likelihood.enumeration import enumerate_log_z, log_sum_over_states, rbm_log_z, states
 from replicate.model import DataInfo
@@ -225,7 +225,7 @@ def ring(n: int, seed: int) -> Tensor:
 
 def trained(**params: float) -> NeuralEBM:
     torch.manual_seed(0)
-    model = NeuralEBM(PLANE, **{"hidden": 32, "layers": 2, "frequency": 1.5, "chains": 256, **params})  # type: ignore[arg-type]
+    model = NeuralEBM(PLANE, NeuralSettings(**{"hidden": 32, "layers": 2, "frequency": 1.5, "chains": 256, **params}))  # type: ignore[arg-type]
     data, generator = ring(2000, 0), seeded(1)
     model.initialise(data, generator)
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)
@@ -272,7 +272,7 @@ class TestNeuralEBM:
     @pytest.mark.parametrize("sign", [-1.0, 1.0])
     def test_a_bound_holds_however_far_the_network_runs(self, sign: float) -> None:
         torch.manual_seed(0)
-        model = NeuralEBM(PLANE, hidden=16, layers=1, bound=3.0)
+        model = NeuralEBM(PLANE, NeuralSettings(hidden=16, layers=1, bound=3.0))
         model.initialise(ring(500, 0), seeded(1))
         x = 20 * torch.randn(200, 2, generator=seeded(2))
         torch.testing.assert_close(model.tilt(x), torch.zeros(200))

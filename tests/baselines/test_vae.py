@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.vae import IWAE, VAE, MixturePrior, VariationalAutoencoder, make_decoder
+from baselines.vae import IWAE, VAE, MixturePrior, VariationalAutoencoder, VaeSettings, make_decoder
 from replicate.likelihood.importance import iw_bound
 from replicate.model import DataInfo, ModelEntry
 
@@ -26,7 +26,7 @@ def small(info: DataInfo, **params: object) -> VariationalAutoencoder:
     """A tiny model with weights far from their start, so that nothing holds by symmetry."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = VariationalAutoencoder(info, **{"latent": 2, "width": 8, "blocks": 1, "components": 3, **params})  # type: ignore[arg-type]
+        model = VariationalAutoencoder(info, VaeSettings(**{"latent": 2, "width": 8, "blocks": 1, "components": 3, **params}))  # type: ignore[arg-type]
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
@@ -180,7 +180,7 @@ def test_the_score_is_the_gradient_of_the_fixed_bound() -> None:
 
 def test_the_score_approaches_that_of_a_linear_model() -> None:
     """z ~ N(0, I), x = A z + s e: the score is -(A A^T + s^2 I)^-1 x."""
-    model = VariationalAutoencoder(PLANE, latent=2, width=1, blocks=0, score_draws=4096).double()
+    model = VariationalAutoencoder(PLANE, VaeSettings(latent=2, width=1, blocks=0, score_draws=4096)).double()
     a = torch.tensor([[0.8, 0.3], [-0.2, 0.6]], dtype=torch.float64)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -202,7 +202,7 @@ def test_on_continuous_data_training_starts_from_a_mixture_of_gaussians(latent: 
     x = (x + 2 * side - 0.6) @ torch.tensor([[0.8, -0.6], [0.6, 0.8]])
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = VariationalAutoencoder(PLANE, latent=latent, width=8, components=8).eval()
+        model = VariationalAutoencoder(PLANE, VaeSettings(latent=latent, width=8, components=8)).eval()
     model.initialise(x, generator())
     gaussian = torch.distributions.MultivariateNormal(x.mean(0), x.T.cov()).log_prob(x).mean()
     assert float(iw_bound(model, x, 50, generator()).mean().value - gaussian) > 0.3

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.vae import VariationalAutoencoder
+from baselines.vae import VariationalAutoencoder, VaeSettings
 from replicate.likelihood.importance import elbo, iw_bound
 from replicate.model import DataInfo, Model
 
@@ -26,7 +26,7 @@ def linear_vae(optimal: bool) -> tuple[VariationalAutoencoder, torch.distributio
     The columns of W are orthogonal, so that the exact posterior factorises and a linear encoder can reach it.
     A suboptimal encoder has its mean scaled and its standard deviation widened.
     """
-    model = VariationalAutoencoder(DataInfo(DIM, "continuous"), latent=LATENT, width=1, blocks=0).double()
+    model = VariationalAutoencoder(DataInfo(DIM, "continuous"), VaeSettings(latent=LATENT, width=1, blocks=0)).double()
     w = torch.tensor([[1.0, 0.5], [1.0, -0.5], [0.5, 0.0]], dtype=torch.float64)
     b = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64)
     posterior_var = 1 / (1 + w.square().sum(0) / NOISE**2)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from baselines.conv_ebm import ConvEBM, TiltedConvEBM
+from baselines.conv_ebm import ConvSettings, ConvEBM, TiltedConvEBM
 from baselines.ebm import GaussianMixture
 from replicate.errors import TrainingError
 from replicate.experiments import Plot, Run, experiment
@@ -214,7 +214,7 @@ class Study:
         updates, steps, restart = s.method(name)
         with self.run.initialisation():
             chains = (s.chains, steps, s.langevin_sd, restart, s.temperature, s.noise, s.penalty)
-            model = ConvEBM(self.task.info, s.width, s.layers, *chains).to(device)
+            model = ConvEBM(self.task.info, ConvSettings(s.width, s.layers, *chains)).to(device)
         settings = Training(
             steps=updates, batch_size=s.batch_size, lr=s.lr, schedule="constant", weight_decay=s.weight_decay, ema=s.ema
         )

@@ -109,7 +109,7 @@ def mixture_distance(truth: GaussianMixture, x: Tensor) -> Estimate:
 
 
 def best_snr(truth: GaussianMixture, draw: Callable[..., Tensor], chains: int) -> float:
-    """Return the r whose samples are nearest, on chains of its own, so that the reported samples are not searched."""
+    """Return the r whose samples are nearest; these are chains of their own, not the reported ones."""
     pilots = {r: draw(chains // len(SNRS), snr=r) for r in SNRS}
     return min(SNRS, key=lambda r: mixture_distance(truth, pilots[r]).value)
 
