@@ -23,7 +23,6 @@ log Z, an estimate of the NLL that is slightly too low.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from replicate.model import DataInfo
 
-M, S = TypeVar("M"), TypeVar("S")
+M = TypeVar("M")
+S = TypeVar("S")
 
 
 def from_settings(build: Callable[[DataInfo, S], M], settings: type[S], **fixed: Any) -> Callable[..., M]:

@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.ebm import NEURAL_EBM, RBM, RBM_CD, RBM_PCD, GaussianMixture, NeuralEBM, NeuralSettings, _draw_levels, _softplus_change
+from baselines.ebm import (
+    NEURAL_EBM,
+    RBM,
+    RBM_CD,
+    RBM_PCD,
+    GaussianMixture,
+    NeuralEBM,
+    NeuralSettings,
+    _draw_levels,
+    _softplus_change,
+)
 from replicate.likelihood.ais import ais, bracket, schedule
 from replicate.likelihood.enumeration import enumerate_log_z, log_sum_over_states, rbm_log_z, states
 from replicate.model import DataInfo

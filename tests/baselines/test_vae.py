@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.vae import IWAE, VAE, MixturePrior, VariationalAutoencoder, VaeSettings, make_decoder
+from baselines.vae import IWAE, VAE, MixturePrior, VaeSettings, VariationalAutoencoder, make_decoder
 from replicate.likelihood.importance import iw_bound
 from replicate.model import DataInfo, ModelEntry
 
@@ -26,7 +26,9 @@ def small(info: DataInfo, **params: object) -> VariationalAutoencoder:
     """A tiny model with weights far from their start, so that nothing holds by symmetry."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = VariationalAutoencoder(info, VaeSettings(**{"latent": 2, "width": 8, "blocks": 1, "components": 3, **params}))  # type: ignore[arg-type]
+        model = VariationalAutoencoder(
+            info, VaeSettings(**{"latent": 2, "width": 8, "blocks": 1, "components": 3, **params})
+        )  # type: ignore[arg-type]
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))

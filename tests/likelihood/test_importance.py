@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.vae import VariationalAutoencoder, VaeSettings
+from baselines.vae import VaeSettings, VariationalAutoencoder
 from replicate.likelihood.importance import elbo, iw_bound
 from replicate.model import DataInfo, Model
 

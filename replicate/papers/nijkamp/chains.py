@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from baselines.conv_ebm import ConvSettings, ConvEBM, TiltedConvEBM
+from baselines.conv_ebm import ConvEBM, ConvSettings, TiltedConvEBM
 from baselines.ebm import GaussianMixture
 from replicate.errors import TrainingError
 from replicate.experiments import Plot, Run, experiment
