@@ -19,7 +19,7 @@ from replicate.errors import Stopped, UsageError
 from replicate.report.build import PROVENANCE, build, remarks, verify, write_manifest
 from replicate.report.records import (
     MEASUREMENT_COLUMNS,
-    Run,
+    commit_of,
     read_measurements,
     read_records,
     rows_digest,
@@ -406,7 +406,7 @@ def test_results_of_an_earlier_format_hold_and_are_remarked_on(results: Path) ->
 )
 def test_a_dirty_tree_and_no_commit_are_remarked_on(results: Path, commit: str, dirty: str, remark: str | None) -> None:
     def rename(frame: pd.DataFrame) -> None:
-        frame["commit"] = Run("", {}, Path(), provenance={"commit": commit, "dirty": dirty}).commit
+        frame["commit"] = commit_of({"commit": commit, "dirty": dirty})
 
     change(results, lambda record: record["provenance"].update(commit=commit, dirty=dirty), rename)
     assert verify(results) == []
