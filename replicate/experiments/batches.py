@@ -1,6 +1,6 @@
 """Minibatches as the papers' code takes them: pass after pass, each in a fresh order.
 
-`replicate.runs.training.Batches` joins its passes, so that no batch is short; here the last batch of a pass may be.
+`replicate.runs.training.Batches` concatenates its passes, so that no batch is short; here a last one may be.
 """
 
 from __future__ import annotations

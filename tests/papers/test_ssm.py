@@ -365,10 +365,10 @@ def test_score_is_the_gradient_of_the_log_density(family: kernel.DeepKernelFamil
 
 
 def test_state_of_a_chain_is_not_evaluated_again(family: kernel.DeepKernelFamily) -> None:
-    asked = []
+    evaluated = []
 
     def log_density(x: Tensor) -> Tensor:
-        asked.append(x)
+        evaluated.append(x)
         return family.log_density(x)
 
     x, y, z = (torch.randn(4, 3, generator=generator(s), dtype=torch.float64) for s in range(3))
@@ -379,7 +379,7 @@ def test_state_of_a_chain_is_not_evaluated_again(family: kernel.DeepKernelFamily
     for point, evaluations in ((x, 1), (y, 2), (state, 2), (z, 3), (state.clone(), 3), (x, 4)):
         torch.testing.assert_close(found(point)[0], family.log_density(point).detach())
         torch.testing.assert_close(found(point)[1], score(family, point).detach(), rtol=1e-8, atol=1e-8)
-        assert len(asked) == evaluations
+        assert len(evaluated) == evaluations
 
 
 def test_minimiser_has_no_slope() -> None:

@@ -46,7 +46,7 @@ class Settings:
         table: name of the table.
         sigma: standard deviation of the noise of denoising score matching.
         inducing, hidden: inducing points, and units per layer.
-        steps, patience: at most, and without a smaller validation loss.
+        steps, patience: most steps, and steps without a smaller validation loss before training stops.
         batch, lr: rows per step, and Adam's learning rate.
         validate_every: steps between two validation losses.
         chains, temperatures, step_size: of annealed importance sampling.
