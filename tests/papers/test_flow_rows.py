@@ -132,7 +132,8 @@ def test_no_flow_beats_the_entropy_of_made_up_images(name: str, monkeypatch: pyt
     task = images_of(2, (4, 4), (400, 50, 200))
     monkeypatch.setattr(image_flows, "TASKS", {"mnist": lambda: task, "fashion-mnist": lambda: task})
     experiment = EXPERIMENTS[LABELS.index(name)][1]
-    what = new_run(experiment, depth=1, steps=30, batch_size=50, validate_every=15, lr=5e-3, hidden=8)
+    layers: dict[str, Any] = {"depth": 1} if "depth" in experiment.params else {}
+    what = new_run(experiment, steps=30, batch_size=50, validate_every=15, lr=5e-3, hidden=8, **layers)
     estimates = experiment.measure(what).estimates
     for metric in ("bits_per_dim", "bits_per_dim:iw_bound"):
         assert 1 - 2 * estimates[metric].stderr < estimates[metric].value < 2.5

@@ -66,9 +66,7 @@ def training_and_test(dynamic: bool) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def code_adam_step(
-    parameters: list[nn.Parameter], first: list[Tensor], second: list[Tensor], number: int, lr: float
-) -> None:
+def code_adam_step(parameters: list[Tensor], first: list[Tensor], second: list[Tensor], number: int, lr: float) -> None:
     """Take a step of Adam as the released code has it, with eps = 1e-4 outside the bias correction.
 
     Args:
@@ -103,7 +101,7 @@ def fit(model: ImportanceWeightedAutoencoder, train: Tensor, run: Run, s: Settin
     """Train through all stages, and return the mean training loss of every stage in nats."""
     noise, bits = run.stream("noise"), run.stream("bits")
     model.initialise(train, noise)
-    parameters = list(model.parameters())
+    parameters: list[Tensor] = list(model.parameters())
     batches = train.split(s.batch_size)
     # of every epoch: its stage's epochs and learning rate, and whether the stage ends with it
     plan = [(n, lr, i + 1 == n) for n, lr in schedule(s.stages, s.shortened) for i in range(n)]

@@ -29,7 +29,7 @@ CHUNK = 5000
 
 
 @torch.no_grad()
-def adagrad_step(parameters: list[nn.Parameter], squares: list[Tensor], lr: float) -> None:
+def adagrad_step(parameters: list[Tensor], squares: list[Tensor], lr: float) -> None:
     """Take a step of AdaGrad as the released code has it, 1e-6 under the root; add to the sums of squares in place."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     torch._foreach_addcmul_(squares, gradients, gradients, 1.0)
@@ -85,7 +85,7 @@ def fit(model: MaskedAutoencoder, train: Tensor, valid: Tensor, run: Run, s: Set
     """Train by the code's rule, leave the best epoch's weights, and return (epoch, validation NLL) of each epoch."""
     model.initialise(train, run.streams.get("initialise"))
     batches, noise = train.split(s.batch_size), run.streams.get("noise")
-    parameters = list(model.parameters())
+    parameters: list[Tensor] = list(model.parameters())
     state: State = {"model": model, "noise": noise, "squares": [torch.zeros_like(p) for p in parameters]}
     state |= {"valid": [], "best": None, "least": math.inf, "best_epoch": 0}
     for step in resumable("training", s.epochs * len(batches), state):
