@@ -23,7 +23,7 @@ from replicate.report.ledger import Entry, by_verdict
 from replicate.report.plots import figure_name
 from replicate.report.readme import headline_best, headline_rows, row_label, seeds_line, winner
 from replicate.report.records import RecordedRun, RecordedRuns
-from replicate.report.tables import Results, data_tasks, density_tasks, planar_tasks
+from replicate.report.tables import Results, data_tasks, density_tasks, planar
 from replicate.report.text_table import TextTable
 
 #: total of all pictures of a page, in bytes before base64
@@ -84,7 +84,7 @@ def sections(results: Results, tables: Sequence[TextTable], figures: Sequence[Fi
         at = slug(task)
         return Section(f"task-{at}", some(f"task-{at}"), pick(*(f"{k}-{at}" for k in kinds)), title=task)
 
-    data, flat = data_tasks(results), planar_tasks(results)
+    data, flat = data_tasks(results), planar(density_tasks(results))
     on_data = tuple(part(t, "samples") for t in data)
     on_flat = tuple(part(t, "density", "score", "paths") for t in flat)
     other = tuple(part(t) for t in results.tasks if t not in (*data, *flat))
