@@ -34,7 +34,7 @@ from replicate.report.drawing import (
 from replicate.report.labels import FAMILY_LABELS, family_key, metric_info, significant, slug
 from replicate.report.maps import Array, density_figure, path_figure, pictures, samples_figure, score_figure
 from replicate.report.records import RecordedRun, RecordedRuns
-from replicate.report.tables import Results, data_tasks, density_tasks, dimension_tasks, planar_tasks, task_dimension
+from replicate.report.tables import Results, data_tasks, density_tasks, dimensions, planar
 from replicate.report.text_table import Number, csv_text
 
 
@@ -143,7 +143,7 @@ def _axis_title(metric: str, label: str = "") -> str:
 
 def dimension_figure(results: Results) -> Figure | None:
     """Draw error and cost against the dimension of mixture-D."""
-    tasks = {t: task_dimension(t) or 0 for t in dimension_tasks(results)}
+    tasks = dimensions(density_tasks(results))
     models = [m for m in results.models(*tasks) if m != "truth"] if tasks else []
     if len(tasks) < 2 or not models:
         return None
@@ -435,15 +435,16 @@ def _curve_legend(canvas: Canvas) -> None:
 
 def all_figures(results: Results, runs: RecordedRuns) -> list[Figure]:
     """Draw every figure of the comparison, in the report's order."""
-    data, planar = data_tasks(results), planar_tasks(results)
+    data, known = data_tasks(results), density_tasks(results)
+    flat = planar(known)
     found: list[Figure | None] = [
         comparison_figure(results, data, "nll", "nll", "Likelihood of data"),
-        comparison_figure(results, planar, "kl", "kl", "KL on two-dimensional densities"),
+        comparison_figure(results, flat, "kl", "kl", "KL on two-dimensional densities"),
         cost_figure(results, data, "nll", "cost-data", "Likelihood against cost"),
-        cost_figure(results, planar, "kl", "cost-densities", "KL against cost"),
+        cost_figure(results, flat, "kl", "cost-densities", "KL against cost"),
         dimension_figure(results),
     ]
-    for task in [*data, *planar]:
+    for task in [*data, *flat]:
         shown = [r for r in runs.done if r.task == task]
         if any(r.folder is None for r in shown):
             continue  # the results folder that records it keeps no arrays
@@ -451,5 +452,5 @@ def all_figures(results: Results, runs: RecordedRuns) -> list[Figure]:
         for make in (samples_figure,) if task in data else (density_figure, score_figure, path_figure):
             figure = make(results, task, pictured)
             found.append(figure and replace(figure, runs=ids))
-    found += [training_figure(results, runs, task) for task in [*data, *density_tasks(results)]]
+    found += [training_figure(results, runs, task) for task in [*data, *known]]
     return [figure for figure in found if figure is not None]

@@ -31,7 +31,7 @@ from replicate.report.drawing import (
 )
 from replicate.report.labels import family_key, significant, slug, symbol
 from replicate.report.records import RecordedRun, RecordedRuns
-from replicate.report.tables import Results
+from replicate.report.tables import Results, info_of
 from replicate.report.text_table import Number, csv_text
 
 Array = NDArray[np.float64]
@@ -374,7 +374,7 @@ def samples_figure(results: Results, task: str, pictured: Sequence[Picture]) -> 
         sheets.append(Sheet(p.model, p.family, note, samples))
     if not sheets:
         return None
-    dim = sheets[0].rows.shape[1]
+    dim, info = sheets[0].rows.shape[1], info_of(task)
     shown, what = TILES**2, "of the test split"
     canvas, axes = panels(len(sheets), COLUMNS, SIDE)
     for ax in axes:
@@ -384,8 +384,8 @@ def samples_figure(results: Results, task: str, pictured: Sequence[Picture]) -> 
         shown = max(len(s.rows) for s in sheets)
         i, j = _scatters(axes, sheets)
         what += f"; of {dim} columns, all of them in the CSV, those two that are most correlated there: {i} and {j}"
-    elif math.isqrt(dim) ** 2 == dim:
-        _mosaics(axes, sheets, levels)
+    elif info is not None and info.image is not None:
+        _mosaics(axes, sheets, levels, info.image)
     else:
         for ax, sheet in zip(axes, sheets, strict=True):
             _grey(ax, sheet.rows[:shown], levels, aspect="auto")
@@ -416,14 +416,12 @@ def _scatters(axes: Sequence[Axes], sheets: Sequence[Sheet]) -> tuple[int, int]:
     return i, j
 
 
-def _mosaics(axes: Sequence[Axes], sheets: Sequence[Sheet], levels: float) -> None:
-    """Draw the first images of each sheet with pale lines between them."""
+def _mosaics(axes: Sequence[Axes], sheets: Sequence[Sheet], levels: float, shape: tuple[int, int]) -> None:
+    """Draw the first images of each sheet, (height, width) each, with pale lines between them."""
+    height, width = shape
     for ax, sheet in zip(axes, sheets, strict=True):
-        side = math.isqrt(sheet.rows.shape[1])
-        picture = np.full((TILES * (side + 1) - 1,) * 2, 0.12 * (levels - 1))
+        picture = np.full((TILES * (height + 1) - 1, TILES * (width + 1) - 1), 0.12 * (levels - 1))
         for i, image in enumerate(sheet.rows[: TILES**2]):
-            r, c = divmod(i, TILES)
-            picture[r * (side + 1) : r * (side + 1) + side, c * (side + 1) : c * (side + 1) + side] = image.reshape(
-                side, side
-            )
+            r, c = i // TILES * (height + 1), i % TILES * (width + 1)
+            picture[r : r + height, c : c + width] = image.reshape(height, width)
         _grey(ax, picture, levels)

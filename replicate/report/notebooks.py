@@ -97,17 +97,13 @@ def formula(tex: str, display: bool = False) -> str:
     box = " ".join(str(round(UNITS * v)) for v in (0, depth - height, width, height))
     name = html.escape(" ".join(tex.split()), quote=True)
     look = f"width:{width:.3f}em;height:{height:.3f}em;vertical-align:{-depth:.3f}em;overflow:visible"
-    path = f'<path fill="currentColor" d="{_path(outline, UNITS / em)}"/>'
+    path = f'<path fill="currentColor" d="{"".join(_path(outline, UNITS / em))}"/>'
     image = f'<svg role="img" aria-label="{name}" viewBox="{box}" style="{look}">{path}</svg>'
     return f'\n\n<div style="text-align:center;margin:0.8em 0;font-size:1.1em">{image}</div>\n\n' if display else image
 
 
-def _path(outline: Outline, unit: float) -> str:
-    """Return SVG's path data, in whole relative steps, y downwards."""
-    return "".join(_steps(outline, unit))
-
-
-def _steps(outline: Outline, unit: float) -> Iterator[str]:
+def _path(outline: Outline, unit: float) -> Iterator[str]:
+    """Return the steps of SVG's path data, whole and relative, y downwards."""
     here = (0, 0)
     for vertices, code in outline.iter_segments(simplify=False):
         if code == Outline.CLOSEPOLY:

@@ -23,7 +23,7 @@ from replicate.report.ledger import Entry, by_verdict
 from replicate.report.plots import figure_name
 from replicate.report.readme import headline_best, headline_rows, row_label, seeds_line, winner
 from replicate.report.records import RecordedRun, RecordedRuns
-from replicate.report.tables import Results, data_tasks, density_tasks, planar_tasks
+from replicate.report.tables import Results, data_tasks, density_tasks, planar
 from replicate.report.text_table import TextTable
 
 #: total of all pictures of a page, in bytes before base64
@@ -42,14 +42,18 @@ NOTEBOOKS = (
 
 @dataclass(frozen=True)
 class Section:
-    """One section of the page: tables first, then figures, then sub-sections."""
+    """One section of the page: tables first, then figures, then sub-sections; the template has its words.
+
+    Attributes:
+        title: of a sub-section.
+        folded: a reader opens it.
+    """
 
     id: str
-    title: str
-    intro: str = ""
     tables: tuple[TextTable, ...] = ()
     figures: tuple[Figure, ...] = ()
     parts: tuple[Section, ...] = field(default=())
+    title: str = ""
     folded: bool = False
 
 
@@ -70,68 +74,29 @@ def sections(results: Results, tables: Sequence[TextTable], figures: Sequence[Fi
     table = {t.name: t for t in tables}
     figure = {f.name: f for f in figures}
 
-    def pick(names: Iterable[str]) -> tuple[Figure, ...]:
+    def pick(*names: str) -> tuple[Figure, ...]:
         return tuple(figure[n] for n in names if n in figure)
 
     def some(*names: str) -> tuple[TextTable, ...]:
         return tuple(table[n] for n in names if n in table)
 
-    def part(task: str, kinds: Sequence[str]) -> Section:
+    def part(task: str, *kinds: str) -> Section:
         at = slug(task)
-        return Section(f"task-{at}", task, "", some(f"task-{at}"), pick(f"{k}-{at}" for k in kinds))
+        return Section(f"task-{at}", some(f"task-{at}"), pick(*(f"{k}-{at}" for k in kinds)), title=task)
 
-    data, planar = data_tasks(results), planar_tasks(results)
-    other = [t for t in results.tasks if t not in data and t not in planar]
+    data, flat = data_tasks(results), planar(density_tasks(results))
+    on_data = tuple(part(t, "samples") for t in data)
+    on_flat = tuple(part(t, "density", "score", "paths") for t in flat)
+    other = tuple(part(t) for t in results.tasks if t not in (*data, *flat))
+    curves = pick(*(f"training-{slug(t)}" for t in [*data, *density_tasks(results)]))
     out = [
-        Section(
-            "likelihood",
-            "Data: likelihood and samples",
-            "Real data, of which no density is known. Continuous families see levels and bits through the shared "
-            "dequantisation, whose change of variables is part of their likelihood; so theirs are bounds or estimates "
-            "there. Tables of real numbers are standardised, and a likelihood is that of the standardised columns.",
-            some("likelihood"),
-            pick(["nll", "cost-data"]),
-            tuple(part(t, ["samples"]) for t in data),
-        ),
-        Section(
-            "densities",
-            "Densities whose truth is known",
-            "Two-dimensional densities with exact log p, score and sampler, so that every error can be measured rather "
-            "than ranked.",
-            some("kl"),
-            pick(["kl", "cost-densities"]),
-            tuple(part(t, ["density", "score", "paths"]) for t in planar),
-        ),
-        Section(
-            "dimension",
-            "Error and cost against dimension",
-            "Mixtures of the same kind in more and more dimensions.",
-            some("dimension"),
-            pick(["dimension"]),
-            tuple(part(t, []) for t in other),
-        ),
-        Section(
-            "samplers",
-            "Samplers",
-            "Any model with a score can be handed to any Langevin sampler: a flow or a VAE as well as a score network.",
-            some("samplers"),
-            folded=True,
-        ),
-        Section("cost", "Cost", "", some("cost"), folded=True),
-        Section(
-            "checks",
-            "Estimators' own checks",
-            "Effective sample sizes, both brackets of log Z, and what halving the solver's step changes.",
-            some("estimator-checks"),
-            folded=True,
-        ),
-        Section(
-            "training",
-            "Training curves",
-            "",
-            figures=pick(f"training-{slug(t)}" for t in [*data, *density_tasks(results)]),
-            folded=True,
-        ),
+        Section("likelihood", some("likelihood"), pick("nll", "cost-data"), on_data),
+        Section("densities", some("kl"), pick("kl", "cost-densities"), on_flat),
+        Section("dimension", some("dimension"), pick("dimension"), other),
+        Section("samplers", some("samplers"), folded=True),
+        Section("cost", some("cost"), folded=True),
+        Section("checks", some("estimator-checks"), folded=True),
+        Section("training", figures=curves, folded=True),
     ]
     return [s for s in out if s.tables or s.figures or s.parts]
 
@@ -261,7 +226,7 @@ def further(figures: Sequence[Figure], placed: Sequence[Section], claimed: Seque
     there = {f.name for section in placed for part in (section, *section.parts) for f in part.figures}
     there |= {f.name for row in claimed for f in row.figures}
     rest = tuple(f for f in figures if f.name not in there)
-    return [Section("further", "Further figures of experiments", figures=rest, folded=True)] if rest else []
+    return [Section("further", figures=rest, folded=True)] if rest else []
 
 
 def _settings(spec: Mapping[str, Any]) -> str:

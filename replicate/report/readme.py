@@ -13,7 +13,7 @@ from replicate.model import FAMILIES
 from replicate.report.labels import FAMILY_LABELS, markdown, metric_info, task_key
 from replicate.report.ledger import read_claims_csv, summary_line
 from replicate.report.records import FAILED, read_records, read_summary, recorded_line
-from replicate.report.tables import flatters, task_dimension
+from replicate.report.tables import flatters, planar
 from replicate.report.text_table import Cell, Number
 
 LEGEND = (
@@ -38,8 +38,7 @@ def headline_rows(summary: pd.DataFrame) -> list[tuple[str, str]]:
     """Return (task, metric) of each row: likelihood on data, then KL on densities in two dimensions."""
     data = sorted(set(summary.loc[summary["metric"] == "bits_per_dim", "task"]), key=task_key)
     known = sorted(set(summary.loc[summary["metric"] == "kl", "task"]), key=task_key)
-    planar = [t for t in known if task_dimension(t) in (None, 2)]
-    return [*((t, m) for t in data for m in ("nll", "bits_per_dim")), *((t, "kl") for t in planar)]
+    return [*((t, m) for t in data for m in ("nll", "bits_per_dim")), *((t, "kl") for t in planar(known))]
 
 
 def headline_best(summary: pd.DataFrame, task: str, metric: str) -> dict[str, Best]:

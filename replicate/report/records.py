@@ -120,7 +120,7 @@ class RecordedRun:
 
     @property
     def label_in_group(self) -> str:
-        """The name that tells it from the others of its group."""
+        """The name that distinguishes it within its group."""
         return self.model
 
     @property
@@ -181,7 +181,7 @@ class RecordedExperiment(RecordedRun):
 
     @property
     def label(self) -> str:
-        """The experiment's name: a paper's key says nothing of what was trained."""
+        """The experiment's name: the paper's key does not identify what was trained."""
         return self.task
 
     @property
@@ -254,18 +254,14 @@ class RecordedRuns:
 
 
 def _read_run(path: Path) -> RecordedRun:
+    parse = parse_failure if path.name == "failure.json" else parse_record
     try:
-        text = path.read_bytes()
-        if path.name == "failure.json":
-            lost = parse_failure(text)
-            tail = lost.get("traceback_tail", "")
-            return recorded(lost["run_id"], lost["spec"], folder=path.parent, error=lost["error"], traceback_tail=tail)
-        data = parse_record(text)
+        data = parse(path.read_bytes())
     except (OSError, RecordError) as error:
         why = "; ".join(str(error).splitlines())
         raise ReportError(f"{path} is not a whole record ({why}); delete its folder and run again") from None
-    rows, plots = tuple(data["measurements"]), tuple(data.get("plots", ()))
-    return replace(recorded_line(data, rows), folder=path.parent, plots=plots)
+    run = recorded_line(data, tuple(data.get("measurements", ())))
+    return replace(run, folder=path.parent, plots=run.plots or ())
 
 
 def load_runs(folder: Path, keep: Iterable[str] | None = None) -> RecordedRuns:

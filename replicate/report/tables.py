@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pandas as pd
 
+from replicate.model import DataInfo
 from replicate.report.labels import (
     FAMILY_LABELS,
     METRICS,
@@ -23,6 +24,7 @@ from replicate.report.labels import (
 )
 from replicate.report.records import FAILED, grouped
 from replicate.report.text_table import Cell, Column, Number, Row, TextTable
+from replicate.tasks.loading import tasks
 
 
 class Results:
@@ -76,10 +78,10 @@ def flatters(metric: str, kind: str) -> bool:
     return kind == {"lower": "lower_bound", "higher": "upper_bound"}.get(info.better or "", "")
 
 
-def task_dimension(task: str) -> int | None:
-    """Return D of a task named mixture-D, None for every other."""
-    head, _, tail = task.partition("-")
-    return int(tail) if head == "mixture" and tail.isascii() and tail.isdigit() else None
+def info_of(task: str) -> DataInfo | None:
+    """Return the shape of a task's data; None where this machine has no such task, or the task does not declare it."""
+    entry = tasks().get(task)
+    return entry.info if entry else None
 
 
 def density_tasks(results: Results) -> list[str]:
@@ -92,14 +94,15 @@ def data_tasks(results: Results) -> list[str]:
     return [t for t in results.tasks if "bits_per_dim" in results.metrics(t)]
 
 
-def planar_tasks(results: Results) -> list[str]:
-    """Return the densities in two dimensions."""
-    return [t for t in density_tasks(results) if task_dimension(t) in (None, 2)]
+def planar(names: Iterable[str]) -> list[str]:
+    """Return the tasks in two dimensions."""
+    return [t for t in names if (info := info_of(t)) and info.dim == 2]
 
 
-def dimension_tasks(results: Results) -> list[str]:
-    """Return the densities of one kind in several dimensions, by dimension."""
-    return sorted((t for t in density_tasks(results) if task_dimension(t)), key=lambda t: task_dimension(t) or 0)
+def dimensions(names: Iterable[str]) -> dict[str, int]:
+    """Return the dimension D of each task of a series, in the order of D."""
+    series = {t: info.dim for t in names if (info := info_of(t)) and tasks()[t].series}
+    return dict(sorted(series.items(), key=lambda item: item[1]))
 
 
 def column(metric: str, results: Results, tasks: Iterable[str]) -> Column:
@@ -134,11 +137,11 @@ def mark_best(rows: Sequence[Row]) -> tuple[Row, ...]:
 
 
 FAMILY, MODEL, TASK, SAMPLER = (Column(name, name) for name in ("family", "model", "task", "sampler"))
-#: a metric on a task, as a column of a table with one row per model
-Measured = tuple[str, str, Column]
+#: (task, metric, column) of a table with one row per model
+MetricColumn = tuple[str, str, Column]
 
 
-def _by_family(results: Results, tasks: Iterable[str], columns: Sequence[Measured]) -> tuple[Row, ...]:
+def _by_family(results: Results, tasks: Iterable[str], columns: Sequence[MetricColumn]) -> tuple[Row, ...]:
     """Return one row per model of the tasks, grouped by family, with the best of each column marked."""
     rows = []
     for model in results.models(*tasks):
@@ -148,7 +151,9 @@ def _by_family(results: Results, tasks: Iterable[str], columns: Sequence[Measure
     return mark_best(rows)
 
 
-def _overview(results: Results, name: str, title: str, caption: str, columns: Sequence[Measured]) -> list[TextTable]:
+def _overview(
+    results: Results, name: str, title: str, caption: str, columns: Sequence[MetricColumn]
+) -> list[TextTable]:
     rows = _by_family(results, [task for task, *_ in columns], columns) if columns else ()
     heads = (FAMILY, MODEL, *(c for *_, c in columns))
     return [TextTable(name, title, caption, heads, rows, grouped=True)] if rows else []
@@ -182,11 +187,11 @@ def model_tables(results: Results) -> list[TextTable]:
         for t in data_tasks(results)
         for m, info in infos.items()
     ]
-    kl = [(t, "kl", Column(t, t, "nats", measured=True)) for t in planar_tasks(results)]
+    kl = [(t, "kl", Column(t, t, "nats", measured=True)) for t in planar(density_tasks(results))]
     dimension = [
-        (t, m, Column(f"{t}:{m}", f"{label}, D = {task_dimension(t)}", metric_info(m).unit, measured=True))
+        (t, m, Column(f"{t}:{m}", f"{label}, D = {d}", metric_info(m).unit, measured=True))
         for m, label in (("kl", "KL"), ("train_seconds", "training"))
-        for t in dimension_tasks(results)
+        for t, d in dimensions(density_tasks(results)).items()
     ]
     captions = {
         "likelihood": "Negative log-likelihood of the test split; a bound (<=) may only overstate it.",

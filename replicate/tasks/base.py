@@ -26,10 +26,10 @@ class Density(Protocol):
     narrowest: float
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Exact log density in nats of x (n, D), shape (n,); computed in x's dtype."""
+        """Return the exact log density in nats of x (n, D), shape (n,); computed in x's dtype."""
 
     def score(self, x: Tensor) -> Tensor:
-        """Exact grad log p of x (n, D), shape (n, D)."""
+        """Return the exact grad log p of x (n, D), shape (n, D)."""
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw n exact samples, shape (n, D), float32."""
@@ -38,7 +38,7 @@ class Density(Protocol):
         """Return the true probability of each mode, shape (M,), or None where modes mean nothing."""
 
     def mode_of(self, x: Tensor) -> Tensor:
-        """Index of the mode that each x (n, D) belongs to, shape (n,), int64."""
+        """Return the index of the mode of each x (n, D), shape (n,), int64."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Task:
         density: the truth, where it is known.
         labels: class labels of (train, valid, test) where the data have them (only metrics read them).
         redraw: where training draws every batch afresh, redraw(rows of train, generator) -> the batch; train then holds
-            what it is drawn from.
+            the parameters of the draw.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Task:
     redraw: Callable[[Tensor, torch.Generator], Tensor] | None = None
 
     def sha256(self) -> str:
-        """sha256 of the three parts' bytes: the data's identity in a run's hash."""
+        """Return the sha256 of the three parts' bytes: the data's identity in a run's hash."""
         digest = hashlib.sha256()
         for part in (self.train, self.valid, self.test):
             array = part.contiguous().numpy()
@@ -86,6 +86,8 @@ class TaskEntry:
         kind: "density" (truth known) or "data".
         folds: of cross-validation; a run of seed s is on fold s modulo this, and models are still paired by seed.
         files: paths below REPLICATE_DATA that it reads, each as it is or packed (.gz, .xz).
+        info: that of the task, known without loading it; without it the report cannot draw images or plot by dimension.
+        series: of tasks of one kind in several dimensions, which the report shows against their dimension.
     """
 
     about: str
@@ -93,7 +95,9 @@ class TaskEntry:
     kind: str
     folds: int = 1
     files: tuple[str, ...] = ()
+    info: DataInfo | None = None
+    series: str = ""
 
     def absent(self) -> str:
-        """Why this machine cannot load it: the first of its files that is not there; "" where all are."""
+        """Return why this machine cannot load it: the first of its missing files; "" where it has all."""
         return absent(self.files)

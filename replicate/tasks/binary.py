@@ -164,15 +164,19 @@ def load_benchmark(name: str) -> Task:
     path = data_file(BENCHMARKS_FILE, BENCHMARKS_ORIGIN)
     parts = parse_benchmark(contents(path), name, str(path))
     task = name.replace("_", "-")
-    return Task(task, _about(name), DataInfo(DIMENSIONS[name], "bits", 2), *parts)
+    return Task(task, _about(name), _info(name), *parts)
 
 
 def _about(name: str) -> str:
     return f"{name}, {DIMENSIONS[name]} bits, a density benchmark with its own split"
 
 
+def _info(name: str) -> DataInfo:
+    return DataInfo(DIMENSIONS[name], "bits", 2)
+
+
 def _entry(name: str) -> TaskEntry:
-    return TaskEntry(_about(name), partial(load_benchmark, name), "data", files=(BENCHMARKS_FILE,))
+    return TaskEntry(_about(name), partial(load_benchmark, name), "data", files=(BENCHMARKS_FILE,), info=_info(name))
 
 
 # -- pictures
@@ -197,11 +201,6 @@ def parse_mat(content: bytes, names: tuple[str, ...], what: str) -> list[np.ndar
         if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 2 or not array.size:
             raise _refused(what, f"it has no matrix {name} of bytes")
     return [found[name] for name in names]
-
-
-def _pictures(name: str, about: str, shape: tuple[int, int], parts: tuple[Tensor, Tensor, Tensor]) -> Task:
-    """Black and white pictures as a task."""
-    return Task(name, about, DataInfo(math.prod(shape), "bits", 2, shape), *parts)
 
 
 def parse_silhouettes(content: bytes, what: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,7 +230,7 @@ def caltech_silhouettes() -> Task:
     """
     path = data_file(SILHOUETTES_FILE, SILHOUETTES_ORIGIN)
     parts = parse_silhouettes(contents(path), str(path))
-    return _pictures("caltech-silhouettes", SILHOUETTES_ABOUT, SILHOUETTES_SHAPE, parts)
+    return Task("caltech-silhouettes", SILHOUETTES_ABOUT, SILHOUETTES_INFO, *parts)
 
 
 def parse_omniglot(content: bytes, what: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -263,7 +262,7 @@ def omniglot() -> Task:
     """
     path = data_file(OMNIGLOT_FILE, OMNIGLOT_ORIGIN)
     parts = parse_omniglot(contents(path), str(path))
-    return _pictures("omniglot", OMNIGLOT_ABOUT, (OMNIGLOT_SIDE, OMNIGLOT_SIDE), parts)
+    return Task("omniglot", OMNIGLOT_ABOUT, OMNIGLOT_INFO, *parts)
 
 
 def parse_faces(content: bytes, what: str) -> Tensor:
@@ -290,13 +289,15 @@ def frey_faces() -> Task:
     x = parse_faces(contents(path), str(path))
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(FACES_SEED))
     train, valid, test = x[order].split([len(x) - 2 * FACES_HELD_OUT, FACES_HELD_OUT, FACES_HELD_OUT])
-    height, width = FACES_SHAPE
-    return Task("frey-faces", FACES_ABOUT, DataInfo(height * width, "levels", 256, (height, width)), train, valid, test)
+    return Task("frey-faces", FACES_ABOUT, FACES_INFO, train, valid, test)
 
 
 SILHOUETTES_ABOUT = "Caltech 101 silhouettes, 28x28 bits, split 1"
 OMNIGLOT_ABOUT = "Omniglot, 105x105 bits as drawn, test on other alphabets"
 FACES_ABOUT = "Frey's faces, 28x20 pixels of 256 grey levels, a random split"
+SILHOUETTES_INFO = DataInfo(math.prod(SILHOUETTES_SHAPE), "bits", 2, SILHOUETTES_SHAPE)
+OMNIGLOT_INFO = DataInfo(OMNIGLOT_SIDE**2, "bits", 2, (OMNIGLOT_SIDE, OMNIGLOT_SIDE))
+FACES_INFO = DataInfo(math.prod(FACES_SHAPE), "levels", 256, FACES_SHAPE)
 
 NLTCS = _entry("nltcs")
 PLANTS = _entry("plants")
@@ -311,6 +312,8 @@ NIPS = _entry("nips")
 BBC = _entry("bbc")
 MOVIEREVIEW = _entry("moviereview")
 VOTING = _entry("voting")
-CALTECH_SILHOUETTES = TaskEntry(SILHOUETTES_ABOUT, caltech_silhouettes, "data", files=(SILHOUETTES_FILE,))
-OMNIGLOT = TaskEntry(OMNIGLOT_ABOUT, omniglot, "data", files=(OMNIGLOT_FILE,))
-FREY_FACES = TaskEntry(FACES_ABOUT, frey_faces, "data", files=(FACES_FILE,))
+CALTECH_SILHOUETTES = TaskEntry(
+    SILHOUETTES_ABOUT, caltech_silhouettes, "data", files=(SILHOUETTES_FILE,), info=SILHOUETTES_INFO
+)
+OMNIGLOT = TaskEntry(OMNIGLOT_ABOUT, omniglot, "data", files=(OMNIGLOT_FILE,), info=OMNIGLOT_INFO)
+FREY_FACES = TaskEntry(FACES_ABOUT, frey_faces, "data", files=(FACES_FILE,), info=FACES_INFO)

@@ -35,6 +35,7 @@ WALL = CANVAS - DIGIT
 SPEED = 2
 FRAMES, OBSERVED = 4, 3
 SIZES = (4000, 1000, 1000)
+INFO = DataInfo(FRAMES * CANVAS**2, "levels", LEVELS, (FRAMES * CANVAS, CANVAS))
 
 
 def corner(start: Tensor, velocity: Tensor, time: int) -> Tensor:
@@ -80,9 +81,8 @@ def bouncing() -> Task:
         frames, chosen = sequences(images, n, torch.Generator().manual_seed(data_seed(NAME, part)))
         parts.append(frames.flatten(1))
         labels.append(classes[chosen])
-    info = DataInfo(FRAMES * CANVAS**2, "levels", LEVELS, (FRAMES * CANVAS, CANVAS))
     train, valid, test = parts
-    return Task(NAME, BOUNCING.about, info, train, valid, test, labels=(labels[0], labels[1], labels[2]))
+    return Task(NAME, BOUNCING.about, INFO, train, valid, test, labels=(labels[0], labels[1], labels[2]))
 
 
-BOUNCING = TaskEntry("four frames of an 8x8 digit that bounces on a 16x16 canvas", bouncing, "data")
+BOUNCING = TaskEntry("four frames of an 8x8 digit that bounces on a 16x16 canvas", bouncing, "data", info=INFO)

@@ -294,8 +294,14 @@ def _load(name: str, about: str, make: Callable[[], Density]) -> Task:
     return Task(name, about, DataInfo(density.dim, "continuous"), train, valid, test, density=density)
 
 
-def _entry(name: str, about: str, make: Callable[[], Density]) -> TaskEntry:
-    return TaskEntry(about, partial(_load, name, about, make), "density")
+def _entry(name: str, about: str, make: Callable[[], Density], dim: int = 2, series: str = "") -> TaskEntry:
+    info = DataInfo(dim, "continuous")
+    return TaskEntry(about, partial(_load, name, about, make), "density", info=info, series=series)
+
+
+def _mixture(dim: int) -> TaskEntry:
+    about = f"three correlated Gaussians in {dim} dimensions"
+    return _entry(f"mixture-{dim}", about, partial(mixture, dim), dim, series="mixture")
 
 
 TWO_GAUSSIANS = _entry("two-gaussians", "1/5 at (-5, -5) and 4/5 at (5, 5), unit covariance", two_gaussians)
@@ -305,10 +311,7 @@ RINGS = _entry("rings", "three concentric circles of unequal weight", rings)
 PINWHEEL = _entry("pinwheel", "five twisted arms", pinwheel)
 SPIRALS = _entry("spirals", "two spiral arms", spirals)
 CHECKERBOARD = _entry("checkerboard", "uniform on alternate squares; no score at the edges", Checkerboard)
-MIXTURE_2 = _entry("mixture-2", "three correlated Gaussians in 2 dimensions", partial(mixture, 2))
-MIXTURE_8 = _entry("mixture-8", "three correlated Gaussians in 8 dimensions", partial(mixture, 8))
-MIXTURE_32 = _entry("mixture-32", "three correlated Gaussians in 32 dimensions", partial(mixture, 32))
-MIXTURE_64 = _entry("mixture-64", "three correlated Gaussians in 64 dimensions", partial(mixture, 64))
+MIXTURE_2, MIXTURE_8, MIXTURE_32, MIXTURE_64 = map(_mixture, (2, 8, 32, 64))
 
 #: every density task by name
 DENSITIES: dict[str, TaskEntry] = {

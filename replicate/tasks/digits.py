@@ -13,6 +13,7 @@ from replicate.tasks.base import Task, TaskEntry
 LEVELS = 17
 #: split seed of `digits-shuffled`; part of the task's definition
 SPLIT_SEED = 20240501
+GREY, BITS = DataInfo(64, "levels", LEVELS, (8, 8)), DataInfo(64, "bits", 2, (8, 8))
 
 
 def _pixels() -> tuple[Tensor, Tensor]:
@@ -42,23 +43,20 @@ def shuffled_split() -> list[tuple[Tensor, Tensor]]:
 
 def digits() -> Task:
     """Load the textbook's split."""
-    info = DataInfo(64, "levels", LEVELS, (8, 8))
-    return _task("digits", "8x8 digits, 17 levels, the textbook's split", info, textbook_split())
+    return _task("digits", "8x8 digits, 17 levels, the textbook's split", GREY, textbook_split())
 
 
 def digits_shuffled() -> Task:
     """Load the stratified shuffled split."""
-    info = DataInfo(64, "levels", LEVELS, (8, 8))
-    return _task("digits-shuffled", "8x8 digits, 17 levels, stratified shuffled split", info, shuffled_split())
+    return _task("digits-shuffled", "8x8 digits, 17 levels, stratified shuffled split", GREY, shuffled_split())
 
 
 def digits_binary() -> Task:
     """Pixels >= 8 are 1, on the textbook's split."""
-    info = DataInfo(64, "bits", 2, (8, 8))
     parts = [((x >= 8).float(), y) for x, y in textbook_split()]
-    return _task("digits-binary", "8x8 digits thresholded at 8, the textbook's split", info, parts)
+    return _task("digits-binary", "8x8 digits thresholded at 8, the textbook's split", BITS, parts)
 
 
-DIGITS = TaskEntry("8x8 digits, 17 levels, the textbook's split", digits, "data")
-DIGITS_SHUFFLED = TaskEntry("8x8 digits, 17 levels, stratified shuffled split", digits_shuffled, "data")
-DIGITS_BINARY = TaskEntry("8x8 digits thresholded at 8, the textbook's split", digits_binary, "data")
+DIGITS = TaskEntry("8x8 digits, 17 levels, the textbook's split", digits, "data", info=GREY)
+DIGITS_SHUFFLED = TaskEntry("8x8 digits, 17 levels, stratified shuffled split", digits_shuffled, "data", info=GREY)
+DIGITS_BINARY = TaskEntry("8x8 digits thresholded at 8, the textbook's split", digits_binary, "data", info=BITS)

@@ -9,6 +9,7 @@ are drawn once from recorded seeds, where some public code draws them again at e
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -21,6 +22,7 @@ from replicate.model import DataInfo
 from replicate.tasks.base import Task, TaskEntry
 
 DIM, SHAPE = 784, (28, 28)
+BITS, GREY = DataInfo(DIM, "bits", 2, SHAPE), DataInfo(DIM, "levels", 256, SHAPE)
 #: training images that every task here keeps for validation: the last ones
 VALID = 10_000
 #: seeds of the dynamic bits of validation and test
@@ -44,6 +46,7 @@ FILES: dict[str, tuple[str, ...]] = {
 }
 #: colour planes, height and width of CIFAR-10's images
 COLOUR_SHAPE = (3, 32, 32)
+COLOURS = DataInfo(math.prod(COLOUR_SHAPE), "levels", 256)
 
 
 def parse_amat(content: bytes, dim: int = DIM) -> Tensor:
@@ -76,7 +79,7 @@ def mnist_static() -> Task:
     """
     paths = (data_file(name, ORIGINS["mnist-static"]) for name in FILES["mnist-static"])
     train, valid, test = (parse_amat(contents(path)) for path in paths)
-    return Task("mnist-static", MNIST_STATIC.about, DataInfo(DIM, "bits", 2, SHAPE), train, valid, test)
+    return Task("mnist-static", MNIST_STATIC.about, BITS, train, valid, test)
 
 
 def grey_values(folder: str) -> tuple[Tensor, Tensor]:
@@ -100,9 +103,8 @@ def _grey(folder: str) -> Task:
             f"{folder} has {images} images and {named} labels; `replicate data check` names what is wrong."
         )
     cut = len(train) - VALID if len(train) > VALID else len(train) // 2
-    info = DataInfo(DIM, "levels", 256, SHAPE)
     parts = (train[:cut].float(), train[cut:].float(), test.float())
-    return Task(folder, f"{folder}, grey values", info, *parts, labels=(labels[:cut], labels[cut:], test_labels))
+    return Task(folder, f"{folder}, grey values", GREY, *parts, labels=(labels[:cut], labels[cut:], test_labels))
 
 
 def mnist() -> Task:
@@ -134,8 +136,7 @@ def mnist_dynamic() -> Task:
     cut = len(train) - VALID if len(train) > VALID else len(train) // 2
     valid = binarise(train[cut:], torch.Generator().manual_seed(VALID_BITS_SEED))
     test = binarise(test, torch.Generator().manual_seed(TEST_BITS_SEED))
-    info = DataInfo(DIM, "bits", 2, SHAPE)
-    return Task("mnist-dynamic", MNIST_DYNAMIC.about, info, train[:cut], valid, test, redraw=binarise)
+    return Task("mnist-dynamic", MNIST_DYNAMIC.about, BITS, train[:cut], valid, test, redraw=binarise)
 
 
 def parse_cifar(content: bytes, what: str) -> tuple[Tensor, Tensor]:
@@ -179,8 +180,7 @@ def cifar_10() -> Task:
     train, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     cut = len(train) * 9 // 10
     parts = (train[:cut].float(), train[cut:].float(), test.float())
-    info = DataInfo(train.shape[1], "levels", 256)
-    return Task("cifar-10", CIFAR_10.about, info, *parts, labels=(labels[:cut], labels[cut:], test_labels))
+    return Task("cifar-10", CIFAR_10.about, COLOURS, *parts, labels=(labels[:cut], labels[cut:], test_labels))
 
 
 def mirrored(x: Tensor) -> Tensor:
@@ -188,13 +188,14 @@ def mirrored(x: Tensor) -> Tensor:
     return x.unflatten(1, COLOUR_SHAPE).flip(-1).flatten(1)
 
 
-MNIST_STATIC = TaskEntry("MNIST, Larochelle's fixed bits", mnist_static, "data", files=FILES["mnist-static"])
-MNIST_DYNAMIC = TaskEntry(
-    "MNIST, training bits drawn afresh for every batch, test bits frozen",
-    mnist_dynamic,
-    "data",
-    files=FILES["mnist-dynamic"],
+def _entry(name: str, about: str, load: Callable[[], Task], info: DataInfo) -> TaskEntry:
+    return TaskEntry(about, load, "data", files=FILES[name], info=info)
+
+
+MNIST_STATIC = _entry("mnist-static", "MNIST, Larochelle's fixed bits", mnist_static, BITS)
+MNIST_DYNAMIC = _entry(
+    "mnist-dynamic", "MNIST, training bits drawn afresh for every batch, test bits frozen", mnist_dynamic, BITS
 )
-MNIST = TaskEntry("MNIST, 256 grey values", mnist, "data", files=FILES["mnist"])
-FASHION_MNIST = TaskEntry("Fashion-MNIST, 256 grey values", fashion_mnist, "data", files=FILES["fashion-mnist"])
-CIFAR_10 = TaskEntry("CIFAR-10, 256 levels of three colours", cifar_10, "data", files=FILES["cifar-10"])
+MNIST = _entry("mnist", "MNIST, 256 grey values", mnist, GREY)
+FASHION_MNIST = _entry("fashion-mnist", "Fashion-MNIST, 256 grey values", fashion_mnist, GREY)
+CIFAR_10 = _entry("cifar-10", "CIFAR-10, 256 levels of three colours", cifar_10, COLOURS)

@@ -237,12 +237,15 @@ def load_miniboone_part() -> Task:
 
 MINIBOONE_ABOUT = "43 columns of MINIBOONE, its validation rows to train on; not MINIBOONE"
 
-RED_WINE, WHITE_WINE, PARKINSONS = (
-    TaskEntry(source.about, partial(load_table, source), "data", folds=FOLDS, files=(source.file,))
-    for source in (RED, WHITE, VOICES)
+
+def _entry(source: Source, dim: int, folds: int = 1) -> TaskEntry:
+    """Declare a table of which `dim` columns remain."""
+    info = DataInfo(dim, "continuous")
+    return TaskEntry(source.about, partial(load_table, source), "data", folds, (source.file,), info)
+
+
+RED_WINE, WHITE_WINE, PARKINSONS = _entry(RED, 11, FOLDS), _entry(WHITE, 11, FOLDS), _entry(VOICES, 15, FOLDS)
+MAGIC, HTRU2, CASP = _entry(SHOWERS, 10), _entry(PULSARS, 8), _entry(PROTEINS, 7)
+MINIBOONE_PART = TaskEntry(
+    MINIBOONE_ABOUT, load_miniboone_part, "data", files=MINIBOONE_FILES, info=DataInfo(MINIBOONE_DIM, "continuous")
 )
-MAGIC, HTRU2, CASP = (
-    TaskEntry(source.about, partial(load_table, source), "data", files=(source.file,))
-    for source in (SHOWERS, PULSARS, PROTEINS)
-)
-MINIBOONE_PART = TaskEntry(MINIBOONE_ABOUT, load_miniboone_part, "data", files=MINIBOONE_FILES)

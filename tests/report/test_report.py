@@ -357,9 +357,11 @@ def test_the_density_figures_csv_holds_the_normalised_maps(built: Path) -> None:
     assert float(truth[1 + i][2]) == pytest.approx(2, abs=0.8)
 
 
-def drawn_samples(frame: pd.DataFrame, rows: np.ndarray, levels: float) -> tuple[Figure, list[Axes]]:
+def drawn_samples(
+    frame: pd.DataFrame, rows: np.ndarray, levels: float, task: str = "mine"
+) -> tuple[Figure, list[Axes]]:
     arrays = {"samples": rows[::-1], "reference_samples": rows, "levels": np.asarray(levels)}
-    figure = samples_figure(tables.Results(frame), "mine", [Picture("vae", "vae", arrays)])
+    figure = samples_figure(tables.Results(frame), task, [Picture("vae", "vae", arrays)])
     assert figure is not None
     assert figure.canvas is not None
     return figure, figure.canvas.axes
@@ -385,11 +387,21 @@ def test_samples_of_bits_that_are_no_image_are_lines_of_a_picture(frame: pd.Data
     np.testing.assert_array_equal(axes[0].images[0].get_array(), rows[:36])
 
 
-def test_samples_of_images_are_a_mosaic(frame: pd.DataFrame) -> None:
-    rows = np.random.default_rng(0).integers(0, 2, size=(100, 9))
-    _, axes = drawn_samples(frame, rows, 2)
+@pytest.mark.parametrize(("task", "height", "width"), [("digits", 8, 8), ("frey-faces", 28, 20)])
+def test_samples_of_images_are_a_mosaic(frame: pd.DataFrame, task: str, height: int, width: int) -> None:
+    rows = np.random.default_rng(0).integers(0, 2, size=(100, height * width))
+    _, axes = drawn_samples(frame, rows, 2, task)
     picture = np.asarray(axes[0].images[0].get_array())
-    np.testing.assert_array_equal(picture[4:7, 8:11], rows[8].reshape(3, 3))
+    second_row, third_column = slice(height + 1, 2 * height + 1), slice(2 * (width + 1), 3 * width + 2)
+    np.testing.assert_array_equal(picture[second_row, third_column], rows[8].reshape(height, width))
+
+
+def test_a_square_number_of_bits_is_no_image(frame: pd.DataFrame) -> None:
+    rows = np.random.default_rng(0).integers(0, 2, size=(100, 100))
+    for task in ("baudio", "a-plug-in-that-is-not-installed"):
+        figure, axes = drawn_samples(frame, rows, 2, task)
+        assert "one of 100 bits" in figure.caption
+        np.testing.assert_array_equal(axes[0].images[0].get_array(), rows[:36])
 
 
 def test_drawing_leaves_no_global_state(small_runs: Path, tmp_path: Path) -> None:
