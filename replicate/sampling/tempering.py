@@ -131,14 +131,8 @@ def parallel_tempering(
         "recorder": recorder,
     }
     for r in resumable("parallel tempering", rounds, state):
-        moved = mala(
-            lambda y: log_density(y * root) / row,
-            lambda y: score(y * root) / root,
-            state["y"],
-            steps,
-            step_size,
-            generator,
-        )
+        tempered_density, tempered_score = lambda y: log_density(y * root) / row, lambda y: score(y * root) / root
+        moved = mala(tempered_density, tempered_score, state["y"], steps, step_size, generator)
         now = moved.samples * root
         if k > 1:
             log_p = log_density(now).detach()
@@ -149,10 +143,6 @@ def parallel_tempering(
         state["accepted"] += moved.acceptance or 0.0
         recorder.see(r + 1, now[:n])
     offered = torch.tensor([(rounds + 1 - i % 2) // 2 for i in range(k - 1)], device=x.device)
-    coldest = Chain(
-        (state["y"] * root)[:n],
-        recorder.path(),
-        nfe=k * rounds * (steps + 1),
-        acceptance=state["accepted"] / rounds if rounds and steps else math.nan,
-    )
+    acceptance = state["accepted"] / rounds if rounds and steps else math.nan
+    coldest = Chain((state["y"] * root)[:n], recorder.path(), nfe=k * rounds * (steps + 1), acceptance=acceptance)
     return Tempered(coldest, state["swapped"] / offered)
