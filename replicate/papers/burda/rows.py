@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from replicate.experiments import Experiment, Run
 from replicate.experiments.image_rows import full_row

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from baselines.made import MaskedAutoencoder
 from replicate.experiments import Run
