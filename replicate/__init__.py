@@ -50,16 +50,16 @@ if TYPE_CHECKING:
     from replicate.metrics.samples import mmd, mode_weight_error, w2
     from replicate.model import DataInfo, Estimate, LogLikelihood, Model, ModelEntry, Training
     from replicate.registry import model_entry, models
-    from replicate.runs.execute import run
     from replicate.runs.experiment import Run, experiment
     from replicate.runs.seeds import Streams
     from replicate.runs.spec import make_spec
+    from replicate.runs.subjects import train_model
     from replicate.runs.training import train
     from replicate.sampling.annealed import annealed_langevin
     from replicate.sampling.langevin import mala, ula
-    from replicate.sampling.predictor_corrector import predictor_corrector, reverse_sde
+    from replicate.sampling.predictor_corrector import Corrector, predictor_corrector, reverse_sde
     from replicate.sampling.probability_flow import probability_flow
-    from replicate.sampling.tempering import parallel_tempering
+    from replicate.sampling.tempering import Rounds, parallel_tempering
     from replicate.score_based.bound import variational_bound
     from replicate.score_based.contrastive import noise_contrastive
     from replicate.score_based.matching import (
@@ -94,16 +94,16 @@ _NAMES = {
     "replicate.metrics.samples": "mmd mode_weight_error w2",
     "replicate.model": "DataInfo Estimate LogLikelihood Model ModelEntry Training",
     "replicate.registry": "model_entry models",
-    "replicate.runs.execute": "run",
+    "replicate.runs.subjects": "train_model",
     "replicate.runs.experiment": "Run experiment",
     "replicate.runs.seeds": "Streams",
     "replicate.runs.spec": "make_spec",
     "replicate.runs.training": "train",
     "replicate.sampling.annealed": "annealed_langevin",
     "replicate.sampling.langevin": "mala ula",
-    "replicate.sampling.predictor_corrector": "predictor_corrector reverse_sde",
+    "replicate.sampling.predictor_corrector": "Corrector predictor_corrector reverse_sde",
     "replicate.sampling.probability_flow": "probability_flow",
-    "replicate.sampling.tempering": "parallel_tempering",
+    "replicate.sampling.tempering": "Rounds parallel_tempering",
     "replicate.score_based.bound": "variational_bound",
     "replicate.score_based.contrastive": "noise_contrastive",
     "replicate.score_based.matching": (

@@ -20,7 +20,7 @@ from replicate.papers.textbook.notebooks import RealNVP
 from replicate.report.ledger import criterion_of
 from replicate.report.records import MEASUREMENT_COLUMNS
 from replicate.report.verdicts import Judgement, Measured, judge
-from replicate.runs.experiment import Context
+from replicate.runs.experiment import Run
 from replicate.runs.paper import find_experiment, papers
 from replicate.runs.seeds import Streams
 
@@ -32,7 +32,7 @@ def verdict(paper: str, claim_id: str, seeds: int = 3, **settings: Any) -> Judge
     params: Mapping[str, Any] = {**experiment.settings("standard"), **settings}
     rows = []
     for seed in range(1 if experiment.seeds == 1 else seeds):
-        outcome = experiment.measure(Context(params, Streams(experiment.name, paper, seed), torch.device("cpu")))
+        outcome = experiment.measure(Run(params, Streams(experiment.name, paper, seed), torch.device("cpu")))
         for metric, e in outcome.estimates.items():
             head = (str(seed), experiment.name, paper, experiment.family, seed, "test", metric)
             rows.append((*head, e.value, e.stderr, e.kind, e.unit, e.n, "ok", "cpu", ""))

@@ -22,8 +22,7 @@ from replicate.runs.record import check_record, seal
 from replicate.runs.session import Session
 from replicate.runs.spec import AnySpec
 from replicate.runs.store import write_arrays, write_atomic, write_json
-from replicate.runs.subjects import Findings, build_model, subject_of  # noqa: F401
-from replicate.runs.subjects import train_model as run  # noqa: F401
+from replicate.runs.subjects import Findings, subject_of
 
 #: parameters of glibc's mallopt(3)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3

@@ -239,15 +239,6 @@ class Run:
         """Return what was measured so far."""
         return Outcome(self.estimates, tuple(self.plots), self.missing, self.examples, self.classifiers)
 
-    # names of the former interface, until every paper has moved
-    @property
-    def params(self) -> Mapping[str, Any]:
-        """The settings."""
-        return self.settings
-
-
-Context = Run
-
 
 @dataclass(frozen=True)
 class Experiment:
@@ -275,7 +266,7 @@ class Experiment:
     name: str
     about: str
     family: Family
-    run: Callable[..., Outcome | None]
+    run: Callable[..., None]
     params: Mapping[str, Any] = field(default_factory=dict)
     seeds: int = 5
     tasks: tuple[str, ...] = ()
@@ -307,12 +298,11 @@ class Experiment:
         """Measure on a run, under its settings."""
         settings = _settings_class(self.run)
         if settings is not None:
-            found = self.run(run, settings(**run.settings))
-        elif keywords := _keywords(self.run):
-            found = self.run(run, **{keywords[name].name: value for name, value in run.settings.items()})
+            self.run(run, settings(**run.settings))
         else:
-            found = self.run(run)
-        return found if isinstance(found, Outcome) else run.outcome()
+            keywords = _keywords(self.run)
+            self.run(run, **{keywords[name].name: value for name, value in run.settings.items()})
+        return run.outcome()
 
 
 def _settings_class(function: Callable[..., Any]) -> type | None:
@@ -357,7 +347,7 @@ def experiment(
     settings: Any = None,
     smoke: Mapping[str, Any] | None = None,
     **declared: Any,
-) -> Callable[[Callable[..., Outcome | None]], Experiment]:
+) -> Callable[[Callable[..., None]], Experiment]:
     """Declare an experiment: a decorator of the function that measures, or a call where several share a function.
 
     The function takes a `Run`, then its settings: keyword-only arguments with defaults, or one dataclass. They are the
@@ -375,7 +365,7 @@ def experiment(
         TypeError: a setting is unknown, or has neither a default nor a value.
     """
 
-    def declare(function: Callable[..., Outcome | None]) -> Experiment:
+    def declare(function: Callable[..., None]) -> Experiment:
         line = about or (inspect.getdoc(function) or "").partition("\n")[0].rstrip(".")
         params = _declared(function, {} if settings is None else settings)
         if unknown := sorted(set(smoke or {}) - set(params)):

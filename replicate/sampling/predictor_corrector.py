@@ -16,6 +16,7 @@ code (in two dimensions a single ||g|| comes arbitrarily close to 0); alpha = 1 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,32 +59,41 @@ def posterior_mean(x: Tensor, score: Tensor, scale: Tensor, std: Tensor) -> Tens
     return (x + std.square() * score) / scale
 
 
+@dataclass(frozen=True)
+class Corrector:
+    """Langevin steps at every time of the grid.
+
+    Attributes:
+        steps: after each predictor step (M in the paper).
+        snr: r; 0.16 in the paper's VE experiments, 0.01 to 0.2 elsewhere.
+        predict: False samples by the corrector alone.
+    """
+
+    steps: int
+    snr: float
+    predict: bool = True
+
+
 @torch.no_grad()
 def predictor_corrector(
     score_at: ScoreAt,
     sde: SDE,
-    n: int,
-    dim: int,
+    shape: tuple[int, int],
     steps: int,
-    corrector_steps: int,
-    snr: float,
+    corrector: Corrector,
     generator: torch.Generator,
-    predict: bool = True,
     denoise: bool = True,
     record_every: int = 0,
 ) -> Chain:
-    """Draw n samples by predictor and corrector steps down the time grid.
+    """Draw samples by predictor and corrector steps down the time grid.
 
     Args:
         score_at: (x (n, D), t (n,)) -> score of x at time t, shape (n, D).
         sde: the forward SDE.
-        n: number of samples.
-        dim: D.
+        shape: (n, D) of the samples.
         steps: steps of the time grid.
-        corrector_steps: Langevin steps after each predictor step (M in the paper).
-        snr: r; 0.16 in the paper's VE experiments, 0.01 to 0.2 elsewhere.
+        corrector: see `Corrector`.
         generator: on the device to sample on.
-        predict: False samples by the corrector alone.
         denoise: end with Tweedie's mean at t_min.
         record_every: grid steps between two states in `path`; 0 keeps none.
 
@@ -96,13 +106,14 @@ def predictor_corrector(
         >>> from replicate.sde import VE
         >>> sde, g = VE(0.01, 20.0), torch.Generator().manual_seed(0)
         >>> score = lambda x, t: (3 - x) / (0.25 + sde.marginal(t)[1] ** 2)[:, None]
-        >>> chain = predictor_corrector(score, sde, 4000, 1, 100, 1, 0.1, g)
+        >>> chain = predictor_corrector(score, sde, (4000, 1), 100, Corrector(1, 0.1), g)
         >>> chain.nfe, round(float(chain.samples.mean()), 1), round(float(chain.samples.std()), 1)
         (201, 3.0, 0.5)
     """
-    if not predict and corrector_steps < 1:
-        raise ValueError("predictor_corrector needs predict=True or corrector_steps >= 1")
-    x = sde.prior_sample(n, dim, generator)
+    if not corrector.predict and corrector.steps < 1:
+        raise ValueError("predictor_corrector needs a corrector with predict=True or steps >= 1")
+    n = shape[0]
+    x = sde.prior_sample(*shape, generator)
     times = time_grid(sde, steps, x.device)
     ratio, variance = (value.to(x.dtype) for value in transition(sde, times))
     scale, std = (value.to(x.dtype) for value in sde.marginal(times))
@@ -112,19 +123,19 @@ def predictor_corrector(
     state: State = {"x": x, "generator": generator, "recorder": recorder}
     for i in resumable("predictor-corrector", steps, state):
         x = state["x"]
-        if predict:
+        if corrector.predict:
             score = score_at(x, times[i].expand(n))
             mean = (2 - ratio[i]) * x + variance[i] * score
             x = mean + variance[i].sqrt() * standard_normal_like(x, generator)
-        for _ in range(corrector_steps):
+        for _ in range(corrector.steps):
             score = score_at(x, times[i + 1].expand(n))
-            x = corrector_step(x, score, snr, standard_normal_like(x, generator))
+            x = corrector_step(x, score, corrector.snr, standard_normal_like(x, generator))
         state["x"] = x
         recorder.see(i + 1, x)
     x = state["x"]
     if denoise:
         x = posterior_mean(x, score_at(x, times[-1].expand(n)), scale[-1], std[-1])
-    return Chain(x, recorder.path(), nfe=steps * (int(predict) + corrector_steps) + int(denoise))
+    return Chain(x, recorder.path(), nfe=steps * (int(corrector.predict) + corrector.steps) + int(denoise))
 
 
 def reverse_sde(
@@ -139,4 +150,4 @@ def reverse_sde(
         >>> round(float(reverse_sde(score, sde, 4000, 1, 200, g).samples.std()), 1)
         1.0
     """
-    return predictor_corrector(score_at, sde, n, dim, steps, 0, 0.0, generator, denoise=denoise)
+    return predictor_corrector(score_at, sde, (n, dim), steps, Corrector(0, 0.0), generator, denoise=denoise)

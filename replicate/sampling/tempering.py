@@ -70,32 +70,43 @@ def exchange(
     return out, accept
 
 
+@dataclass(frozen=True)
+class Rounds:
+    """The rounds of parallel tempering.
+
+    Attributes:
+        count: number of rounds.
+        steps: Langevin steps per round.
+        step_size: eps at temperature 1, in squared units of x; eps T at temperature T.
+        record_every: rounds between two states of the coldest chain in `path`; 0 keeps none.
+    """
+
+    count: int
+    steps: int
+    step_size: float
+    record_every: int = 0
+
+
 @torch.no_grad()
 def parallel_tempering(
     log_density: LogDensity,
     score: Score,
     x: Tensor,
     temperatures: Tensor,
-    rounds: int,
-    steps: int,
-    step_size: float,
+    rounds: Rounds,
     generator: torch.Generator,
-    record_every: int = 0,
 ) -> Tempered:
-    """Run rounds of `steps` Langevin steps at every temperature and one offer of exchanges; all start from x.
+    """Run rounds of Langevin steps at every temperature and one offer of exchanges; all start from x.
 
-    With the single temperature 1 this is `mala` with rounds * steps steps, bit for bit.
+    With the single temperature 1 this is `mala` with count * steps steps, bit for bit.
 
     Args:
         log_density: log p up to a constant, (m, D) -> (m,).
         score: its gradient, (m, D) -> (m, D).
         x: starting states, shape (n, D); not changed.
         temperatures: increasing, shape (K,); the samples are those of the first.
-        rounds: number of rounds.
-        steps: Langevin steps per round.
-        step_size: eps at temperature 1, in squared units of x; eps T at temperature T.
+        rounds: see `Rounds`.
         generator: on x's device.
-        record_every: rounds between two states of the coldest chain in `path`; 0 keeps none.
 
     Raises:
         ValueError: the temperatures are not positive and increasing, or a setting is out of range.
@@ -107,21 +118,21 @@ def parallel_tempering(
         >>> log_p = lambda x: torch.logaddexp(-0.5 * (x - 5) ** 2, -0.5 * (x + 5) ** 2).squeeze(-1)
         >>> score = lambda x: 5 * torch.tanh(5 * x) - x
         >>> start = torch.full((1000, 1), -5.0)
-        >>> found = parallel_tempering(log_p, score, start, torch.tensor([1.0, 4.0, 16.0]), 40, 2, 1.0, g)
+        >>> found = parallel_tempering(log_p, score, start, torch.tensor([1.0, 4.0, 16.0]), Rounds(40, 2, 1.0), g)
         >>> round(float((found.coldest.samples > 0).float().mean()), 1)
         0.5
     """
     values = [float(t) for t in temperatures]
     if not values or values[0] <= 0 or any(a >= b for a, b in pairwise(values)):
         raise ValueError(f"temperatures must be positive and increasing; got {values}")
-    if rounds < 0:
-        raise ValueError(f"parallel tempering needs rounds >= 0; got {rounds}")
-    check_settings(steps, step_size, values[0])
+    if rounds.count < 0:
+        raise ValueError(f"parallel tempering needs rounds >= 0; got {rounds.count}")
+    check_settings(rounds.steps, rounds.step_size, values[0])
     k, (n, dim) = len(values), x.shape
     t = temperatures.to(x)
     root = t.sqrt().repeat_interleave(n)[:, None]
     row = t.repeat_interleave(n)
-    recorder = Recorder(record_every)
+    recorder = Recorder(rounds.record_every)
     recorder.see(0, x)
     state: State = {
         "y": x.repeat(k, 1) / root,
@@ -130,9 +141,9 @@ def parallel_tempering(
         "generator": generator,
         "recorder": recorder,
     }
-    for r in resumable("parallel tempering", rounds, state):
+    for r in resumable("parallel tempering", rounds.count, state):
         tempered_density, tempered_score = lambda y: log_density(y * root) / row, lambda y: score(y * root) / root
-        moved = mala(tempered_density, tempered_score, state["y"], steps, step_size, generator)
+        moved = mala(tempered_density, tempered_score, state["y"], rounds.steps, rounds.step_size, generator)
         now = moved.samples * root
         if k > 1:
             log_p = log_density(now).detach()
@@ -142,7 +153,9 @@ def parallel_tempering(
         state["y"] = now / root
         state["accepted"] += moved.acceptance or 0.0
         recorder.see(r + 1, now[:n])
-    offered = torch.tensor([(rounds + 1 - i % 2) // 2 for i in range(k - 1)], device=x.device)
-    acceptance = state["accepted"] / rounds if rounds and steps else math.nan
-    coldest = Chain((state["y"] * root)[:n], recorder.path(), nfe=k * rounds * (steps + 1), acceptance=acceptance)
+    offered = torch.tensor([(rounds.count + 1 - i % 2) // 2 for i in range(k - 1)], device=x.device)
+    acceptance = state["accepted"] / rounds.count if rounds.count and rounds.steps else math.nan
+    coldest = Chain(
+        (state["y"] * root)[:n], recorder.path(), nfe=k * rounds.count * (rounds.steps + 1), acceptance=acceptance
+    )
     return Tempered(coldest, state["swapped"] / offered)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from replicate.model import DataInfo, Model, Sampler
 from replicate.sampling.langevin import standard_normal_like
-from replicate.sampling.predictor_corrector import predictor_corrector
+from replicate.sampling.predictor_corrector import Corrector, predictor_corrector
 from replicate.sampling.probability_flow import probability_flow
 from replicate.score_based.networks import NoiseNet
 from replicate.sde import SDE, VE, VP, SubVP
@@ -148,9 +148,8 @@ class DiffusionModel(Model):
         """Return predictor-corrector sampling (2011.13456, algorithm 1) at about the same number of evaluations."""
 
         def corrected(n: int, generator: torch.Generator) -> tuple[Tensor, int]:
-            chain = predictor_corrector(
-                self.score_at, self.sde, n, self.dim, self.sample_steps, 1, CORRECTOR_SNR, generator
-            )
+            corrector = Corrector(1, CORRECTOR_SNR)
+            chain = predictor_corrector(self.score_at, self.sde, (n, self.dim), self.sample_steps, corrector, generator)
             return chain.samples, chain.nfe
 
         return {"pc": corrected}

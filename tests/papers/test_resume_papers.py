@@ -22,7 +22,7 @@ from replicate.papers.pixelcnn import rows as pixelcnn
 from replicate.papers.salakhutdinov import annealing
 from replicate.papers.ssm import kernel, tables
 from replicate.runs.checkpoint import pack, unpack
-from replicate.runs.experiment import Context, Outcome
+from replicate.runs.experiment import Outcome, Run
 from replicate.runs.paper import find_experiment
 from replicate.runs.seeds import Streams
 from replicate.tasks.base import Task
@@ -46,7 +46,7 @@ class Case:
         """Run it as a fresh process would."""
         what = find_experiment(self.paper, self.name)
         params = {**what.settings("smoke"), **self.changed}
-        return what.measure(Context(params, Streams(what.name, self.paper, 0), torch.device("cpu")))
+        return what.measure(Run(params, Streams(what.name, self.paper, 0), torch.device("cpu")))
 
 
 #: of all steps, after which a sitting is killed; no simple fraction, so that two or three like loops are cut inside

@@ -19,10 +19,10 @@ from replicate.papers.salakhutdinov.annealing import Recipe
 from replicate.papers.salakhutdinov.annealing import train as train_machine
 from replicate.papers.tieleman.persistence import METHODS, learn
 from replicate.registry import models
-from replicate.runs.execute import build_model
 from replicate.runs.experiment import Run
 from replicate.runs.seeds import Streams
 from replicate.runs.spec import make_spec
+from replicate.runs.subjects import build_model
 from replicate.tasks.loading import load_task, unsupported
 
 META = torch.device("meta")

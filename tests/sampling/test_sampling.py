@@ -12,7 +12,13 @@ from torch import Tensor
 from replicate.sampling.annealed import annealed_langevin
 from replicate.sampling.grid import time_grid
 from replicate.sampling.langevin import Chain, langevin_step, mala, ula
-from replicate.sampling.predictor_corrector import corrector_step, predictor_corrector, reverse_sde, transition
+from replicate.sampling.predictor_corrector import (
+    Corrector,
+    corrector_step,
+    predictor_corrector,
+    reverse_sde,
+    transition,
+)
 from replicate.sampling.probability_flow import probability_flow
 from replicate.sde import SDE, VE, VP, SubVP
 
@@ -168,7 +174,7 @@ def every_sampler() -> dict[str, Callable[[torch.Generator], Chain]]:
         "ula": lambda g: ula(score, x, 5, 0.1, g),
         "mala": lambda g: mala(log_p, score, x, 5, 0.1, g),
         "annealed": lambda g: annealed_langevin(noisy, torch.tensor([2.0, 1.0]), x, 3, 0.1, g, denoise=True),
-        "predictor-corrector": lambda g: predictor_corrector(at, sde, 50, 2, 5, 1, 0.1, g),
+        "predictor-corrector": lambda g: predictor_corrector(at, sde, (50, 2), 5, Corrector(1, 0.1), g),
         "probability flow": lambda g: probability_flow(at, sde, 50, 2, 5, g),
     }
 
@@ -320,7 +326,7 @@ def test_the_bias_of_the_predictor_is_of_first_order(sde: SDE) -> None:
 @sdes
 def test_predictor_corrector_recovers_a_gaussian(sde: SDE) -> None:
     score_at = diffused_gaussian(sde, 0.5, mean=1.0)
-    chain = predictor_corrector(score_at, sde, 4000, 2, 200, 1, 0.1, rng())
+    chain = predictor_corrector(score_at, sde, (4000, 2), 200, Corrector(1, 0.1), rng())
     assert chain.samples.mean().item() == pytest.approx(1.0, abs=0.03)
     assert chain.samples.std().item() == pytest.approx(0.5, abs=0.015)
     assert chain.nfe == 200 * 2 + 1
@@ -330,16 +336,16 @@ def test_predictor_corrector_recovers_a_gaussian(sde: SDE) -> None:
 def test_the_reverse_sde_is_the_predictor_alone(sde: SDE) -> None:
     score_at = diffused_gaussian(sde, 1.0)
     alone = reverse_sde(score_at, sde, 100, 2, 20, rng(3)).samples
-    assert torch.equal(alone, predictor_corrector(score_at, sde, 100, 2, 20, 0, 0.3, rng(3)).samples)
+    assert torch.equal(alone, predictor_corrector(score_at, sde, (100, 2), 20, Corrector(0, 0.3), rng(3)).samples)
 
 
 def test_the_corrector_alone_recovers_a_gaussian() -> None:
     sde = VE(1e-2, 20.0)
     score_at = diffused_gaussian(sde, 1.0)
-    x = predictor_corrector(score_at, sde, 4000, 2, 200, 2, 0.15, rng(), predict=False).samples
+    x = predictor_corrector(score_at, sde, (4000, 2), 200, Corrector(2, 0.15, predict=False), rng()).samples
     assert x.std().item() == pytest.approx(1.0, abs=0.05)
     with pytest.raises(ValueError, match="predict=True or corrector_steps"):
-        predictor_corrector(score_at, sde, 10, 2, 5, 0, 0.1, rng(), predict=False)
+        predictor_corrector(score_at, sde, (10, 2), 5, Corrector(0, 0.1, predict=False), rng())
 
 
 def test_the_predictor_looks_at_the_old_time_and_the_corrector_at_the_new_one() -> None:
@@ -349,7 +355,7 @@ def test_the_predictor_looks_at_the_old_time_and_the_corrector_at_the_new_one() 
         seen.append(float(t[0]))
         return -x
 
-    predictor_corrector(score_at, sde, 4, 2, 3, 1, 0.1, rng())
+    predictor_corrector(score_at, sde, (4, 2), 3, Corrector(1, 0.1), rng())
     t = time_grid(sde, 3, torch.device("cpu")).float().tolist()
     assert seen == [t[0], t[1], t[1], t[2], t[2], t[3], t[3]]  # the last one denoises
 

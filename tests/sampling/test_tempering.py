@@ -13,7 +13,7 @@ from replicate.errors import Stopped
 from replicate.metrics.samples import mode_weight_error
 from replicate.resume import Journal, State
 from replicate.sampling.langevin import mala
-from replicate.sampling.tempering import Tempered, exchange, parallel_tempering
+from replicate.sampling.tempering import Rounds, Tempered, exchange, parallel_tempering
 from replicate.tasks.densities import GaussianMixture
 
 torch.set_num_threads(1)
@@ -27,7 +27,9 @@ def rng(seed: int = 0) -> torch.Generator:
 
 
 def tempered(x: Tensor, rounds: int, generator: torch.Generator, temperatures: Tensor = TEMPERATURES) -> Tempered:
-    return parallel_tempering(PAIR.log_prob, PAIR.score, x, temperatures, rounds, 3, 1.5, generator, record_every=1)
+    return parallel_tempering(
+        PAIR.log_prob, PAIR.score, x, temperatures, Rounds(rounds, 3, 1.5, record_every=1), generator
+    )
 
 
 def test_one_temperature_equals_mala_bit_for_bit() -> None:
@@ -114,7 +116,7 @@ def test_evaluations_of_all_temperatures_are_counted() -> None:
         rows += len(x)
         return PAIR.score(x)
 
-    found = parallel_tempering(PAIR.log_prob, counted, torch.zeros(10, 1), TEMPERATURES, 5, 4, 1.0, rng())
+    found = parallel_tempering(PAIR.log_prob, counted, torch.zeros(10, 1), TEMPERATURES, Rounds(5, 4, 1.0), rng())
     assert found.coldest.nfe * 10 == rows
     assert found.coldest.path is None
     assert found.swaps.shape == (2,)
@@ -134,7 +136,7 @@ def test_an_interrupted_run_resumes_bit_for_bit() -> None:
         return PAIR.score(y)
 
     def run(score_) -> Tempered:  # type: ignore[no-untyped-def]
-        return parallel_tempering(PAIR.log_prob, score_, x, TEMPERATURES, 6, 3, 1.5, rng(5), record_every=1)
+        return parallel_tempering(PAIR.log_prob, score_, x, TEMPERATURES, Rounds(6, 3, 1.5, record_every=1), rng(5))
 
     journal = Journal(kept.append, every=1e9)
     with pytest.raises(Stopped), journal.active():

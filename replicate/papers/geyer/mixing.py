@@ -18,7 +18,7 @@ from replicate.metrics.samples import mode_weight_error
 from replicate.model import Estimate, Kind
 from replicate.sampling.annealed import annealed_langevin
 from replicate.sampling.langevin import mala, ula
-from replicate.sampling.tempering import parallel_tempering
+from replicate.sampling.tempering import Rounds, parallel_tempering
 from replicate.tasks.densities import GaussianMixture, eight_gaussians, two_gaussians
 
 DENSITIES = {"two-gaussians": two_gaussians, "eight-gaussians": eight_gaussians}
@@ -105,12 +105,9 @@ def tempered_walk(run: Run, s: Settings, density: GaussianMixture, x: Tensor) ->
     """Run parallel tempering for the whole budget; record every round."""
     temperatures = geometric_levels(s.hottest, 1.0, s.temperatures).flip(0)
     stride = len(temperatures) * (s.steps + 1)
-    rounds = max(2, s.nfe // stride)
-    eps, generator, score = s.mala_step * density.narrowest**2, run.stream("tempering"), density.score
-    found = parallel_tempering(
-        density.log_prob, score, x, temperatures, rounds, s.steps, eps, generator, record_every=1
-    )
-    lowest = Estimate(float(found.swaps.min()), math.nan, "estimate", "probability", rounds * len(x))
+    rounds = Rounds(max(2, s.nfe // stride), s.steps, s.mala_step * density.narrowest**2, record_every=1)
+    found = parallel_tempering(density.log_prob, density.score, x, temperatures, rounds, run.stream("tempering"))
+    lowest = Estimate(float(found.swaps.min()), math.nan, "estimate", "probability", rounds.count * len(x))
     return Walk(modes_of(density, found.coldest.path), stride, {"lowest_exchange_rate:tempering": lowest})
 
 

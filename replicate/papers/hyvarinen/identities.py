@@ -13,8 +13,8 @@ from replicate.experiments import Run, experiment
 from replicate.experiments.planar import networks
 from replicate.likelihood.quadrature import grid, log_z
 from replicate.model import Estimate, Model
-from replicate.runs import execute
 from replicate.runs.spec import make_spec
+from replicate.runs.subjects import train_model
 from replicate.sampling.langevin import ula
 from replicate.score_based.matching import Score, explicit_score_matching, implicit_score_matching
 from replicate.score_based.networks import score_of
@@ -176,7 +176,7 @@ def check_normaliser(run: Run, s: Settings) -> None:
     for name in ("dsm-energy", "neural-ebm"):
         settings = {"steps": s.steps, "validate_every": 0}
         spec = make_spec(name, "two-gaussians", run.streams.seed, device=run.device.type, settings=settings)
-        trained, task, _, _ = execute.run(spec, run.device)
+        trained, task, _, _ = train_model(spec, run.device)
         trained = trained.double().eval()
         x = task.test[: s.points].double().to(run.device)
         before = observe(trained, x, trained.score, s, run.stream("langevin"))

@@ -29,9 +29,9 @@ from replicate.experiments import Run, experiment
 from replicate.model import DataInfo, Estimate, Model
 from replicate.papers.lecun.digits import COLUMNS, HALF, ROWS, HalfDigits, completion_metrics, digits_plot, half_digits
 from replicate.resume import State, resumable
-from replicate.runs.execute import build_model
 from replicate.runs.seeds import Streams
 from replicate.runs.spec import make_spec
+from replicate.runs.subjects import build_model
 from replicate.runs.training import Stopwatch, train
 from replicate.sampling.langevin import langevin_step, mala, standard_normal_like
 from replicate.tasks.base import Task

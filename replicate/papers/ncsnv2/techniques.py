@@ -19,8 +19,8 @@ from replicate.likelihood.dequantisation import Preprocessed
 from replicate.metrics.quality import frechet
 from replicate.model import Estimate
 from replicate.runs.evaluate import digit_features
-from replicate.runs.execute import run as run_model
 from replicate.runs.spec import make_spec
+from replicate.runs.subjects import train_model
 from replicate.sampling.annealed import annealed_langevin
 from replicate.score_based.matching import tweedie
 from replicate.score_based.ncsn import NCSN
@@ -262,7 +262,7 @@ def last_step(
     """
     settings = {"steps": training_steps}
     spec = make_spec("ncsn", "digits", run.streams.seed, device=run.device.type, settings=settings)
-    model, task, _, _ = run_model(spec, run.device)
+    model, task, _, _ = train_model(spec, run.device)
     assert isinstance(model, Preprocessed)
     ncsn = model.inner
     assert isinstance(ncsn, NCSN)

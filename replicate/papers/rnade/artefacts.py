@@ -13,9 +13,9 @@ from torch import Tensor
 from replicate.experiments import Experiment, Run, experiment
 from replicate.likelihood.estimator import log_likelihood
 from replicate.model import Estimate
-from replicate.runs.execute import build_model
 from replicate.runs.seeds import Streams
 from replicate.runs.spec import make_spec
+from replicate.runs.subjects import build_model
 from replicate.runs.training import train
 from replicate.tasks import tables
 from replicate.tasks.base import Task

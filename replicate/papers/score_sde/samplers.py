@@ -19,9 +19,9 @@ from replicate.likelihood.ode import ode_log_prob
 from replicate.metrics.samples import mode_weight_error
 from replicate.model import Estimate
 from replicate.papers.score_sde.exact import MixtureDiffusion
-from replicate.runs.execute import run as run_spec
 from replicate.runs.spec import make_spec
-from replicate.sampling.predictor_corrector import ScoreAt, predictor_corrector
+from replicate.runs.subjects import train_model
+from replicate.sampling.predictor_corrector import Corrector, ScoreAt, predictor_corrector
 from replicate.score_based.bound import variational_bound
 from replicate.score_based.diffusion import DiffusionModel
 from replicate.sde import SDE, VE, VP
@@ -44,7 +44,8 @@ def sample(
     """Draw n samples (n, D) by a row of table 1 with `nfe` evaluations and a last one that denoises."""
     share, corrector_steps, predict = SAMPLERS[name]
     steps = max(1, int(nfe * share))
-    return predictor_corrector(score_at, sde, n, dim, steps, corrector_steps, snr, generator, predict=predict).samples
+    corrector = Corrector(corrector_steps, snr, predict)
+    return predictor_corrector(score_at, sde, (n, dim), steps, corrector, generator).samples
 
 
 @torch.no_grad()
@@ -187,7 +188,7 @@ def trained_digits(
 ) -> None:
     """Samplers, likelihood against its bound, and ODE tolerance with one trained network on digits."""
     spec = make_spec("sde-vp", "digits", run.streams.seed, settings={"steps": steps})
-    trained, task, _, _ = run_spec(spec, run.device)
+    trained, task, _, _ = train_model(spec, run.device)
     model = cast(Preprocessed, trained)
     inner = cast(DiffusionModel, model.inner)
     vp: SDE = inner.sde
