@@ -26,6 +26,7 @@ $(STAMP): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(BIN)/replicate list > /dev/null # compiles the modules, and keeps the list for the next call
 	@touch $@
 
 reproduce: $(STAMP) ## compute PROFILE afresh, write results/PROFILE and its report (full: data from REPLICATE_DATA)
