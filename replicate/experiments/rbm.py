@@ -55,6 +55,11 @@ class Machine(NamedTuple):
         """F(v) = -b'v - sum_j softplus(c_j + (v'W)_j) of v (n, D), shape (n,); log p(v) = -F(v) - log Z."""
         return -v @ self.visible - softplus(self.hidden + v @ self.weights).sum(-1)
 
+    def table(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the arguments of `replicate.likelihood.enumeration.rbm_log_z`: level 0 of a visible unit has zeros."""
+        w, b, c = self
+        return torch.stack([0 * w, w], 1), torch.stack([0 * b, b], 1), c
+
     def plus(self, step: Machine, size: float | Tensor = 1.0) -> Machine:
         """Return the machine moved by `size` times `step`; sizes (R, 1, 1) are those of R machines side by side."""
         flat = size.squeeze(-1) if isinstance(size, Tensor) else size

@@ -42,11 +42,6 @@ def machine(seed: int = 0, dim: int = DIM, hidden: int = HIDDEN) -> Machine:
     return Machine(*(torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((dim, hidden), dim, hidden)))
 
 
-def table(m: Machine) -> tuple[Tensor, Tensor, Tensor]:
-    """The arguments of `rbm_log_z`: level 0 of a visible unit has zeros."""
-    return torch.stack([0 * m.weights, m.weights], 1), torch.stack([0 * m.visible, m.visible], 1), m.hidden
-
-
 def data(seed: int = 1) -> Tensor:
     return torch.rand(2**DIM, generator=seeded(seed), dtype=torch.float64).softmax(0)
 
@@ -72,14 +67,14 @@ def brute_force_transitions(m: Machine) -> np.ndarray:
 class TestEnumerated:
     def test_distribution_is_normalised_by_the_enumerated_log_z(self) -> None:
         m = machine()
-        expected = -m.free_energy(STATES.v) - rbm_log_z(*table(m))
+        expected = -m.free_energy(STATES.v) - rbm_log_z(*m.table())
         assert torch.allclose(STATES.distribution(m), expected, atol=1e-12)
         joint = STATES.log_joint(m).flatten().softmax(0).view(2**DIM, -1).sum(1)
         assert torch.allclose(STATES.distribution(m).exp(), joint, atol=1e-12)
 
     def test_likelihood_gradient_is_autograd_s(self) -> None:
         m = Machine(*(part.requires_grad_() for part in machine()))
-        log_p = -m.free_energy(STATES.v) - rbm_log_z(*table(m))
+        log_p = -m.free_energy(STATES.v) - rbm_log_z(*m.table())
         expected = torch.cat([g.flatten() for g in torch.autograd.grad(data() @ log_p, m)])
         with torch.no_grad():
             assert torch.allclose(flat(STATES.direction(m, data(), None)), expected, atol=1e-12)
@@ -117,7 +112,7 @@ class TestMachine:
         with torch.random.fork_rng(devices=[]):
             model = m.model(torch.randint(2, (20, DIM), generator=seeded(2)).double(), seeded(2))
         assert torch.allclose(model.energy(STATES.v), m.free_energy(STATES.v), atol=1e-12)
-        assert float(rbm_log_z(*model.table()).detach()) == pytest.approx(float(rbm_log_z(*table(m))), abs=1e-12)
+        assert float(rbm_log_z(*model.table()).detach()) == pytest.approx(float(rbm_log_z(*m.table())), abs=1e-12)
 
     def test_gibbs_has_the_enumerated_distribution(self) -> None:
         m, n = machine(), 40_000

@@ -44,11 +44,6 @@ def machine(dim: int = 6, hidden: int = 5, strength: float = 1.0) -> Machine:
     return Machine(*(strength * torch.randn(s, generator=g, dtype=torch.float64) for s in shapes))
 
 
-def table(m: Machine) -> tuple[Tensor, Tensor, Tensor]:
-    """The arguments of `rbm_log_z`: level 0 of a visible unit has zeros."""
-    return torch.stack([0 * m.weights, m.weights], 1), torch.stack([0 * m.visible, m.visible], 1), m.hidden
-
-
 def bits(n: int = 200, dim: int = 8) -> Tensor:
     """Two clusters, so that there is something to learn."""
     g = seeded(1)
@@ -102,7 +97,7 @@ class TestEnumeration:
     def test_hidden_weights_sum_to_the_enumerated_z(self, hidden: int) -> None:
         m = machine(hidden=hidden)
         log_weights = hidden_log_weights(m)
-        assert float(torch.logsumexp(log_weights, 0)) == pytest.approx(float(rbm_log_z(*table(m))), abs=1e-11)
+        assert float(torch.logsumexp(log_weights, 0)) == pytest.approx(float(rbm_log_z(*m.table())), abs=1e-11)
         by_hidden = torch.logsumexp(Enumerated(6, hidden).log_joint(m), 0)
         assert torch.allclose(log_weights, by_hidden, atol=1e-11)
 
@@ -140,7 +135,7 @@ class TestAnnealing:
 class TestTraining:
     def nll(self, m: Machine, rows: Tensor) -> float:
         wide = to_float64(m)
-        return float(wide.free_energy(rows.double()).mean() + rbm_log_z(*table(wide)))
+        return float(wide.free_energy(rows.double()).mean() + rbm_log_z(*wide.table()))
 
     @pytest.mark.parametrize("variant", ["cd", "ramp", "pcd", "centred"])
     def test_every_variant_learns(self, variant: str) -> None:
