@@ -1,4 +1,4 @@
-"""One loop for everything that is "an optimizer on a loss", with the best weights kept and patience where asked for.
+"""A general training loop: minimise a loss; optionally keep the best weights and stop early.
 
 The suite's registered models train through `replicate.runs.training.train`, which adds schedules, moving averages and
 the selection on validation that the comparison demands.

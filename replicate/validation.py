@@ -324,6 +324,18 @@ def check_json(value: object, name: str, wrong: Wrong) -> None:
             wrong("", f"{at} is {brief(item)}; it must be {problem}")
 
 
+def check_profile(profile: str) -> None:
+    """Check the name of a profile.
+
+    Raises:
+        UsageError: there is no such profile.
+    """
+    if profile not in PROFILES:
+        raise UsageError(
+            f"unknown profile {profile!r}{did_you_mean(profile, PROFILES)}; choose {' or '.join(PROFILES)}."
+        )
+
+
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     """Parse the settings of `--set key=value`; a value is JSON where it parses as such, else text.
 

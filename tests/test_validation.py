@@ -291,7 +291,7 @@ def test_a_record_without_its_seal_or_with_another_is_refused_where_a_seal_is_as
         (b"null", "must be a table"),
         (b"[" * 100_000, "nested without end"),
         (b'{"a":' * 100_000, "nested without end"),
-        (b'{"a": 1, "a": 1}', "a key stands twice"),
+        (b'{"a": 1, "a": 1}', "duplicate key"),
         (b'{"a": NaN}', "NaN is no number"),
         (b'{"a": -Infinity}', "-Infinity is no number"),
         (b"9" * 5_000, "not JSON"),

@@ -1,4 +1,4 @@
-"""The two consoles of the command, and what every command prints alike."""
+"""The two consoles of the command, and shared printing functions."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def _bar(name: str) -> Iterator[Show]:
 @data_app.command("fetch")
 def fetch_(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Files or folders; without any, all that can be fetched.")
+        list[str] | None, typer.Argument(help="Files or folders; default: all that have an address.")
     ] = None,
 ) -> None:
     """Download data files that are missing or damaged, and check each by its sha256."""
@@ -158,7 +158,7 @@ def fetch_(
             failed = True
             complain(str(error))
     if not names and (others := [e.name for e in catalog().values() if not e.urls and find(e.name) is None]):
-        say(f"these files cannot be fetched: {', '.join(others)}; `replicate data fetch NAME` says why.")
+        say(f"no download address for: {', '.join(others)}; `replicate data fetch NAME` prints where to get it.")
     raise typer.Exit(int(failed))
 
 
@@ -174,7 +174,7 @@ def pack_runs_(archive: Path, profile: Profile = "full") -> None:
 
 @data_app.command("unpack-runs")
 def unpack_runs_(archive: Path) -> None:
-    """Add the runs of such a file to this machine's sweep, which `replicate reproduce` resumes."""
+    """Add the runs in a file of `pack-runs` to the sweep on this machine; `replicate reproduce` resumes it."""
     from replicate.runs.store import default_runs_folder
     from replicate.sweeps.archive import unpack_runs
 

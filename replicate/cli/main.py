@@ -1,6 +1,7 @@
 """Every command of `replicate`, and the exit code of each.
 
-Exit codes: 0 all good, 1 some run failed or a check did not hold, 2 bad usage, 3 stopped with work left.
+Exit codes: 0 all good, 1 a run failed, a check failed or a disk could not be written, 2 bad usage, 3 stopped with work
+left.
 """
 
 from __future__ import annotations

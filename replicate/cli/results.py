@@ -10,6 +10,7 @@ import typer
 
 from replicate.cli.console import AsJson, Profile, Results, complain, console, print_table, say
 from replicate.errors import UsageError
+from replicate.validation import check_profile
 
 
 def list_(as_json: AsJson = False) -> None:
@@ -38,15 +39,21 @@ def report(
         Path | None, typer.Option(help="Folder of runs to add (default: those of the profile in REPLICATE_RUNS).")
     ] = None,
 ) -> None:
-    """Write tables, figures and report from the records in the results, with the runs of a folder added."""
+    """Write the report again, with the runs of a folder added.
+
+    Tables, figures and pages are written from the records in the results and those in the folder.
+    """
     from replicate.ledger.tables import read_ledger
     from replicate.report.build import build
     from replicate.report.readme import refresh
     from replicate.runs.store import default_runs_folder, exclusive, writable
     from replicate.sweeps.sweep import Sweep
 
+    check_profile(profile)
     out = results / profile
     if runs is None:
+        if not results.is_dir():
+            raise UsageError(f"there is no folder {results}; check --results.")
         runs = Sweep(default_runs_folder() / profile).runs
         if not runs.exists() and not (out / "records.jsonl").exists():
             raise UsageError(f"{out} has no records, and {runs} no runs; `make reproduce PROFILE={profile}` first.")
@@ -66,17 +73,17 @@ def compare(
     results: Results = Path("results"),
     as_json: AsJson = False,
 ) -> None:
-    """Compare models on every task they share, paired by seed."""
+    """Compare models on their common tasks, by seed."""
     from replicate.registry import unknown
     from replicate.report.compare import compare_models, comparison_table
     from replicate.sweeps.reproduce import read_reference
 
     folder = results / profile
+    if len(models) < 2:
+        raise UsageError("name at least two models to compare.")
     measured = read_reference(folder)
     if measured is None:
         raise UsageError(f"there is no {folder / 'measurements.csv'}; `make reproduce PROFILE={profile}` first.")
-    if len(models) < 2:
-        raise UsageError("name at least two models to compare.")
     for name in models:
         if name not in set(measured.model):
             raise unknown("model", name, sorted(set(measured.model)), f"Only those in {folder} can be compared.")
@@ -91,12 +98,14 @@ def compare(
 
 def claims(
     paper: Annotated[str | None, typer.Option(help="Only the claims of this paper, by its key.")] = None,
-    verdict: Annotated[str | None, typer.Option(help="Only claims with this verdict.")] = None,
+    verdict: Annotated[
+        str | None, typer.Option(help='Only claims with this verdict, such as "not reproduced".')
+    ] = None,
     profile: Profile = "standard",
     results: Results = Path("results"),
     as_json: AsJson = False,
 ) -> None:
-    """Show every claim with the printed value, ours, and the verdict."""
+    """Show claims: printed value, ours, verdict."""
     from replicate.registry import unknown
     from replicate.report.ledger import read_claims_csv
     from replicate.report.verdicts import VERDICTS
@@ -107,7 +116,7 @@ def claims(
     rows = read_claims_csv(path)
     keys = sorted({row["paper"] for row in rows})
     if paper is not None and paper not in keys:
-        raise unknown("paper", paper, keys, f"The ledger has {', '.join(keys)}.")
+        raise unknown("paper", paper, keys, "`replicate list` shows all.")
     if verdict is not None and verdict not in VERDICTS:
         raise unknown("verdict", verdict, VERDICTS, f"It is one of {', '.join(VERDICTS)}.")
     shown = [r for r in rows if paper in (None, r["paper"]) and verdict in (None, r["verdict"])]

@@ -13,7 +13,7 @@ from replicate.cli.console import AsJson, Profile, Results, complain, console, f
 from replicate.cli.options import takes
 from replicate.errors import UsageError
 from replicate.registry import MODELS, EntryPoints
-from replicate.validation import PROFILES, parse_settings
+from replicate.validation import check_profile, parse_settings
 
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Jobs = Annotated[int, typer.Option(min=0, help="Runs at a time; 0 for one per core.")]
@@ -27,7 +27,7 @@ class RunOptions:
 
     model: str
     task: str
-    seed: Annotated[int, typer.Option(help="0, 1, ..")] = 0
+    seed: Annotated[int, typer.Option(help="Random seed, 0 or larger.")] = 0
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value; repeat for more.")] = None
     profile: Profile = "standard"
     device: Device = "auto"
@@ -40,8 +40,12 @@ class RunOptions:
 
 @takes(RunOptions)
 def run(o: RunOptions) -> None:
-    """Train and measure one model on one task; after an interruption the same command resumes the run."""
+    """Train and measure one model on one task.
+
+    After an interruption the same command resumes the run.
+    """
     settings = parse_settings(o.set_ or [])
+    check_profile(o.profile)
     MODELS.require(o.model)  # an unknown name needs no import of torch
     EntryPoints("replicate.tasks", "task", "").require(o.task)
     from replicate.runs.limits import Limits
@@ -99,8 +103,8 @@ class ReproduceOptions:
         str,
         typer.Option(
             metavar="results|COMMIT",
-            help="Run only what has no valid record yet: in the results, which keep all that they have; or in the "
-            "sweep of COMMIT, after rerunning some of its runs.",
+            help="Skip runs that are computed already. results: those in the results folder, to which new runs are "
+            "added. COMMIT: those of that commit's sweep, if a sample of them gives the same bits again.",
         ),
     ] = ""
     reuse_check: Annotated[int, typer.Option(min=1, help="Number of COMMIT's runs to rerun as a check.")] = 5
@@ -114,8 +118,15 @@ class ReproduceOptions:
 
 @takes(ReproduceOptions)
 def reproduce(o: ReproduceOptions) -> None:
-    """Compute a profile afresh and write its tables, figures and report."""
-    if o.profile in PROFILES and not (o.scheduler or o.in_process or o.dry_run):
+    """Compute a profile and write its report.
+
+    Everything is computed afresh, tables and figures too; unfinished work of an interrupted call is resumed.
+    """
+    from replicate.sweeps import executors
+
+    check_profile(o.profile)
+    executors.check_options(o.device, o.scheduler, o.cuda_rows, o.in_process)
+    if not (o.scheduler or o.in_process or o.dry_run):
         from replicate.runs import server
 
         server.start(("digits", "digits-binary"))  # every profile has these tasks
@@ -124,7 +135,7 @@ def reproduce(o: ReproduceOptions) -> None:
     from replicate.runs.paper import broken_entries
     from replicate.runs.progress import Progress
     from replicate.runs.store import default_runs_folder
-    from replicate.sweeps import executors, reuse
+    from replicate.sweeps import reuse
     from replicate.sweeps.plan import make_plan
     from replicate.sweeps.reproduce import STOPPED, SweepOptions, dry_run
     from replicate.sweeps.reproduce import reproduce as carry_out
@@ -162,13 +173,19 @@ def reproduce(o: ReproduceOptions) -> None:
 def verify(
     profile: Profile = "standard",
     results: Results = Path("results"),
-    readme: Path = Path("README.md"),
+    readme: Annotated[Path, typer.Option(help="README whose generated part is checked.")] = Path("README.md"),
     rerun: Annotated[int, typer.Option(min=0, help="Rerun this many random committed runs and compare.")] = 0,
-    rerun_seed: Annotated[int | None, typer.Option(help="Draw the same runs as an earlier call.")] = None,
+    rerun_seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of the random choice; give that of an earlier call to choose the same runs."),
+    ] = None,
     jobs: Jobs = 0,
     run_limit: RunLimit = 7200.0,
 ) -> None:
-    """Check committed results: files against the manifest, specs against their hashes, tables against records."""
+    """Check committed results.
+
+    Files are compared with the manifest, specs with their hashes, tables with records.
+    """
     from replicate.ledger.tables import read_ledger
     from replicate.report.build import remarks
     from replicate.report.build import verify as check

@@ -1,4 +1,4 @@
-"""One named member out of a zip or tar that came from the network. Nothing of an archive is ever written by its name.
+"""Read one named member of a downloaded zip or tar. No file is written under a name taken from the archive.
 
 The content goes to whoever asked, piece by piece; an archive with a member whose path climbs out of it is refused
 whole, since no honest packer made it.

@@ -11,8 +11,8 @@ class Limits:
     """The limits of one run.
 
     Attributes:
-        seconds: wall time of one sitting; a run that takes longer is stopped and counts as failed. The next call goes
-            on from its last checkpoint.
+        seconds: wall time of one session; a run that takes longer is stopped and counts as failed. The next call
+            resumes from its last checkpoint.
         memory_mb: private memory in megabytes (RLIMIT_DATA); None for no limit.
         checkpoint_every: seconds between checkpoints.
         grace: seconds that a run which is asked to stop has to save itself before it is killed.

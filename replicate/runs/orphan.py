@@ -1,4 +1,4 @@
-"""Processes that end when whoever they work for is gone: an orphan would hold what its parent had locked."""
+"""End a child process when its parent ends; otherwise the child would keep the parent's locks."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """A pool of child processes, one run each, forked from a clean server that has imported torch once.
 
 Every run starts from the same state, whatever ran before it and however many run beside it, so that the number of
-workers cannot change a number. On GPUs a slot is a device, or a share of one, and a child sees that device alone.
+workers cannot change a number. A slot is a place for one run; on GPUs it
+is a device or a share of one, and the run sees only that device.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def _check_parts(record: Mapping[str, Any], problems: Problems) -> None:
 
 def _check_task(task: object, part: str, problems: Problems) -> None:
     if not isinstance(task, str) or not NAME.fullmatch(task):
-        problems.add(f"{part} of {brief(task)}: this is no name of a task")
+        problems.add(f"{part} of {brief(task)}: not a valid task name")
 
 
 def _check_examples(task: object, data: object, problems: Problems) -> None:
@@ -179,7 +179,7 @@ def _check_plot(plot: object, name: str, problems: Problems) -> None:
             assert isinstance(line, Mapping)
             x, y = line.get("x"), line.get("y")
             if isinstance(x, list) and isinstance(y, list) and not len(x) == len(y) <= most:
-                problems.add(f"{at} has {len(x)} x and {len(y)} y; it must be as many of both, at most {most}")
+                problems.add(f"{at} has {len(x)} x and {len(y)} y; x and y must have the same length, at most {most}")
     levels = plot.get("levels")
     if isinstance(levels, Mapping):
         check_json(list(levels), f"{name}.levels", wrong)
@@ -244,5 +244,5 @@ def _no_number(name: str) -> float:
 def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        raise ValueError(f"a key stands twice in {brief(table)}")
+        raise ValueError(f"duplicate key in {brief(table)}")
     return table

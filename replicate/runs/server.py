@@ -1,7 +1,7 @@
 """The clean process that the pool's children are forked from.
 
-It imports torch and the suite once. Nothing here imports torch, so that a command can start it before it does so
-itself: the two then import side by side.
+It imports torch and the suite once. Nothing here imports torch, so a command can start it before it imports torch
+itself; both then import at the same time.
 """
 
 from __future__ import annotations

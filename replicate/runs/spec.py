@@ -1,6 +1,6 @@
 """A run's specification and the hash that names it.
 
-The hash covers every setting but the later ones that have their defaults. So a new field of `Training` or
+The hash covers every setting, except settings added later that have their defaults. So a new field of `Training` or
 `Evaluation` (declared by `replicate.model.later`), or a new parameter of a model (`ModelEntry.later`), gives no
 committed run another id. The default of a later setting must never change.
 """

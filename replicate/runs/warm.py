@@ -1,4 +1,4 @@
-"""Imported once by the pool's server: whatever every run would import, ask or train again, it inherits instead."""
+"""Imports, facts about the machine and trained classifiers that the pool's server reads once, for runs to inherit."""
 
 import gc
 import os

@@ -1,4 +1,4 @@
-"""The runs of a sweep in one file: a machine that keeps nothing computes a slice of a profile and hands it back.
+"""The runs of a sweep in one file: so that a machine without lasting storage can compute part of a profile.
 
     replicate reproduce --profile full --cuda-rows --time-budget 500; replicate data pack-runs slice.zip
     replicate data unpack-runs slice.zip      # here, and there before the next slice

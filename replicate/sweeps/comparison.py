@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from replicate.registry import model_entry, models, unknown
+from replicate.registry import model_entry, models
 from replicate.runs.spec import RunSpec, make_spec
 from replicate.tasks.loading import load_task, task_entry, unsupported
-from replicate.validation import PROFILES
+from replicate.validation import check_profile
 
 PLANE = ("two-gaussians", "eight-gaussians", "two-moons", "rings")
 #: densities that standard leaves to the full profile
@@ -116,8 +116,7 @@ def compared_runs(profile: str, device: str = "cpu", seeds: int | None = None) -
     Raises:
         UsageError: no such profile.
     """
-    if profile not in PROFILES:
-        raise unknown("profile", profile, PROFILES, f"It is one of {', '.join(PROFILES)}.")
+    check_profile(profile)
     return list(_specs(profile, device, seeds))
 
 

@@ -30,14 +30,24 @@ def resolve_device(device: str) -> str:
     return "cpu"
 
 
+def check_options(device: str, scheduler: str | None, cuda_rows: bool, in_process: bool) -> None:
+    """Check what contradicts itself before anything is imported or started.
+
+    Raises:
+        UsageError: options contradict each other.
+    """
+    if cuda_rows and device == "cpu":
+        raise UsageError("--cuda-rows computes runs that need a CUDA device, and --device is cpu; remove one of them.")
+    if scheduler and in_process:
+        raise UsageError("--scheduler and --in-process exclude each other; give one of them.")
+
+
 def sweep_device(device: str, scheduler: str | None, cuda_rows: bool) -> str:
     """Return the kind of device of a sweep; on a cluster only the user knows the workers' devices.
 
     Raises:
-        UsageError: as in `resolve_device`, or the options contradict each other.
+        UsageError: as in `resolve_device`.
     """
-    if cuda_rows and device == "cpu":
-        raise UsageError("--cuda-rows computes runs that need a CUDA device, and --device is cpu; remove one of them.")
     device = "cuda" if cuda_rows else device
     if scheduler is None:
         return resolve_device(device)
@@ -63,10 +73,8 @@ def make_executor(
         in_process: one run after the other in this process.
 
     Raises:
-        UsageError: the options contradict each other, or no scheduler answers at the address.
+        UsageError: no scheduler answers at the address.
     """
-    if scheduler and in_process:
-        raise UsageError("--scheduler and --in-process exclude each other; give one of them.")
     if in_process:
         from replicate.runs.inline import Inline
 

@@ -1,4 +1,4 @@
-"""The whole way of `replicate reproduce`: run a plan, write its report, compare with the committed reference."""
+"""All steps of `replicate reproduce`: run a plan, write its report, compare with the committed reference."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def reproduce(plan: SweepPlan, options: SweepOptions) -> int:
             missing = [s for s in plan.specs if read_record(sweep.current / s.run_id()) is None]
             if not complete:
                 say(
-                    f"stopped with {len(missing)} of {len(plan.specs)} runs left; runs in progress have saved "
-                    "themselves, and the same command resumes them"
+                    f"stopped with {len(missing)} of {len(plan.specs)} runs left; runs in progress have been "
+                    "saved, and the same command resumes them"
                 )
                 return STOPPED
             _report(plan, sweep, out, options, reference)
@@ -91,7 +91,7 @@ def reproduce(plan: SweepPlan, options: SweepOptions) -> int:
             return DONE
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        say(f"stopped: {what}. Finished runs are kept; fix that, and the same command resumes")
+        say(f"stopped: {what}. Finished runs are kept. Fix the problem and run the same command again")
         return FAILED
 
 
@@ -142,7 +142,7 @@ def _close(plan: SweepPlan, sweep: Sweep, out: Path, options: SweepOptions) -> N
     if not left:
         sweep.close()
     elif absent := set(left) - in_results(out):
-        say(f"the sweep stays open: {len(absent)} of the profile's other {len(plan.others)} runs are missing")
+        say(f"the sweep is not finished: {len(absent)} runs that this command does not compute have no record")
     say(f"report: {out / 'report.html'}")
 
 

@@ -1,9 +1,9 @@
 """Rerun committed runs and compare their numbers.
 
-A run's id names everything that may change its numbers but the machine and the code. So a run that is drawn from a
+A run's id covers everything that can change its numbers, except the machine and the code. So a run that is drawn from a
 results folder is computed afresh from its spec alone and compared with the committed numbers: bit for bit on the same
-machine, within the tolerances of `replicate.report.compare` on another. Neither another commit nor other sources excuse
-a difference; they are named beside it.
+machine, within the tolerances of `replicate.report.compare` on another. A difference is a failure
+even if the commit or the sources differ; the message names them.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def obstacle(spec: AnySpec) -> str:
     if spec.device == "cuda" and not torch.cuda.is_available():
         return "it needs a CUDA device"
     if spec.results_version != RESULTS_VERSION:
-        return f"its results version is {spec.results_version}, this code makes {RESULTS_VERSION}"
+        return f"it was computed with results version {spec.results_version}, this code has {RESULTS_VERSION}"
     try:
         check_data(spec)
     except UsageError as error:
@@ -225,7 +225,9 @@ def rerun_drawn(
     held = sum(r.held for r in report.runs)
     exactly = sum(not r.machine for r in report.runs)
     tolerant = len(report.runs) - exactly
-    say(f"{held} of {len(report.runs)} runs are as committed; {exactly} compared to the bit, {tolerant} by tolerance")
+    say(
+        f"{held} of {len(report.runs)} runs match: {exactly} compared bit for bit, {tolerant} within the tolerance for another machine"
+    )
     return report
 
 

@@ -65,7 +65,8 @@ def adopt(
         raise UsageError(f"the sweep in {sweep.root} is of commit {found[:12]}, not {commit!r}.")
     if dirty or here == UNKNOWN or there.get("dirty") != "":
         raise UsageError(
-            "runs are reused from one commit by another; commit your changes, and start a sweep from there."
+            "--reuse works between two clean commits: commit your changes. "
+            "A sweep that was started with uncommitted changes cannot be reused."
         )
     with held(sweep.root):
         loaded = load_runs(sweep.runs)
@@ -73,7 +74,7 @@ def adopt(
         records = {r["run_id"]: r for r in finished if r is not None}
         drawn = draw(list(records.values()), checks, random.SystemRandom().randrange(2**31), say)
         if records and not drawn:
-            say("none of its runs can be rerun here: none is reused")
+            say("no run of that sweep can be rerun here, so none is reused")
             return 1
         if drawn:
             how = f" of commit {found[:8]} by commit {here[:8]}"

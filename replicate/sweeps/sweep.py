@@ -53,7 +53,7 @@ class Sweep:
             if self.belongs_here():
                 return "resuming the unfinished sweep"
             shutil.rmtree(self.current)
-            line = "the unfinished sweep was made by another version of the code; starting afresh"
+            line = "the unfinished sweep is of another version of the code: its runs are deleted, starting afresh"
         self.current.mkdir(parents=True)
         self.mark_version()
         return line

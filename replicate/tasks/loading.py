@@ -69,4 +69,4 @@ def unsupported(entry: ModelEntry, task: Task) -> str | None:
         return "it needs images"
     if domain in entry.domains or "continuous" in entry.domains:
         return None
-    return f"it models {' and '.join(sorted(entry.domains))}, and the data are {domain}"
+    return f"it supports only {' and '.join(sorted(entry.domains))}, and the data are {domain}"

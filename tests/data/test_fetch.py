@@ -579,7 +579,7 @@ def test_data_fetch_gets_what_is_not_there_and_files_shows_it(call: Any, site: S
     assert [path for path, _ in site.asked[before:]] == ["/one/a", "/two/c"]
     assert "one/a is damaged: it has 7 bytes" in out
     assert f"one/b is there: {tmp_path / 'one' / 'b'}" in out
-    assert "not to be had by fetching: two/gone" in out
+    assert "no download address for: two/gone" in out
     assert list(statuses(call).values()) == ["present", "present", "present", "absent"]
 
 

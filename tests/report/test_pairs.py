@@ -109,5 +109,5 @@ def test_a_record_on_data_has_the_likelihood_of_every_test_example_and_the_class
     for wrong in ({"digits-binary": "short"}, {"a\nb": judges["digits-binary"]}, ["digits-binary"]):
         with pytest.raises(RecordError, match="classifiers"):
             check_record({**found, "classifiers": wrong})
-    with pytest.raises(RecordError, match="no name of a task"):
+    with pytest.raises(RecordError, match="not a valid task name"):
         check_record({**found, "examples": {"a\nb": packed}})

@@ -53,7 +53,7 @@ def test_rows_join_a_finished_sweep_and_the_report_has_both(tmp_path: Path) -> N
     assert reported(tmp_path) == ids(*REST)
     before = {s.run_id(): (sweep.finished / s.run_id() / "record.json").read_bytes() for s in REST}
     code, said = swept(tmp_path, ROWS, REST, add=True)
-    assert (code, "resuming the unfinished sweep" in said, "stays open" in said) == (DONE, True, False)
+    assert (code, "resuming the unfinished sweep" in said, "is not finished" in said) == (DONE, True, False)
     assert reported(tmp_path) == ids(*REST, *ROWS)
     assert {i: (sweep.finished / i / "record.json").read_bytes() for i in before} == before
     assert not sweep.current.exists()
@@ -63,7 +63,7 @@ def test_rows_that_come_first_wait_for_the_rest(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path / "runs/smoke")
     code, said = swept(tmp_path, ROWS, REST, add=True)
     assert code == DONE
-    assert "the sweep stays open: 2 of the profile's other 2 runs are missing" in said
+    assert "the sweep is not finished: 2 runs that this command does not compute have no record" in said
     assert reported(tmp_path) == ids(*ROWS)
     assert swept(tmp_path, REST, ROWS, add=False)[0] == DONE
     assert reported(tmp_path) == ids(*REST, *ROWS)
@@ -96,7 +96,7 @@ def test_rows_join_results_whose_runs_are_gone(tmp_path: Path) -> None:
     swept(tmp_path, REST, ROWS, add=False)
     shutil.rmtree(tmp_path / "runs")
     code, said = swept(tmp_path, ROWS, REST, add=True)
-    assert (code, "stays open" in said) == (DONE, False)
+    assert (code, "is not finished" in said) == (DONE, False)
     assert reported(tmp_path) == ids(*REST, *ROWS)
     assert verify(tmp_path / "results/smoke") == []
 

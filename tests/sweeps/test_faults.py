@@ -220,7 +220,7 @@ def test_signal_saves_and_stops_and_the_next_call_gives_the_same_bytes(
     first.send_signal(number)
     said, _ = first.communicate(timeout=60)
     assert first.returncode == 3, said
-    assert "runs in progress have saved themselves, and the same command resumes them" in said
+    assert "runs in progress have been saved, and the same command resumes them" in said
     assert checkpoints(tmp_path)
     again = here(tmp_path, QUICK, GOOD)
     assert again.returncode == 0, again.stdout

@@ -43,5 +43,5 @@ def test_seeds_are_overridden_where_there_is_more_than_one() -> None:
 
 
 def test_unknown_profile_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"unknown profile 'smok'\. Did you mean smoke"):
+    with pytest.raises(UsageError, match=r"unknown profile 'smok'; did you mean smoke\?"):
         make_plan("smok")

@@ -143,7 +143,7 @@ def test_unchanged_results_come_back_bit_for_bit_and_stay_as_they_were(results: 
         found = re.search(line, said, re.MULTILINE)
         assert found
         assert int(found[1]) > 5
-    assert "3 of 3 runs are as committed; 3 compared to the bit, 0 by tolerance" in said
+    assert "3 of 3 runs match: 3 compared bit for bit, 0 within the tolerance for another machine" in said
     assert re.search(r"making 3 runs again \(--rerun-seed 0\), which took about \d+:\d\d", said)
     assert verify(results) == []
 
@@ -263,7 +263,7 @@ def test_a_draw_without_a_seed_says_the_one_that_repeats_it(committed: Path) -> 
     ("key", "value", "reason"),
     [
         ("device", "cuda", "it needs a CUDA device"),
-        ("results_version", 7, "its results version is 7, this code makes 1"),
+        ("results_version", 7, "it was computed with results version 7, this code has 1"),
         ("data_sha256", "0" * 64, "the data of two-gaussians on this machine have sha256 "),
         ("model", "perpetuum", "unknown model 'perpetuum'"),
         ("seed", -1, "seed"),
@@ -493,7 +493,7 @@ def test_runs_that_cannot_be_checked_are_not_reused(
     before = folders(sweep)
     code, said = adopted(sweep, replay)
     assert code == 1
-    assert "none of its runs can be rerun here" in said
+    assert "no run of that sweep can be rerun here" in said
     assert sweep.version() == {"commit": OLD, "dirty": ""}
     assert folders(sweep) == before
 
