@@ -225,9 +225,8 @@ def rerun_drawn(
     held = sum(r.held for r in report.runs)
     exactly = sum(not r.machine for r in report.runs)
     tolerant = len(report.runs) - exactly
-    say(
-        f"{held} of {len(report.runs)} runs match: {exactly} compared bit for bit, {tolerant} within the tolerance for another machine"
-    )
+    how = f"{exactly} compared bit for bit, {tolerant} within the tolerance for another machine"
+    say(f"{held} of {len(report.runs)} runs match: {how}")
     return report
 
 
