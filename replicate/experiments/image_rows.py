@@ -91,9 +91,7 @@ def trained(run: Run, task: Task, build: Callable[[], M], settings: RowSettings)
         The model with its selected weights, the test rows, and the plot of its validation NLL.
     """
     fit, valid, test = splits(task, settings.rows, run.device)
-    with run.initialisation():
-        model = build()
-    model = model.to(run.device)
+    model = run.build(build)
     history = train(model, fit, valid, settings.training, run.streams)
     return model, test, validation_plot(history.valid)
 

@@ -108,8 +108,7 @@ def judge(run: Run, s: ImageSettings, samples: Mapping[str, Tensor]) -> None:
     assert image is not None
     run.classifiers[s.data] = image_features(s.data).sha256
     for variant, x in samples.items():
-        quality = sample_quality(x.cpu(), reference, s.data)
-        run.measure_all({f"{metric}{variant}": e for metric, e in quality.items()})
+        run.measure_all({f"{metric}{variant}": e for metric, e in sample_quality(x.cpu(), reference, s.data).items()})
     if why := unavailable():
         for variant in samples:
             run.omit(f"fid{variant}", why)
@@ -163,8 +162,7 @@ def measure_diffusion(
 ) -> None:
     """Measure a trained model: its likelihood of the test images by flow and by bound, and its samples."""
     with torch.no_grad():
-        effort = Effort(ode_draws=1, ode_steps=s.ode_steps)
-        log_p = log_likelihood(model, task.test, effort, run.stream("evaluation"))
+        log_p = log_likelihood(model, task.test, Effort(ode_draws=1, ode_steps=s.ode_steps), run.stream("evaluation"))
     run.keep_examples(task.name, log_p)
     run.measure_all({**in_bits(log_p, task.info.dim), **log_p.details})
     run.measure_all(in_bits(bound_likelihood(run, s, model, task.test), task.info.dim, ":elbo"))

@@ -56,9 +56,6 @@ def noised(density: GaussianMixture, sigma: float) -> GaussianMixture:
 def networks(run: Run, hidden: int, depth: int) -> dict[str, nn.Module]:
     """Build three kinds of score network of the plane with random weights in float64."""
     with run.initialisation():
-        made = {
-            "free-silu": FreeScore(2, hidden, depth),
-            "free-softplus": FreeScore(2, hidden, depth, "softplus"),
-            "energy": EnergyScore(2, hidden, depth),
-        }
+        free = FreeScore(2, hidden, depth), FreeScore(2, hidden, depth, "softplus")
+        made = {"free-silu": free[0], "free-softplus": free[1], "energy": EnergyScore(2, hidden, depth)}
     return {name: network.double().to(run.device) for name, network in made.items()}

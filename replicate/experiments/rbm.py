@@ -80,8 +80,7 @@ class Machine(NamedTuple):
             model.weights.copy_(w)
             model.hidden_bias.copy_(c)
             # `RBM` counts a hidden unit as h - 1/2
-            plain = torch.stack([torch.zeros_like(b), b + w.sum(1) / 2], 1)
-            model.bias_change.copy_(plain - model.base_bias)
+            model.bias_change.copy_(torch.stack([torch.zeros_like(b), b + w.sum(1) / 2], 1) - model.base_bias)
         return model
 
 

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from replicate.model import Estimate
 
+#: the metrics of `feature_metrics`
+FEATURE_METRICS = ("frechet", "precision", "recall", "density", "coverage")
+
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.detach().double()
@@ -120,3 +123,14 @@ def precision_recall_density_coverage(fx_real: Tensor, fx_fake: Tensor, k: int =
         "coverage": in_real_ball.any(1),
     }
     return {name: Estimate.mean_of(values, "estimate", "fraction") for name, values in per_row.items()}
+
+
+def feature_metrics(fx_real: Tensor, fx_fake: Tensor) -> dict[str, Estimate]:
+    """Return every metric of samples in feature space.
+
+    Args:
+        fx_real: features of data, (n, F).
+        fx_fake: features of samples, (m, F); only the Frechet distance uses those beyond the n-th.
+    """
+    neighbours = precision_recall_density_coverage(fx_real, fx_fake[: len(fx_real)])
+    return {"frechet": frechet(fx_fake, fx_real), **neighbours}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import ot
@@ -140,3 +141,7 @@ def mode_weight_error(modes_of_samples: Tensor, true_weights: Tensor) -> Estimat
     per_sample = 0.5 * error.sign()[modes]
     stderr = float(per_sample.std() / math.sqrt(n)) if n > 1 else math.nan
     return Estimate(float(error.abs().sum() / 2), stderr, "estimate", "probability", n)
+
+
+#: every distance from samples to as many reference samples, (n, D) each, by the metric's name
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Estimate]] = {"w2": w2, "mmd": mmd}

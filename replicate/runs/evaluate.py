@@ -22,8 +22,8 @@ from replicate.metrics.classifier import c2st
 from replicate.metrics.divergences import fisher_divergence, kl
 from replicate.metrics.features import DIGITS, FeatureClassifier, image_features
 from replicate.metrics.features import TASKS as IMAGES
-from replicate.metrics.quality import frechet, precision_recall_density_coverage
-from replicate.metrics.samples import mmd, mode_weight_error, w2
+from replicate.metrics.quality import FEATURE_METRICS, feature_metrics
+from replicate.metrics.samples import DISTANCES, mode_weight_error
 from replicate.model import Estimate, LogLikelihood, Model
 from replicate.runs.effort import Evaluation
 from replicate.runs.seeds import Streams, stream_seed
@@ -145,7 +145,7 @@ class Evaluator:
 
     def _density_samples(self, truth: Density) -> Measurements:
         if "sample" not in self.model.capabilities:
-            for metric in ("w2", "mmd", "mode_weight_error", "sample_ms", "nfe"):
+            for metric in (*DISTANCES, "mode_weight_error", "sample_ms", "nfe"):
                 yield na(metric, "the model has no sampler of its own")
             return
         n = self.settings.samples
@@ -159,11 +159,11 @@ class Evaluator:
         reference = self.task.test.to(self.device)
         m = min(self.settings.transport_points, len(x), len(reference))
         if not bool(torch.isfinite(x).all()):
-            for metric in ("w2", "mmd", "mode_weight_error"):
+            for metric in (*DISTANCES, "mode_weight_error"):
                 yield na(metric + suffix, "the sampler diverged")
             return
-        yield Measurement("w2" + suffix, w2(x[:m], reference[:m]))
-        yield Measurement("mmd" + suffix, mmd(x[:m], reference[:m]))
+        for metric, distance in DISTANCES.items():
+            yield Measurement(metric + suffix, distance(x[:m], reference[:m]))
         weights = truth.mode_weights()
         if weights is None:
             yield na("mode_weight_error" + suffix, "the truth has no modes")
@@ -232,7 +232,7 @@ class Evaluator:
         yield from (Measurement(name, e) for name, e in log_p.details.items())
 
     def _data_samples(self) -> Measurements:
-        names = ("c2st", "frechet", "precision", "recall", "density", "coverage")
+        names = ("c2st", *FEATURE_METRICS)
         if "sample" not in self.model.capabilities:
             for metric in (*names, "sample_ms", "nfe"):
                 yield na(metric, "the model has no sampler of its own")
@@ -246,14 +246,12 @@ class Evaluator:
         m = min(n, len(test))
         yield Measurement("c2st", c2st(x[:m], test[:m], self.streams.fresh("c2st")))
         if self.task.labels is None:
-            yield from (na(metric, "there are no labels to train a classifier's features on") for metric in names[1:])
+            yield from (na(m, "there are no labels to train a classifier's features on") for m in FEATURE_METRICS)
         else:
             classifier = task_features(self.task)
             self.classifiers[self.task.name] = classifier.sha256
             fake, real = classifier.features(x.cpu()), classifier.features(test.cpu())
-            yield Measurement("frechet", frechet(fake, real))
-            for name, e in precision_recall_density_coverage(real, fake[:m]).items():
-                yield Measurement(name, e)
+            yield from (Measurement(name, e) for name, e in feature_metrics(real, fake).items())
         yield count("sample_ms", 1000 * seconds / n, "milliseconds")
         yield count("nfe", self.model.nfe, "network evaluations")
 

@@ -20,16 +20,17 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from replicate.data.files import absent
 from replicate.model import Estimate, Family, LogLikelihood
 from replicate.runs.seeds import Streams
 
+M = TypeVar("M", bound=nn.Module)
 Style = Literal["line", "points", "images"]
 #: points of one line of a plot that a record keeps, and pixels of one row of images
 MAX_POINTS, MAX_PIXELS = 500, 4096
@@ -182,6 +183,12 @@ class Run:
     def initialisation(self) -> AbstractContextManager[None]:
         """Inside, networks draw their first weights from this run's "init" stream."""
         return self.streams.initialisation()
+
+    def build(self, make: Callable[[], M]) -> M:
+        """Build a network with its first weights from this run's "init" stream, on the run's device."""
+        with self.initialisation():
+            made = make()
+        return made.to(self.device)
 
     def measure(self, metric: str, estimate: Estimate) -> None:
         """Record a number; variants of one metric are "metric:variant"."""

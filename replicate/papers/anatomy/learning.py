@@ -212,8 +212,7 @@ def study(
 ) -> tuple[Learned, dict[str, Tensor]]:
     """Learn by one method and measure its energy, short runs, long runs and steady state; return it and the samples."""
     method, device = s.method(name), str(run.device)
-    with run.initialisation():
-        energy = FoldedEnergy().to(run.device)
+    energy = run.build(FoldedEnergy)
     learned = learn(method, s.batch, data, energy, run.stream(f"{name}-learning"))
     generator = run.stream(f"{name}-samples")
 
@@ -234,8 +233,7 @@ def study(
     standardised = float(gap.mean() / gap.std())  # near 0 where the series is symmetric about 0
     run.measure(f"model_kl:{name}", model_kl(density, potential, s.grid, device))
     run.measure(f"model_kl:{name}_unscaled", model_kl(density, energy, s.grid, device))
-    unit = "standard deviations"
-    run.measure(f"energy_gap:{name}", Estimate(standardised, math.nan, "estimate", unit, len(gap)))
+    run.measure(f"energy_gap:{name}", Estimate(standardised, math.nan, "estimate", "standard deviations", len(gap)))
     run.measure(f"gradient_ratio:{name}", Estimate.mean_of(ratio, "estimate", "ratio"))
     for kind, cloud in clouds.items():
         run.measure(f"{kind}_distance:{name}", w2(cloud, reference))
@@ -269,13 +267,11 @@ def draw_energies(run: Run, s: Settings, density: GaussianMixture, energies: Map
     run.curves("energy-on-the-ring", "energy along the ring", ("angle", "minus log density, nats"), curves)
 
 
-@experiment(
-    "anatomy-learning",
-    about="an energy on the ring of eight Gaussians, learned with convergent and with non-convergent chains",
-    family="ebm",
-    seeds=3,
-    smoke={"convergent_updates": 20, "nonconvergent_updates": 5, "samples": 200, "long_run": 100, "grid": 100},
-)
+ABOUT = "an energy on the ring of eight Gaussians, learned with convergent and with non-convergent chains"
+SMOKE = {"convergent_updates": 20, "nonconvergent_updates": 5, "samples": 200, "long_run": 100, "grid": 100}
+
+
+@experiment("anatomy-learning", about=ABOUT, family="ebm", seeds=3, smoke=SMOKE)
 def compare(run: Run, s: Settings) -> None:
     """Measure both methods on the same data, from the same initial weights."""
     density = ring(s.radius, s.sd)

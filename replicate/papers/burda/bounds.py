@@ -72,8 +72,7 @@ def measure_gaps(
     exact = model.exact_log_prob(x)
     gaps: dict[int, Estimate] = {}
     for k in (1, 5, 50, 500):
-        values = iw_bound(model, x, k, run.stream(f"draws-{k}")).values
-        gaps[k] = Estimate.mean_of(exact - values, "estimate", "nats")
+        gaps[k] = Estimate.mean_of(exact - iw_bound(model, x, k, run.stream(f"draws-{k}")).values, "estimate", "nats")
     run.measure_all({f"gap:{k}": gap for k, gap in gaps.items()})
     title = "How far the importance-weighted bound lies below log p(x)"
     curve = list(gaps), [g.value for g in gaps.values()]

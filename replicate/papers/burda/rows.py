@@ -127,11 +127,8 @@ def fit(model: ImportanceWeightedAutoencoder, train: Tensor, run: Run, s: Settin
 def train_and_score(run: Run, s: Settings) -> None:
     """Train one cell of table 1, and bound -log p of the test bits with many importance samples."""
     train, test = (part[: s.rows or None].to(run.device) for part in training_and_test(s.dynamic))
-    with run.initialisation():
-        model = ImportanceWeightedAutoencoder(
-            train.shape[1], LATENTS[s.layers], HIDDEN[s.layers], s.draws, s.weighted, s.doubly
-        )
-    model = model.to(run.device)
+    sizes = train.shape[1], LATENTS[s.layers], HIDDEN[s.layers]
+    model = run.build(lambda: ImportanceWeightedAutoencoder(*sizes, s.draws, s.weighted, s.doubly))
     losses = fit(model, train, run, s)
     bound = iw_bound(model, test, s.samples, run.stream("evaluation"))
     run.measure_all({"nll": -bound.mean(), "negative_elbo": -bound.details["elbo"], "ess": bound.details["ess"]})
@@ -154,12 +151,10 @@ def cell(s: Settings) -> Experiment:
 
 
 _CELLS = ((True, 1), (False, 5), (False, 50), (True, 5), (True, 50))
+_SHORT = ((True, 1, False), (False, 5, False), (True, 5, False), (True, 5, True))
 ROWS = (
     *(cell(Settings(weighted, draws, layers)) for layers in (1, 2) for weighted, draws in _CELLS),
     *(cell(Settings(True, draws, dynamic=False)) for draws in (1, 5, 50)),
     *(cell(Settings(True, draws, doubly=True)) for draws in (1, 5, 50)),
-    *(
-        cell(Settings(weighted, draws, doubly=doubly, shortened=SHORTENED, samples=500))
-        for weighted, draws, doubly in ((True, 1, False), (False, 5, False), (True, 5, False), (True, 5, True))
-    ),
+    *(cell(Settings(w, k, doubly=d, shortened=SHORTENED, samples=500)) for w, k, d in _SHORT),
 )

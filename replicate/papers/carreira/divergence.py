@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,8 +41,7 @@ class Enumerated:
         f = (joint - joint.max()).exp()
         of_v, of_h, found = f.sum(1), f.sum(0), [start]
         for _ in range(sweeps):
-            hidden = (found[-1] / of_v) @ f
-            found.append(f @ (hidden / of_h))
+            found.append(f @ ((found[-1] / of_v) @ f / of_h))
         return found[1:]
 
     def statistics(self, machine: Machine, q: Tensor) -> Machine:
@@ -131,8 +130,7 @@ def monte_carlo_deviation(
     h = machine.hidden_mean(v)
     draws = torch.cat([(v[:, :, None] * h[:, None, :]).flatten(1), v, h], 1)
     exact = flat(every_state.statistics(machine, every_state.after_sweeps(machine, data, k)[-1]))
-    z = (draws.mean(0) - exact) / (draws.std(0) / math.sqrt(chains))
-    return float(z.square().mean().sqrt())
+    return float(((draws.mean(0) - exact) / (draws.std(0) / math.sqrt(chains))).square().mean().sqrt())
 
 
 @dataclass(frozen=True)
@@ -170,14 +168,13 @@ class Bias(Learning):
     chains: int = 20_000
 
 
-@experiment(
-    "cd-gradient-bias",
-    about="expected CD-k direction, k = 1..25, against the enumerated gradient of a half-trained RBM",
-    family="ebm",
-    tasks=("digits-binary",),
-    precision="float64",
-    smoke={"steps": 100, "chains": 500},
-)
+ABOUT_BIAS = "expected CD-k direction, k = 1..25, against the enumerated gradient of a half-trained RBM"
+ABOUT_REST = "the RBM where the expected CD-1 and CD-10 updates come to rest, against maximum likelihood"
+#: of both experiments
+EXACT: dict[str, Any] = {"family": "ebm", "tasks": ("digits-binary",), "precision": "float64"}
+
+
+@experiment("cd-gradient-bias", about=ABOUT_BIAS, **EXACT, smoke={"steps": 100, "chains": 500})
 def gradient_bias(run: Run, s: Bias) -> None:
     """Measure the relative bias and the direction of CD-k, k = 1.., on a machine's way to maximum likelihood."""
     every_state, data, start = s.prepare(run)
@@ -205,14 +202,7 @@ def gradient_bias(run: Run, s: Bias) -> None:
     run.curves("cosine", title, (sweep_axis, "cosine of the two directions"), cosine_curves)
 
 
-@experiment(
-    "cd-fixed-points",
-    about="the RBM where the expected CD-1 and CD-10 updates come to rest, against maximum likelihood",
-    family="ebm",
-    tasks=("digits-binary",),
-    precision="float64",
-    smoke={"steps": 100},
-)
+@experiment("cd-fixed-points", about=ABOUT_REST, **EXACT, smoke={"steps": 100})
 def fixed_points(run: Run, s: Learning) -> None:
     """Follow CD-1 and CD-10 to rest, and measure what maximum likelihood learning from there on still gains.
 

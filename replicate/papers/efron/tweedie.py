@@ -57,8 +57,7 @@ def _uniform_marginal(z: Tensor, sigma: float) -> Tensor:
 
 def _bimodal(x: Tensor, sigma: float = 0.0) -> Tensor:
     """Log density of the two-Gaussian mixture after noise of level sigma."""
-    parts = [math.log(w) + _normal(x, m, math.hypot(sd, sigma)) for w, m, sd in COMPONENTS]
-    return torch.stack(parts).logsumexp(0)
+    return torch.stack([math.log(w) + _normal(x, m, math.hypot(sd, sigma)) for w, m, sd in COMPONENTS]).logsumexp(0)
 
 
 PRIORS = (

@@ -110,21 +110,17 @@ def train_and_score(run: Run, s: Settings) -> None:
     """Train as the released code does and score the test bits exactly."""
     task = mnist_static()
     train, valid, test = splits(task, s.rows, run.device)
-    with run.initialisation():
-        model = build(task.info, s)
-    model = model.to(run.device)
+    model = run.build(lambda: build(task.info, s))
     curve = fit(model, train, valid, run, s)
     exact_nll(run, model, test, CHUNK)
     run.plot(validation_plot(curve, "epochs"))
 
 
+ABOUT = "MADE with {} hidden layer(s) of 8000 units and {} set(s) of masks on static bits"
 ROWS = tuple(
-    full_row(
-        f"made-{layers}-{masks}",
-        minutes,
-        f"MADE with {layers} hidden layer(s) of 8000 units and {masks} set(s) of masks on static bits",
-        Settings(layers=layers, masks=masks),
-    )(train_and_score)
+    full_row(f"made-{layers}-{masks}", minutes, ABOUT.format(layers, masks), Settings(layers=layers, masks=masks))(
+        train_and_score
+    )
     for layers, masks, minutes in ((1, 1, 5), (2, 1, 12), (1, 32, 10), (2, 32, 25))
 )
 

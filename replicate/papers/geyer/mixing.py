@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from replicate.experiments import Run, experiment
+from replicate.experiments import Experiment, Run, experiment
 from replicate.experiments.noise_schedules import geometric_levels
 from replicate.experiments.planar import noised
 from replicate.metrics.autocorrelation import autocorrelation, autocorrelation_time
@@ -95,10 +96,8 @@ def langevin_walks(run: Run, s: Settings, density: GaussianMixture, x: Tensor) -
     adjusted = mala(density.log_prob, density.score, x, s.nfe, eps, generator, record_every=every)
     assert adjusted.acceptance is not None
     rate = Estimate(adjusted.acceptance, math.nan, "estimate", "probability", s.nfe)
-    return {
-        "ula": Walk(modes_of(density, plain.path), every, {}),
-        "mala": Walk(modes_of(density, adjusted.path), every, {"acceptance:mala": rate}),
-    }
+    free = Walk(modes_of(density, plain.path), every, {})
+    return {"ula": free, "mala": Walk(modes_of(density, adjusted.path), every, {"acceptance:mala": rate})}
 
 
 def tempered_walk(run: Run, s: Settings, density: GaussianMixture, x: Tensor) -> Walk:
@@ -167,27 +166,21 @@ def mixing(run: Run, s: Settings) -> None:
         run.measure_all({"mode_weight_error": found[-1], "nfe_to_mix": mixed, "nfe": spent}, name)
     # half the sum over the modes of the mean size of N(0, w (1 - w) / n)
     noise = 0.5 * float((2 * weights * (1 - weights) / (math.pi * s.chains)).sqrt().sum())
-    run.curves(
-        "weight-error",
-        f"{s.density}: error of the modes' weights, all chains started in one mode",
-        ("score evaluations a chain, all temperatures counted", "total variation of the modes' weights"),
-        {name: (at, [e.value for e in found]) for name, (at, found) in errors.items()},
-        log="xy",
-        levels={"never left": 1 - float(weights[0]), "as many exact draws": noise},
-    )
+    levels = {"never left": 1 - float(weights[0]), "as many exact draws": noise}
+    title = f"{s.density}: error of the modes' weights, all chains started in one mode"
+    axes = "score evaluations a chain, all temperatures counted", "total variation of the modes' weights"
+    curves = {name: (at, [e.value for e in found]) for name, (at, found) in errors.items()}
+    run.curves("weight-error", title, axes, curves, log="xy", levels=levels)
     title = f"{s.density}: autocorrelation of the modes' indicators, true weights as means"
     run.curves("autocorrelation", title, ("lag, score evaluations", "autocorrelation"), memory, log="x")
 
 
-TWO, EIGHT = (
-    experiment(
-        f"mixing-{settings.density}",
-        about=f"{settings.density}: Langevin, parallel tempering and annealing from one mode, with the exact score",
-        family="score",
-        settings=settings,
-        seeds=3,
-        smoke={"chains": 50, "nfe": 600},
-        precision="float64",
-    )(mixing)
-    for settings in (Settings("two-gaussians", 32.0, 6), Settings("eight-gaussians", 16.0, 4))
-)
+def from_one_mode(s: Settings) -> Experiment:
+    """Declare the experiment on one density."""
+    about = f"{s.density}: Langevin, parallel tempering and annealing from one mode, with the exact score"
+    declared: dict[str, Any] = {"family": "score", "seeds": 3, "precision": "float64"}
+    smoke = {"chains": 50, "nfe": 600}
+    return experiment(f"mixing-{s.density}", about=about, settings=s, smoke=smoke, **declared)(mixing)
+
+
+TWO, EIGHT = map(from_one_mode, (Settings("two-gaussians", 32.0, 6), Settings("eight-gaussians", 16.0, 4)))

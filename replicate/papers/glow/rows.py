@@ -16,15 +16,9 @@ def glow(run: Run, s: CouplingSettings) -> None:
     image_row(run, GLOW, s)
 
 
+ABOUT = "multi-scale affine couplings and 1x1 convolutions on dequantised"
 MNIST, FASHION = (
-    full_row(
-        f"glow-{data}",
-        9,
-        f"multi-scale affine couplings and 1x1 convolutions on dequantised {title}",
-        CouplingSettings(data=data),
-        "flow",
-        FILES[data],
-    )(glow)
+    full_row(f"glow-{data}", 9, f"{ABOUT} {title}", CouplingSettings(data=data), "flow", FILES[data])(glow)
     for data, title in (("mnist", "MNIST"), ("fashion-mnist", "Fashion-MNIST"))
 )
 

@@ -38,14 +38,8 @@ def minimise_score_matching(x: Tensor, iterations: int) -> tuple[Tensor, Tensor]
     """Return the Gaussian's mean (D,) and precision (D, D) that minimise the implicit objective on x (n, D)."""
     mean = torch.zeros(x.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
     half = (0.5 * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)).requires_grad_(True)
-    optimizer = torch.optim.LBFGS(
-        [mean, half],
-        max_iter=iterations,
-        tolerance_grad=1e-13,
-        tolerance_change=0.0,
-        history_size=50,
-        line_search_fn="strong_wolfe",
-    )
+    limits = {"max_iter": iterations, "tolerance_grad": 1e-13, "tolerance_change": 0.0, "history_size": 50}
+    optimizer = torch.optim.LBFGS([mean, half], **limits, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -147,23 +141,16 @@ def observe(model: Model, x: Tensor, score: Score, s: Settings, draws: torch.Gen
     """Return score (n, D), implicit objective (n,), chain ends (n, D) and -f (n,) at x (n, D), and the grid's log Z."""
     chain = ula(score, x, s.langevin_steps, s.langevin_step, draws)
     normaliser = log_z(lambda y: -model.energy(y), s.half_width, s.cells, 2, torch.float64, device=x.device.type)
-    return {
-        "score": score(x).detach(),
-        "objective": implicit_score_matching(score_of(model.energy), x).detach(),
-        "samples": chain.samples,
-        "unnormalised": -model.energy(x).detach(),
-        "log_z": torch.tensor(normaliser.value, dtype=torch.float64),
-    }
+    objective = implicit_score_matching(score_of(model.energy), x).detach()
+    found = {"score": score(x).detach(), "objective": objective, "samples": chain.samples}
+    found["log_z"] = torch.tensor(normaliser.value, dtype=torch.float64)
+    return found | {"unnormalised": -model.energy(x).detach()}
 
 
-@experiment(
-    "hyvarinen-normaliser",
-    family="score",
-    smoke={"steps": 10, "points": 100, "langevin_steps": 20},
-    seeds=3,
-    tasks=("two-gaussians",),
-    precision="float64",
-)
+SMOKE = {"steps": 10, "points": 100, "langevin_steps": 20}
+
+
+@experiment("hyvarinen-normaliser", family="score", smoke=SMOKE, seeds=3, tasks=("two-gaussians",), precision="float64")
 def check_normaliser(run: Run, s: Settings) -> None:
     """Scores, objectives and Langevin chains of energy models under another normalising constant."""
     # exp and log of the density itself, so that the factor goes through the arithmetic and not only through algebra

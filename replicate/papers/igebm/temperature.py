@@ -70,8 +70,7 @@ def compare(
         run.measure(f"variance_ratio:{name}", Estimate.mean_of(x.square() / variance, "estimate", "ratio"))
         run.measure(f"variance_ratio:{name}_closed_form", Estimate.exact(closed, "ratio"))
         run.measure(f"temperature:{name}", Estimate.exact(temperature(step, sd), "ratio"))
-    largest = temperature(largest_step, noise)
-    run.measure("temperature:released_largest_step", Estimate.exact(largest, "ratio"))
+    run.measure("temperature:released_largest_step", Estimate.exact(temperature(largest_step, noise), "ratio"))
     density = eight_gaussians()
     stretch = math.sqrt(variance / density.covariance[0, 0].item())
 

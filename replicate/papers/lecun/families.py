@@ -92,8 +92,7 @@ def log_prob_given_upper(model: Any, whole: Tensor) -> Tensor:
 
 def flow_completions(model: Any, upper: Tensor, s: Settings, generator: torch.Generator) -> tuple[Tensor, float]:
     """Draw lower halves (n, 32) in levels by Langevin dynamics; also return the share of accepted steps."""
-    whole = torch.cat([upper, torch.zeros_like(upper)], dim=1)
-    held = model.transform(whole, generator)[0][:, :HALF]
+    held = model.transform(torch.cat([upper, torch.zeros_like(upper)], dim=1), generator)[0][:, :HALF]
     density = LogDensity(lambda y: -model.inner.log_prob(torch.cat([held, y], dim=1)))
     start = standard_normal_like(held, generator)
     chain = mala(density.value, density.score, start, s.langevin_steps, s.flow_step_size, generator)
@@ -138,8 +137,7 @@ def inpainted(model: Any, upper: Tensor, s: Settings, generator: torch.Generator
         noise: Tensor = model.inner.net(z, z.new_full((len(z),), math.log(level)))
         return noise
 
-    start = levels[0] * standard_normal_like(whole, generator)
-    state: State = {"z": start, "part": known, "generator": generator}
+    state: State = {"z": levels[0] * standard_normal_like(whole, generator), "part": known, "generator": generator}
     for step in resumable("inpainting", len(levels) * s.steps_per_level, state):
         level = levels[step // s.steps_per_level]
         if step % s.steps_per_level == 0:
@@ -169,21 +167,13 @@ def _completed(
     return inpainted(model, upper, s, generator), None
 
 
-@experiment(
-    "completions",
-    about="lower halves of digits given upper ones, by each family of models of whole digits",
-    family="reference",
-    seeds=3,
-    tasks=("digits",),
-    smoke={
-        **dict.fromkeys(("causal_conv_steps", "realnvp_steps", "vae_steps", "sde_vp_steps", "draws"), 2),
-        "langevin_steps": 2,
-        "steps_per_level": 1,
-    },
-)
+SMOKE = dict.fromkeys(("causal_conv_steps", "realnvp_steps", "vae_steps", "sde_vp_steps", "draws", "langevin_steps"), 2)
+
+
+@experiment("completions", family="reference", seeds=3, tasks=("digits",), smoke=SMOKE | {"steps_per_level": 1})
 @torch.no_grad()
 def completions(run: Run, s: Settings) -> None:
-    """Train each family on whole digits, complete the test digits, and measure as the energy's answers are."""
+    """Lower halves of digits given upper ones, by each family of models of whole digits."""
     data = half_digits(run.device)
     whole = data.task.test.to(run.device)
     upper = whole[:, :HALF].repeat_interleave(s.draws, dim=0)
@@ -204,17 +194,13 @@ def completions(run: Run, s: Settings) -> None:
         if name == "causal-conv":
             given = log_prob_given_upper(model, whole)
     alone = fitted("causal-conv", s.causal_conv_steps, lower_halves(data.task), run).log_prob(whole[:, HALF:])
-    found = {
-        "nll_given_upper": Estimate.mean_of(-given / HALF, "exact", "nats/pixel"),
-        "nll_alone": Estimate.mean_of(-alone / HALF, "exact", "nats/pixel"),
-        "mutual_information": Estimate.mean_of(given - alone, "estimate", "nats"),
-    }
-    run.measure_all(found, "causal-conv")
+    run.measure("nll_given_upper:causal-conv", Estimate.mean_of(-given / HALF, "exact", "nats/pixel"))
+    run.measure("nll_alone:causal-conv", Estimate.mean_of(-alone / HALF, "exact", "nats/pixel"))
+    run.measure("mutual_information:causal-conv", Estimate.mean_of(given - alone, "estimate", "nats"))
     run.classifiers[data.task.name] = data.features.sha256
     run.plot(digits_plot(data, shown))
     order = (given - alone).sort().values
     share = torch.arange(len(order)) / len(order)
     title = "what the upper half says about the lower one, over the test digits"
     axes = "share of test digits", "log p(lower | upper) - log p(lower), nats"
-    curve = share.tolist(), order.tolist()
-    run.curves("information", title, axes, {"causal-conv": curve}, levels={"nothing": 0.0})
+    run.curves("information", title, axes, {"causal-conv": (share.tolist(), order.tolist())}, levels={"nothing": 0.0})

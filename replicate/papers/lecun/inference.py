@@ -195,13 +195,13 @@ class Halves(Settings):
     jitter: float = 0.1
 
 
+ON_HALVES = "a conditional energy of lower halves of digits given upper ones: pairs ranked, answers by descent"
+ON_FRAMES = "a conditional energy of the next frame of a bouncing digit: pairs ranked, answers by descent"
+ON_DIGITS: dict[str, Any] = {"family": "ebm", "seeds": 3, "tasks": ("digits",)}
+
+
 @experiment(
-    "energy-halves",
-    about="a conditional energy of lower halves of digits given upper ones: pairs ranked, answers by descent",
-    family="ebm",
-    seeds=3,
-    tasks=("digits",),
-    smoke={"steps": 5, "descent_steps": 5, "langevin_steps": 5},
+    "energy-halves", about=ON_HALVES, **ON_DIGITS, smoke=dict.fromkeys(("steps", "descent_steps", "langevin_steps"), 5)
 )
 @torch.no_grad()
 def halves(run: Run, s: Halves) -> None:
@@ -250,14 +250,10 @@ class Frames(Settings):
     cases: int = 1000
 
 
-@experiment(
-    "energy-bouncing",
-    about="a conditional energy of the next frame of a bouncing digit: pairs ranked, answers by descent",
-    family="ebm",
-    seeds=3,
-    tasks=("digits",),
-    smoke={"steps": 5, "descent_steps": 3, "langevin_steps": 3, "cases": 100},
-)
+SMOKE = {"steps": 5, "descent_steps": 3, "langevin_steps": 3, "cases": 100}
+
+
+@experiment("energy-bouncing", about=ON_FRAMES, **ON_DIGITS, smoke=SMOKE)
 @torch.no_grad()
 def frames(run: Run, s: Frames) -> None:
     """Train F on three frames and the next, rank pairs, infer the next frames of the test sequences."""
@@ -277,8 +273,7 @@ def frames(run: Run, s: Frames) -> None:
     images = test.x.view(-1, OBSERVED, CANVAS, CANVAS)
     wrong = displaced(images[:, -1])
     differs = (wrong - test.y.unsqueeze(1)).abs().amax(2) > 0
-    above = network.energy(seen, wrong) > energies.diagonal()[:, None]
-    ranked = (above | ~differs).all(1).double()
+    ranked = ((network.energy(seen, wrong) > energies.diagonal()[:, None]) | ~differs).all(1).double()
     run.measure("wrong_above_right:displaced", Estimate.mean_of(ranked, "exact", "probability"))
     run.measure_all({"time_training": training, "time_inference": seconds})
     shown = {f"frame {i + 1}": images[:, i].flatten(1) for i in range(OBSERVED)}

@@ -181,15 +181,10 @@ def learning_curves(
 
 def benchmark(settings: Settings, **declared: Any) -> Experiment:
     """Declare the benchmark in one number of dimensions."""
-    return experiment(
-        f"lsd-ica-{settings.dim}",
-        about=f"linear ICA in {settings.dim} dimensions, nine objectives scored by the exact log-likelihood",
-        family="ebm",
-        settings=settings,
-        smoke={"examples": 500, "test_examples": 2000, "cd_updates": 20},
-        precision="float64",
-        **declared,
-    )(independent_components)
+    about = f"linear ICA in {settings.dim} dimensions, nine objectives scored by the exact log-likelihood"
+    declared |= {"precision": "float64", "smoke": {"examples": 500, "test_examples": 2000, "cd_updates": 20}}
+    name = f"lsd-ica-{settings.dim}"
+    return experiment(name, about=about, family="ebm", settings=settings, **declared)(independent_components)
 
 
 #: in 50 dimensions a seed takes a quarter of an hour on one core

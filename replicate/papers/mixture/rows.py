@@ -25,18 +25,13 @@ def mixture_of_bernoullis(
     model.initialise(train, run.stream("initialise"))
     exact_nll(run, model, test, CHUNK)
     objective = (-torch.as_tensor(model.objective)).tolist()
-    curve = range(1, len(objective) + 1), objective
-    run.curves(
-        "em", "what EM minimises, a training example", ("EM step", "nats"), {f"K = {components}": curve}, log="x"
-    )
+    curves = {f"K = {components}": (range(1, len(objective) + 1), objective)}
+    run.curves("em", "what EM minimises, a training example", ("EM step", "nats"), curves, log="x")
 
 
 MIXTURES = tuple(
-    full_row(
-        f"mixture-k{k}",
-        about=f"mixture of {k} Bernoullis by EM on static bits",
-        settings={"components": k},
-        family="reference",
-    )(mixture_of_bernoullis)
+    full_row(f"mixture-k{k}", 0, f"mixture of {k} Bernoullis by EM on static bits", {"components": k}, "reference")(
+        mixture_of_bernoullis
+    )
     for k in (10, 100, 500)
 )

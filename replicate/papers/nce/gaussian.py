@@ -189,8 +189,7 @@ def noise_ratio(
         noise = run.stream("noise")
         state: State = {"noise": noise, "parts": []}
         for i in resumable(f"{nu} noises a datum", len(chunks), state):
-            shape = (len(chunks[i]), nu * examples, dim)
-            y = torch.randn(shape, generator=noise, device=x.device, dtype=x.dtype)
+            y = torch.randn((len(chunks[i]), nu * examples, dim), generator=noise, device=x.device, dtype=x.dtype)
             state["parts"].append(fit_gaussians(chunks[i], y, truth.eta))
         errors[f"nu-{nu}"] = squared_errors(torch.cat(state["parts"]), truth)["all"]
         theory[nu] = float(asymptotic_covariance(truth, float(nu), run.stream("theory")).trace()) / examples

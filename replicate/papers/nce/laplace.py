@@ -26,8 +26,7 @@ def draw_unmixing(dim: int, condition: float, generator: torch.Generator) -> Ten
 def sample_laplace(w: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """Draw x = W^-1 s with Laplacian s of unit variance, shape (n, D)."""
     u = torch.rand(n, len(w), generator=generator, device=w.device, dtype=w.dtype) - 0.5
-    s = -u.sign() * torch.log1p(-2 * u.abs()) / math.sqrt(2)
-    return torch.linalg.solve(w, s.T).T
+    return torch.linalg.solve(w, (-u.sign() * torch.log1p(-2 * u.abs()) / math.sqrt(2)).T).T
 
 
 def laplace_log_density(x: Tensor, w: Tensor) -> Tensor:

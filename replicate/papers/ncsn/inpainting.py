@@ -59,8 +59,7 @@ class Gaussian:
 def image_like(dim: int, known: int, correlation: float, device: torch.device) -> Gaussian:
     """Return a Gaussian of mean 1/2, standard deviation 1/4 and covariance correlation^|i - j| / 16."""
     index = torch.arange(dim, dtype=torch.float64, device=device)
-    covariance = correlation ** (index[:, None] - index).abs() / 16
-    return Gaussian(torch.full_like(index, 0.5), covariance, known)
+    return Gaussian(torch.full_like(index, 0.5), correlation ** (index[:, None] - index).abs() / 16, known)
 
 
 def inpaint(
@@ -101,8 +100,7 @@ def inpaint(
         for _ in range(steps):
             if rule == "redrawn":
                 x = paste(noisy(sigma))
-            score = (density.mean - x) @ precision
-            x = langevin_step(x, score, alpha, standard_normal_like(x, generator))
+            x = langevin_step(x, (density.mean - x) @ precision, alpha, standard_normal_like(x, generator))
             if rule == "once":
                 x = paste(part)
     return x
@@ -181,10 +179,6 @@ def step_readings(
         error = Estimate(excess[-1], (1 + excess[-1]) * math.sqrt(2 / n), "estimate", "ratio", n)
         run.measure(f"excess_variance:{reading}", error)
         curves[reading] = range(len(excess)), excess
-    run.curves(
-        "step-bias",
-        "Excess variance at the last level when the same alpha is read in two ways",
-        ("steps", "variance over sigma_L^2, minus 1"),
-        curves,
-        levels={f"closed form, {name}": 1 / (1 - f * eps / (4 * last**2)) - 1 for name, f in STEPS.items()},
-    )
+    levels = {f"closed form, {name}": 1 / (1 - f * eps / (4 * last**2)) - 1 for name, f in STEPS.items()}
+    title = "Excess variance at the last level when the same alpha is read in two ways"
+    run.curves("step-bias", title, ("steps", "variance over sigma_L^2, minus 1"), curves, levels=levels)

@@ -58,13 +58,10 @@ def pair_score(density: GaussianMixture, device: torch.device) -> Callable[[Tens
     return lambda x: torch.outer(torch.tanh(x @ m + offset), m) - x
 
 
-@experiment(
-    "ncsn-langevin",
-    family="score",
-    seeds=3,
-    precision="float64",
-    smoke={"chains": 128, "steps": 100, "long_steps": 300},
-)
+SMOKE = {"chains": 128, "steps": 100, "long_steps": 300}
+
+
+@experiment("ncsn-langevin", family="score", seeds=3, precision="float64", smoke=SMOKE)
 def plain_langevin(
     run: Run, *, chains: int = 1280, steps: int = 1000, long_steps: int = 100_000, eps: float = 0.1
 ) -> None:
@@ -76,13 +73,10 @@ def plain_langevin(
     shares = [share_near(x, 0) for x in chain.path[1:]]
     run.measure("minority_weight:printed", shares[0])
     run.measure("minority_weight:long", share_near(chain.samples, 0))
-    run.curves(
-        "minority-weight",
-        "Langevin dynamics keeps the weights that the start gave it",
-        ("steps", "share of the chains in the minority mode"),
-        {"Langevin dynamics": ([(i + 1) * steps for i in range(len(shares))], [share.value for share in shares])},
-        levels={"true weight": 0.2},
-    )
+    curve = [(i + 1) * steps for i in range(len(shares))], [share.value for share in shares]
+    title = "Langevin dynamics keeps the weights that the start gave it"
+    axes = "steps", "share of the chains in the minority mode"
+    run.curves("minority-weight", title, axes, {"Langevin dynamics": curve}, levels={"true weight": 0.2})
     exact = density.sample(chains, run.stream("exact")).to(start)
     clouds = {"exact": in_picture(exact), "Langevin": in_picture(chain.path[1])}
     run.scatter("samples", "Fig 3(a) and (b): samples, and Langevin dynamics after T steps", clouds)
@@ -111,14 +105,9 @@ def passage(run: Run, *, eps: float = 0.1) -> None:
     halves = np.linspace(1.0, half, 25).tolist()
     steps = [mean_passage_time(h, float(density.weights[0])) / eps for h in halves]
     run.measure("log10_passage_steps", Estimate.exact(math.log10(steps[-1]), "decades of steps"))
-    run.curves(
-        "passage-time",
-        "Expected steps from the minority mode to the other",
-        ("distance of the modes, standard deviations", "steps"),
-        {"mean passage time": ([2 * h for h in halves], steps)},
-        log="y",
-        levels={"printed T": 1e3, "100 times longer": 1e5},
-    )
+    title, curve = "Expected steps from the minority mode to the other", ([2 * h for h in halves], steps)
+    axes, levels = ("distance of the modes, standard deviations", "steps"), {"printed T": 1e3, "100 times longer": 1e5}
+    run.curves("passage-time", title, axes, {"mean passage time": curve}, log="y", levels=levels)
 
 
 # -- sec 4.3: annealed Langevin dynamics
@@ -204,5 +193,4 @@ def annealed(run: Run, *, chains: int = 1280, steps: int = 0) -> None:
             else:
                 run.omit(f"mode_spread:{variant}", "no chain ended near a mode")
     if clouds:
-        title = "Fig 3(c): annealed Langevin dynamics, by levels and meaning of sigma"
-        run.scatter("annealed-samples", title, clouds)
+        run.scatter("annealed-samples", "Fig 3(c): annealed Langevin dynamics, by levels and meaning of sigma", clouds)

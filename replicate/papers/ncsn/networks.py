@@ -28,8 +28,7 @@ ROUNDING = 1e-9
 
 def toy_network(run: Run, dim: int, hidden: int) -> FreeScore:
     """Return three linear layers with softplus between them."""
-    with run.initialisation():
-        return FreeScore(dim, hidden, 2, "softplus").to(run.device)
+    return run.build(lambda: FreeScore(dim, hidden, 2, "softplus"))
 
 
 def train_sliced(
@@ -108,14 +107,9 @@ def score_error(
         run.measure(f"relative_score_error:{name}", Estimate.exact(error, "ratio"))
     bins = log_p.argsort().chunk(25)  # of equally many points
     by_log_p = [float(log_p[i].mean()) for i in bins], [relative_error(estimated[i], true[i]) for i in bins]
-    run.curves(
-        "score-error",
-        "Score error by log density on [-8, 8]^2",
-        ("log p, nats", "relative error of the score"),
-        {"relative error": by_log_p},
-        log="y",
-        levels={"no better than a score of zero": 1.0},
-    )
+    title, axes = "Score error by log density on [-8, 8]^2", ("log p, nats", "relative error of the score")
+    levels = {"no better than a score of zero": 1.0}
+    run.curves("score-error", title, axes, {"relative error": by_log_p}, log="y", levels=levels)
     axes = "distance from the origin", "score along the line"
     distance = (math.sqrt(2) * at).tolist()
     curves = {name: (distance, s.sum(1).div(math.sqrt(2)).tolist()) for name, s in on_diagonal.items()}
@@ -166,8 +160,7 @@ def manifold_losses(run: Run, s: ManifoldSettings, noise_sd: float) -> Tensor:
 
     def batch() -> Tensor:
         u = torch.randn(s.batch_size, s.plane_dim, generator=data, device=run.device)
-        z = torch.randn(s.batch_size, s.dim, generator=noise, device=run.device)
-        return s.data_sd * u @ basis.T + noise_sd * z
+        return s.data_sd * u @ basis.T + noise_sd * torch.randn(s.batch_size, s.dim, generator=noise, device=run.device)
 
     net, sources = toy_network(run, s.dim, s.hidden), {"data": data, "noise": noise}
     return train_sliced(net, batch, s.steps, s.lr, run.stream("projections"), sources)
@@ -179,13 +172,10 @@ def fluctuation(curve: np.ndarray) -> float:
     return float(np.std(curve - np.polyval(np.polyfit(at, curve, 1), at), ddof=2))
 
 
-@experiment(
-    "ncsn-manifold",
-    about="the score matching loss on data in a plane, without and with N(0, 1e-4) noise",
-    family="score",
-    seeds=3,
-    smoke={"steps": 200, "block": 5},
-)
+ABOUT = "the score matching loss on data in a plane, without and with N(0, 1e-4) noise"
+
+
+@experiment("ncsn-manifold", about=ABOUT, family="score", seeds=3, smoke={"steps": 200, "block": 5})
 def manifold(run: Run, s: ManifoldSettings) -> None:
     """Measure the loss curve and its fluctuation, without and with noise."""
     floor = loss_floor(s.dim, s.plane_dim, s.data_sd, s.noise_sd)
@@ -198,14 +188,8 @@ def manifold(run: Run, s: ManifoldSettings) -> None:
         run.measure(f"loss_over_floor:{name}", Estimate.exact(end / floor, "ratio"))
         run.measure(f"relative_fluctuation:{name}", Estimate.exact(size / abs(end), "ratio"))
         curves[name] = [(i + 1) * s.block for i in range(len(curve))], np.where(curve < 0, -curve, np.nan).tolist()
-    run.curves(
-        "loss-curve",
-        "Score matching loss on data in a plane, with its sign turned",
-        ("iterations", "minus the loss, nats"),
-        curves,
-        log="y",
-        levels={"least loss with the noise": -floor},
-    )
+    title, axes = "Score matching loss on data in a plane, with its sign turned", ("iterations", "minus the loss, nats")
+    run.curves("loss-curve", title, axes, curves, log="y", levels={"least loss with the noise": -floor})
 
 
 # -- sec 4.2: the weights of the noise levels
@@ -249,8 +233,7 @@ def train_ncsn(run: Run, s: LevelSettings, train: Tensor, levels: int) -> NCSN:
 def norm_and_loss(score: Score, x: Tensor, sigma: float, generator: torch.Generator) -> tuple[float, float]:
     """Return (mean |s|, mean 1/2 |sigma s + z|^2) at x + sigma z for images x (n, D)."""
     z = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    loss = denoising_score_matching(score, x, sigma, z).mean()
-    return float(score(x + sigma * z).norm(dim=1).mean()), float(loss)
+    return float(score(x + sigma * z).norm(dim=1).mean()), float(denoising_score_matching(score, x, sigma, z).mean())
 
 
 @experiment("ncsn-noise-levels", family="score", seeds=3, tasks=("digits",), smoke={"steps": 20})
@@ -279,5 +262,4 @@ def noise_levels(run: Run, s: LevelSettings) -> None:
         norms[name], losses[name] = (sigmas, norm), (sigmas, loss)
     norms["sqrt(D) / sigma"] = sigmas, tuple(math.sqrt(train.shape[1]) / sigma for sigma in sigmas)
     run.curves("score-norm", "Norm of the score by level", ("sigma", "norm"), norms, log="xy")
-    title = "sigma^2-weighted denoising loss by level"
-    run.curves("weighted-loss", title, ("sigma", "loss, nats"), losses, log="xy")
+    run.curves("weighted-loss", "sigma^2-weighted denoising loss by level", ("sigma", "loss, nats"), losses, log="xy")

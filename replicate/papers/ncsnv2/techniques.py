@@ -243,13 +243,11 @@ def first_level(run: Run, s: FirstLevelSettings) -> None:
 # -- table 1: the last denoising step
 
 
-@experiment(
-    "ncsnv2-last-step",
-    about="the last denoising step of annealed Langevin dynamics, on digits",
-    family="score",
-    tasks=("digits",),
-    smoke={"samples": 200, "training_steps": 25},
-)
+ABOUT = "the last denoising step of annealed Langevin dynamics, on digits"
+SMOKE = {"samples": 200, "training_steps": 25}
+
+
+@experiment("ncsnv2-last-step", about=ABOUT, family="score", tasks=("digits",), smoke=SMOKE)
 def last_step(
     run: Run, *, samples: int = 1000, training_steps: int = 500, largest_end: float = 1.0, visible_steps: float = 2.55
 ) -> None:
@@ -260,8 +258,7 @@ def last_step(
     One chain serves all: its step sizes are proportional to sigma^2, so its state after any level is the end of the
     shorter schedule.
     """
-    settings = {"steps": training_steps}
-    spec = make_spec("ncsn", "digits", run.streams.seed, device=run.device.type, settings=settings)
+    spec = make_spec("ncsn", "digits", run.streams.seed, device=run.device.type, settings={"steps": training_steps})
     model, task, _, _ = train_model(spec, run.device)
     assert isinstance(model, Preprocessed)
     ncsn = model.inner
@@ -270,10 +267,8 @@ def last_step(
     features = digit_features(task)
     real = features.features(task.test)
     with torch.no_grad():
-        distances = {
-            name: [frechet(features.features(x.cpu()), real) for x in ends]
-            for name, ends in {"plain": plain, "denoised": denoised}.items()
-        }
+        chains = {"plain": plain, "denoised": denoised}
+        distances = {k: [frechet(features.features(x.cpu()), real) for x in ends] for k, ends in chains.items()}
     sigmas = ncsn.sigmas.tolist()
     sigma = visible_steps / float(task.train.var(0).mean().sqrt())
     visible = min(range(len(sigmas)), key=lambda i: abs(math.log(sigmas[i] / sigma)))
@@ -285,17 +280,11 @@ def last_step(
     moved = (plain[-1] != denoised[-1]).double().mean(1)
     run.measure("pixels_changed", Estimate.mean_of(moved, "estimate", "fraction"))
     shown = [i for i, s in enumerate(sigmas) if s <= largest_end]
-    run.curves(
-        "last-step",
-        "Frechet distance of the digits, with and without the last step",
-        ("last noise level (standard deviations of the data)", "Frechet distance"),
-        {
-            f"{name} samples": ([sigmas[i] for i in shown], [values[i].value for i in shown])
-            for name, values in distances.items()
-        },
-        log="xy",
-        levels={"training digits": data.value},
-    )
+    at = [sigmas[i] for i in shown]
+    curves = {f"{name} samples": (at, [values[i].value for i in shown]) for name, values in distances.items()}
+    title = "Frechet distance of the digits, with and without the last step"
+    axes = "last noise level (standard deviations of the data)", "Frechet distance"
+    run.curves("last-step", title, axes, curves, log="xy", levels={"training digits": data.value})
     run.classifiers[task.name] = features.sha256
 
 

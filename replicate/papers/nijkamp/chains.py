@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,8 +119,7 @@ class TiltedSettings(Settings):
 
 def to_pixels(x: Tensor, levels: int, generator: torch.Generator) -> Tensor:
     """Dequantise integers x (n, D) to [-1, 1]: 2 (x + u) / levels - 1 with u ~ U[0, 1)."""
-    u = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    return 2 * (x + u) / levels - 1
+    return 2 * (x + torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)) / levels - 1
 
 
 def to_levels(y: Tensor, levels: int) -> Tensor:
@@ -279,14 +279,12 @@ class Study:
         self.run.curves("long-run-energy", title, axes, self.energies, levels={"data": 0.0})
 
 
-@experiment(
-    "conv-ebm-digits",
-    about="a convolutional energy of 8x8 digits from short-run chains, fresh and replayed, and its long runs",
-    family="ebm",
-    seeds=3,
-    tasks=("digits",),
-    profiles=("full",),
-)
+ABOUT_DIGITS = "a convolutional energy of 8x8 digits from short-run chains, fresh and replayed, and its long runs"
+ABOUT_MNIST = "a convolutional energy of MNIST from short-run chains, and a tilted Gaussian with log Z bracketed"
+FULL: dict[str, Any] = {"family": "ebm", "seeds": 3, "profiles": ("full",)}
+
+
+@experiment("conv-ebm-digits", about=ABOUT_DIGITS, **FULL, tasks=("digits",))
 def on_digits(run: Run, s: Settings) -> None:
     """Measure fresh chains and replayed ones on the 8x8 digits."""
     study = Study.of(run, s, digits())
@@ -295,15 +293,7 @@ def on_digits(run: Run, s: Settings) -> None:
     study.draw()
 
 
-@experiment(
-    "conv-ebm-mnist",
-    about="a convolutional energy of MNIST from short-run chains, and a tilted Gaussian with log Z bracketed",
-    family="ebm",
-    seeds=3,
-    profiles=("full",),
-    files=FILES["mnist"],
-    cuda_minutes=9,
-)
+@experiment("conv-ebm-mnist", about=ABOUT_MNIST, **FULL, files=FILES["mnist"], cuda_minutes=9)
 def on_mnist(run: Run, s: TiltedSettings) -> None:
     """Measure both on MNIST, and the tilted Gaussian with a bracket of log Z."""
     study = Study.of(run, s, mnist())

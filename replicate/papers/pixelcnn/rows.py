@@ -134,10 +134,6 @@ GATED = full_row("pixelcnn-gated", 10, "gated PixelCNN with two stacks on static
     train_and_score
 )
 #: 4,100 silhouettes are soon learned by heart
-SILHOUETTES = full_row(
-    "pixelcnn-gated-silhouettes",
-    2,
-    "gated PixelCNN with two stacks on Caltech silhouettes",
-    Settings(gated=True, data="caltech-silhouettes", dropout=0.5, steps=20_000, validate_every=500),
-    files=(SILHOUETTES_FILE,),
-)(train_and_score)
+_SETTINGS = Settings(gated=True, data="caltech-silhouettes", dropout=0.5, steps=20_000, validate_every=500)
+_ABOUT = "gated PixelCNN with two stacks on Caltech silhouettes"
+SILHOUETTES = full_row("pixelcnn-gated-silhouettes", 2, _ABOUT, _SETTINGS, files=(SILHOUETTES_FILE,))(train_and_score)

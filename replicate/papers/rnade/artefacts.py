@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,8 +89,7 @@ def through_noise(task: Task, steps: Tensor) -> Task:
     """
 
     def noised(x: Tensor, generator: torch.Generator) -> Tensor:
-        u = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        return x + (u - 0.5) * steps.to(x.device)
+        return x + (torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) - 0.5) * steps.to(x.device)
 
     frozen = torch.Generator().manual_seed(NOISE_SEED)
     return replace(task, valid=noised(task.valid, frozen), test=noised(task.test, frozen), redraw=noised)
@@ -110,16 +110,9 @@ def rounding(run: Run, *, table: str, steps: int = 1_000_000) -> None:
 
 def on_table(name: str, about: str, function: Callable[..., None], table: str, seeds: int = 5) -> Experiment:
     """Declare one of the two experiments on one table."""
-    return experiment(
-        f"rnade-{name}-{table}",
-        about=f"{about}, {table}",
-        family="autoregressive",
-        settings={"table": table},
-        smoke={"steps": 5},
-        seeds=seeds,
-        profiles=("full",),
-        files=(SOURCES[table].file,),
-    )(function)
+    full: dict[str, Any] = {"seeds": seeds, "profiles": ("full",), "files": (SOURCES[table].file,)}
+    full |= {"family": "autoregressive", "settings": {"table": table}, "smoke": {"steps": 5}}
+    return experiment(f"rnade-{name}-{table}", about=f"{about}, {table}", **full)(function)
 
 
 #: all folds of wine, whose random cut is the printed protocol

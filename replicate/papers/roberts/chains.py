@@ -82,13 +82,10 @@ def light_tails(run: Run, n: int, steps: int) -> None:
         run.measure(f"acceptance:{place}", Estimate(rate, math.nan, "estimate", "probability", n * steps))
 
 
-@experiment(
-    "roberts-chains",
-    family="score",
-    seeds=3,
-    smoke={"chains": 200, "steps": 50, "light_chains": 50, "light_steps": 50, "spacing": 0.7},
-    precision="float64",
-)
+SMOKE = {"chains": 200, "steps": 50, "light_chains": 50, "light_steps": 50, "spacing": 0.7}
+
+
+@experiment("roberts-chains", family="score", seeds=3, smoke=SMOKE, precision="float64")
 def check_chains(
     run: Run,
     *,

@@ -90,13 +90,9 @@ def train(rows: Tensor, recipe: Recipe, run: Run) -> Machine:
     machine = Machine(weights, visible, torch.zeros_like(weights[0]))
     chains = rows[torch.randperm(len(rows), generator=g, device=g.device)[: recipe.batch]]
     batches = Minibatches(rows, recipe.batch, g)
-    state: State = {
-        "machine": tuple(machine),
-        "velocity": tuple(machine.map(torch.zeros_like)),
-        "chains": chains,
-        "offset": torch.full_like(machine.hidden, 0.5),
-        "batches": batches,  # and with them their generator, which is that of the chains
-    }
+    # with the batches their generator, which is that of the chains
+    state: State = {"machine": tuple(machine), "chains": chains, "batches": batches}
+    state |= {"velocity": tuple(machine.map(torch.zeros_like)), "offset": torch.full_like(machine.hidden, 0.5)}
     for i in resumable("contrastive divergence", recipe.epochs * len(batches), state):
         k, rate, momentum = recipe.at(1 + i // len(batches))
         machine, velocity = Machine(*state["machine"]), Machine(*state["velocity"])
@@ -161,13 +157,10 @@ def compared(both: Bracket, exact: float) -> dict[str, Estimate]:
     }
 
 
-@experiment(
-    "ais-against-enumeration",
-    family="ebm",
-    tasks=("digits-binary",),
-    precision="float64",
-    smoke={"sizes": "10", "epochs": 5, "thinning": 100},
-)
+SMOKE = {"sizes": "10", "epochs": 5, "thinning": 100}
+
+
+@experiment("ais-against-enumeration", family="ebm", tasks=("digits-binary",), precision="float64", smoke=SMOKE)
 def against_enumeration(
     run: Run, *, sizes: str = "10 15 20", epochs: int = 100, gibbs: int = 1, chains: int = 100, thinning: int = 10
 ) -> None:
@@ -220,17 +213,10 @@ def static_rbm(run: Run) -> None:
 
 
 def _static(name: str, about: str, cuda_minutes: float = 0.0, **settings: Any) -> Experiment:
-    return Experiment(
-        name,
-        f"RBM with 500 hidden units on static MNIST, {about}",
-        "ebm",
-        static_rbm,
-        {"hidden": 500, "epochs": 250, "chains": 100, "thinning": 1, **settings},
-        seeds=3,
-        profiles=("full",),
-        files=FILES["mnist-static"],
-        cuda_minutes=cuda_minutes,
-    )
+    about, full = f"RBM with 500 hidden units on static MNIST, {about}", {"seeds": 3, "profiles": ("full",)}
+    settings = {"hidden": 500, "epochs": 250, "chains": 100, "thinning": 1, **settings}
+    reads: dict[str, Any] = {"files": FILES["mnist-static"], "cuda_minutes": cuda_minutes, **full}
+    return Experiment(name, about, "ebm", static_rbm, settings, **reads)
 
 
 _PCD = {"gibbs": 25, "persistent": True, "nesterov": True, "rate": 0.01, "last_rate": 0.001, "momentum": 0.9}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from replicate.experiments import Run, experiment
+from replicate.experiments import Experiment, Run, experiment
 from replicate.experiments.batches import Minibatches
 from replicate.experiments.operations import OperationCounter
 from replicate.experiments.planar import noised
@@ -67,19 +67,15 @@ class FreeField(FreeScore):
 
 def networks(run: Run, s: Settings, dim: int) -> dict[str, nn.Module]:
     """Build both fields, each from the beginning of the same stream of initial weights."""
-    with run.initialisation():
-        free = FreeField(dim, s.hidden, s.depth)
-    with run.initialisation():
-        energy = EnergyScore(dim, s.hidden, s.depth, bowl=BOWL)
-    return {"free": free.to(run.device), "energy": energy.to(run.device)}
+    free = run.build(lambda: FreeField(dim, s.hidden, s.depth))
+    return {"free": free, "energy": run.build(lambda: EnergyScore(dim, s.hidden, s.depth, bowl=BOWL))}
 
 
 def jacobians(score: Score, x: Tensor) -> Tensor:
     """Return ds_i/dx_j at each x (n, D), shape (n, D, D), by D reverse passes."""
     x = x.detach().requires_grad_(True)
     s = score(x)
-    rows = [torch.autograd.grad(s[:, i].sum(), x, retain_graph=True)[0] for i in range(x.shape[1])]
-    return torch.stack(rows, 1)
+    return torch.stack([torch.autograd.grad(s[:, i].sum(), x, retain_graph=True)[0] for i in range(x.shape[1])], 1)
 
 
 def asymmetry(score: Score, x: Tensor) -> Estimate:
@@ -99,8 +95,7 @@ def line_integral(score: Score, a: Tensor, b: Tensor) -> Tensor:
     t = ((left + 0.5 * torch.as_tensor(nodes + 1).to(a)) / PANELS).flatten()
     w = torch.as_tensor(weights).to(a).repeat(PANELS) / (2 * PANELS)
     points = a + t[:, None, None] * (b - a)
-    along = (score(points.flatten(0, 1)).detach().view(points.shape) * (b - a)).sum(-1)
-    return w @ along
+    return w @ (score(points.flatten(0, 1)).detach().view(points.shape) * (b - a)).sum(-1)
 
 
 def circulation(score: Score, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -182,8 +177,7 @@ def compare(run: Run, s: Settings) -> None:
         run.measure(f"circulation:{name}", Estimate.mean_of(round_trip, "estimate", "nats"))
         run.measure(f"time_training:{name}", Estimate(found[name].seconds, math.nan, "estimate", "seconds", 1))
         run.measure(f"parameters:{name}", Estimate.exact(sum(w.numel() for w in net.parameters()), "parameters"))
-    size = Estimate.mean_of(exact_score.square().sum(1), "exact", "squared nats per squared unit")
-    run.measure("score_size", size)
+    run.measure("score_size", Estimate.mean_of(exact_score.square().sum(1), "exact", "squared nats per squared unit"))
     title = f"{s.density}: energy and free score learn the same score"
     fisher = {name: (t.updates, t.fisher) for name, t in found.items()}
     run.curves("fisher", title, ("updates", "Fisher divergence to the exact noised score"), fisher, log="y")
@@ -192,17 +186,15 @@ def compare(run: Run, s: Settings) -> None:
     run.curves("asymmetry", title, ("updates", "|J - J'|^2 / |J|^2"), free, log="y")
 
 
-MOONS, MIXTURE = (
-    experiment(
-        f"salimans-{density}",
-        family="score",
-        about=f"{density}: the gradient of an energy against a free score network, same size, data and batches",
-        settings=Settings(density, sigma),
-        seeds=3,
-        smoke={"updates": 20, "examples": 2000, "points": 200, "triangles": 20, "watched": 20},
-    )(compare)
-    for density, sigma in (("two-moons", 0.3), ("mixture-8", 0.5))
-)
+def on_density(s: Settings) -> Experiment:
+    """Declare the comparison on one density."""
+    about = f"{s.density}: the gradient of an energy against a free score network, same size, data and batches"
+    smoke = {"updates": 20, "examples": 2000, "points": 200, "triangles": 20, "watched": 20}
+    declared = experiment(f"salimans-{s.density}", family="score", about=about, settings=s, seeds=3, smoke=smoke)
+    return declared(compare)
+
+
+MOONS, MIXTURE = on_density(Settings("two-moons", 0.3)), on_density(Settings("mixture-8", 0.5))
 
 
 class Scaled(EnergyScore):
@@ -228,27 +220,18 @@ def seen(run: Run, net: Scaled, x: Tensor, steps: int, grid: int) -> dict[str, T
         matching.sliced_score_matching_vr(net, x, v),
     )
     z_of = log_z(lambda y: -net.energy(y), BOX, grid, dtype=x.dtype, device=str(x.device))
-    return {
-        "score": net(x).detach(),
-        "langevin": chain.path,
-        "loss": torch.stack(losses).detach(),
-        "log_density": -net.energy(x).detach(),
-        "log_z": torch.tensor(z_of.value, dtype=torch.float64),
-    }
+    found = {"score": net(x).detach(), "langevin": chain.path, "loss": torch.stack(losses).detach()}
+    return found | {"log_density": -net.energy(x).detach(), "log_z": torch.tensor(z_of.value, dtype=torch.float64)}
 
 
-@experiment(
-    "salimans-constant",
-    family="score",
-    about="an energy network and the same one with exp(-f) multiplied by constants",
-    seeds=3,
-    smoke={"points": 50, "steps": 10, "grid": 50},
-    precision="float64",
-)
+ABOUT = "an energy network and the same one with exp(-f) multiplied by constants"
+SMOKE = {"points": 50, "steps": 10, "grid": 50}
+
+
+@experiment("salimans-constant", family="score", about=ABOUT, seeds=3, smoke=SMOKE, precision="float64")
 def constant(run: Run, *, hidden: int = 64, points: int = 500, steps: int = 100, grid: int = 200) -> None:
     """Multiply exp(-f) by constants: score, chain and losses do not move; log density and log Z move alike."""
-    with run.initialisation():
-        net = Scaled(2, hidden, 2, bowl=BOWL).to(run.device).double()
+    net = run.build(lambda: Scaled(2, hidden, 2, bowl=BOWL)).double()
     x = two_moons().sample(points, run.stream("data")).to(run.device).double()
     plain = seen(run, net, x, steps, grid)
     moved: dict[str, float] = dict.fromkeys(plain, 0.0)

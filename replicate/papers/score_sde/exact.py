@@ -57,8 +57,7 @@ class MixtureDiffusion(Model):
         """Return grad log p_t(x), shape (n, D)."""
         _, basis, centres, _ = self._parts[x.dtype]
         log_joint, w, scale, variance = self._joint(x, t)
-        mean = scale * (log_joint.softmax(-1) @ centres)
-        return ((mean - w) / variance) @ basis.T
+        return ((scale * (log_joint.softmax(-1) @ centres) - w) / variance) @ basis.T
 
 
 def measure_variances(run: Run, count: int) -> None:

@@ -168,13 +168,10 @@ def measure_likelihoods(run: Run, model: Preprocessed, x: Tensor, draws: int, od
     run.measure("solver_error", ode.details["solver_error"])
 
 
-@experiment(
-    "score-sde-digits",
-    family="score",
-    seeds=3,
-    tasks=("digits",),
-    smoke={"steps": 10, "samples": 100, "nfe": 8, "test_images": 40, "draws": 1, "ode_steps": 4, "levels": 4},
-)
+SMOKE = {"steps": 10, "samples": 100, "nfe": 8, "test_images": 40, "draws": 1, "ode_steps": 4, "levels": 4}
+
+
+@experiment("score-sde-digits", family="score", seeds=3, tasks=("digits",), smoke=SMOKE)
 def trained_digits(
     run: Run,
     *,
@@ -204,5 +201,4 @@ def trained_digits(
             z = sample(name, score_at, sde, samples, dim=task.info.dim, nfe=nfe, snr=SNR, generator=generator)
             run.measure(f"frechet:{sde_name}-{name}", quality(z))
     measure_likelihoods(run, model, task.test[:test_images].to(run.device), draws, ode_steps, levels)
-    start = vp.prior_sample(samples, task.info.dim, run.stream("latents"))
-    measure_tolerances(run, inner.score_at, vp, start, quality)
+    measure_tolerances(run, inner.score_at, vp, vp.prior_sample(samples, task.info.dim, run.stream("latents")), quality)

@@ -135,13 +135,10 @@ def objective_spread(inner: DiffusionModel, z: Tensor, repeats: int, generator: 
     return out
 
 
-@experiment(
-    "scoreflow-digits",
-    family="score",
-    seeds=3,
-    tasks=("digits",),
-    smoke={"steps": 10, "test_images": 20, "draws": 1, "samples": 60, "sample_steps": 4, "repeats": 2},
-)
+SMOKE = {"steps": 10, "test_images": 20, "draws": 1, "samples": 60, "sample_steps": 4, "repeats": 2}
+
+
+@experiment("scoreflow-digits", family="score", seeds=3, tasks=("digits",), smoke=SMOKE)
 def objectives(
     run: Run,
     *,
@@ -167,8 +164,7 @@ def objectives(
         log_p = log_likelihood(model, test, Effort(ode_draws=draws), run.stream("evaluation"))
         run.measure(f"nll:{name}", -log_p.mean())
         if name in SAMPLED:
-            drawn = model.sample(samples, run.stream("sample"))
-            run.measure(f"frechet:{name}", frechet_to_train(task, drawn))
+            run.measure(f"frechet:{name}", frechet_to_train(task, model.sample(samples, run.stream("sample"))))
         z, _ = model.transform(test, run.stream("dequantise"))
         generator = run.stream("levels")
         with torch.no_grad():  # the bound's integrand, in nats

@@ -158,8 +158,7 @@ class Trained(NamedTuple):
 
 def learn(name: str, data: BinaryRows, run: Run, s: Settings) -> Trained:
     """Train a machine by one method, without the test rows."""
-    with run.initialisation():
-        machine = CentredMachine(data.train, s.hidden).to(run.device)
+    machine = run.build(lambda: CentredMachine(data.train, s.hidden))
     objective, g = METHODS[name](machine, s), run.stream(f"training-{name}")
     objective.prepare(data.train, g)
     optimizer = torch.optim.Adam([*machine.parameters(), *objective.parameters()], s.lr, betas=(s.momentum, 0.999))
@@ -232,21 +231,17 @@ def trained_on_bits(run: Run, s: Settings) -> None:
         run.measure(f"nll:{name}", Estimate.mean_of(-machine.log_prob(data.test), "exact", "nats"))
         run.measure(f"train_nll:{name}", Estimate.mean_of(-machine.log_prob(data.train), "exact", "nats"))
         if name != "ml":
-            lost = at_best - machine.log_prob(fresh)
-            run.measure(f"kl_from_ml:{name}", Estimate.mean_of(lost, "estimate", "nats"))
+            run.measure(f"kl_from_ml:{name}", Estimate.mean_of(at_best - machine.log_prob(fresh), "estimate", "nats"))
         run.measure(f"cost:{name}", Estimate.exact(cost[name], "products with the weights"))
         run.measure(f"time_training:{name}", Estimate.exact(seconds, "seconds"))
     biases = cd_biases(best, data.train.double(), s.sweeps, s.copies, run.stream("bias"))
     for k in (k for k in (1, 2, 5, 10) if k <= s.sweeps):
         n = 2 * s.copies * len(data.train)
         run.measure(f"gradient_bias:cd{k}", Estimate(biases[k - 1], math.nan, "estimate", "root mean square", n))
-    run.curves(
-        "likelihood",
-        "One RBM on thresholded digits, trained in every way",
-        ("updates", "validation NLL in nats, exact"),
-        {name: ([i for i, _ in curve], [nll for _, nll in curve]) for name, (_, curve, _) in fits.items()},
-        levels={"independent bits": float(-independent.log_prob(data.valid).mean())},
-    )
+    title, axes = "One RBM on thresholded digits, trained in every way", ("updates", "validation NLL in nats, exact")
+    curves = {name: ([i for i, _ in curve], [nll for _, nll in curve]) for name, (_, curve, _) in fits.items()}
+    levels = {"independent bits": float(-independent.log_prob(data.valid).mean())}
+    run.curves("likelihood", title, axes, curves, levels=levels)
     title = "CD-k against the exact gradient, at the machine of maximum likelihood"
     axes = ("Gibbs sweeps k", "root mean square difference")
     run.curves("bias", title, axes, {"CD-k": (range(1, s.sweeps + 1), biases)}, log="y")

@@ -99,5 +99,4 @@ def independent_components(run: Run, s: IcaSettings) -> None:
         return true - Ica(m).log_prob(test)
 
     curves = {variant: study(variant, run, s, x @ white.T, start, gap) for variant in VARIANTS}
-    title = f"linear ICA in {s.dim} dimensions, every method"
-    draw_curves(run, title, "gap to the truth (nats, exact)", curves)
+    draw_curves(run, f"linear ICA in {s.dim} dimensions, every method", "gap to the truth (nats, exact)", curves)

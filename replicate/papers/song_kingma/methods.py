@@ -85,8 +85,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         model.loss(data[batches.draw()], generator).backward()
         optimizer.step()
-        decay = min(settings.ema, (1 + t) / (10 + t))
-        torch._foreach_lerp_(state["average"], [p.data for p in parameters], 1 - decay)
+        torch._foreach_lerp_(state["average"], [p.data for p in parameters], 1 - min(settings.ema, (1 + t) / (10 + t)))
         state["seconds"] += time.perf_counter() - begin
         if (t + 1) % max(1, s.updates // STOPS) == 0:
             swap(parameters, state["average"])

@@ -140,31 +140,10 @@ def compare(run: Run, s: PlaneSettings) -> None:
     draw_curves(run, "one energy, every method", "KL(truth || model), nats", curves)
 
 
-SMOKE = {
-    "examples": 500,
-    "updates": 3,
-    "batch": 32,
-    "hidden": 8,
-    "pcd_k": 2,
-    "short_run_k": 2,
-    "flow_steps": 2,
-    "langevin_steps": 5,
-    "samples": 50,
-    "test_examples": 100,
-    "grid": 60,
-}
-PLANE = experiment(
-    "energies-plane",
-    about="one energy of a crescent trained by every method, against the truth by quadrature",
-    family="ebm",
-    seeds=3,
-    smoke=SMOKE,
-)(compare)
-MODES = experiment(
-    "energies-modes",
-    about="the same on two Gaussians far apart: which methods see the weights of modes",
-    family="ebm",
-    settings=PlaneSettings(density="two-gaussians", updates=200),
-    seeds=3,
-    smoke=SMOKE,
-)(compare)
+SMOKE = {"examples": 500, "updates": 3, "batch": 32, "hidden": 8, "pcd_k": 2, "short_run_k": 2, "flow_steps": 2}
+SMOKE |= {"langevin_steps": 5, "samples": 50, "test_examples": 100, "grid": 60}
+_PLANE = "one energy of a crescent trained by every method, against the truth by quadrature"
+_MODES = "the same on two Gaussians far apart: which methods see the weights of modes"
+_FAR = PlaneSettings(density="two-gaussians", updates=200)
+PLANE = experiment("energies-plane", about=_PLANE, family="ebm", seeds=3, smoke=SMOKE)(compare)
+MODES = experiment("energies-modes", about=_MODES, family="ebm", settings=_FAR, seeds=3, smoke=SMOKE)(compare)

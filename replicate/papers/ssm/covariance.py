@@ -111,10 +111,8 @@ def sliced_estimates(x: Tensor, draws: torch.Generator) -> dict[str, Tensor]:
     noise.
     """
     normals = [torch.randn(x.shape, generator=draws, dtype=x.dtype, device=x.device) for _ in range(PROJECTIONS[-1])]
-    equations = {
-        "rademacher": [normal_equations(x, v.sign()) for v in normals],
-        "gaussian": [normal_equations(x, v) for v in normals],
-    }
+    directions = {"rademacher": [v.sign() for v in normals], "gaussian": normals}
+    equations = {law: [normal_equations(x, v) for v in vs] for law, vs in directions.items()}
     return {f"{law}-{m}": solution(equations[law][:m]) for m in PROJECTIONS for law in LAWS}
 
 

@@ -216,11 +216,8 @@ def measure(net: NICE, images: Images, s: Settings, draws: torch.Generator) -> d
     x = to_logits(images.test[: s.test_images], images.levels, draws)
     with torch.no_grad():
         log_prob = torch.cat([net.log_prob(part) for part in x.split(s.batch)])
-    loss = score_matching_loss(net, x, s.batch)
-    return {
-        "sm_loss": Estimate.mean_of(loss, "estimate", "score matching loss"),
-        "log_likelihood": Estimate.mean_of(log_prob, "exact", "nats"),
-    }
+    loss = Estimate.mean_of(score_matching_loss(net, x, s.batch), "estimate", "score matching loss")
+    return {"sm_loss": loss, "log_likelihood": Estimate.mean_of(log_prob, "exact", "nats")}
 
 
 def compare(run: Run, s: Settings, methods: Mapping[str, tuple[Objective, float]], title: str) -> None:
@@ -229,9 +226,8 @@ def compare(run: Run, s: Settings, methods: Mapping[str, tuple[Objective, float]
     images = Images(training.to(run.device), validation.to(run.device), test.to(run.device), levels)
     curves = {}
     for name, (objective, lr) in methods.items():
-        with run.initialisation():
-            net = NICE(images.train.shape[1], s.hidden, s.depth)
-        checks = train(net.to(run.device), objective, images, s, lr, run.stream("training"))
+        net = run.build(lambda: NICE(images.train.shape[1], s.hidden, s.depth))
+        checks = train(net, objective, images, s, lr, run.stream("training"))
         curves[name] = [step for step, _ in checks], [loss for _, loss in checks]
         run.measure_all(measure(net, images, s, run.stream("test")), name)
     run.curves("validation", title, ("training steps", "validation loss of its own objective"), curves)

@@ -31,8 +31,7 @@ def all_signs(objective: Sliced, score: matching.Score, x: Tensor) -> Tensor:
     """Return the sliced objective at each x (n, D) for each of the 2^D sign vectors v, shape (n, 2^D)."""
     n, dim = x.shape
     signs = 2 * states(dim, 2, 0, 2**dim, x.device).to(x.dtype) - 1
-    every_v = signs.expand(n, -1, -1).reshape(-1, dim)
-    return objective(score, x.repeat_interleave(len(signs), 0), every_v).view(n, -1)
+    return objective(score, x.repeat_interleave(len(signs), 0), signs.expand(n, -1, -1).reshape(-1, dim)).view(n, -1)
 
 
 def flat_gradient(value: Tensor, net: nn.Module) -> Tensor:
@@ -135,8 +134,7 @@ def training_steps(run: Run, smallest: int, largest: int, hidden: int, depth: in
     """Prepare a step at each dimension D, the powers of two from the smallest to the largest."""
     steps = {}
     for dim in (2**k for k in range(smallest.bit_length() - 1, largest.bit_length())):
-        with run.initialisation():
-            net = EnergyScore(dim, hidden, depth, "softplus").to(run.device)
+        net = run.build(partial(EnergyScore, dim, hidden, depth, "softplus"))
         draws = run.stream(f"data-{dim}")
         x, z = (torch.randn(batch, dim, generator=draws, device=run.device) for _ in range(2))
         steps[dim] = Step(net, x, matching.rademacher(x, draws), z)
@@ -183,5 +181,4 @@ def timed_costs(
 ) -> None:
     """Seconds of a training step against the dimension."""
     steps = training_steps(run, smallest, largest, hidden, depth, batch)
-    timed = partial(seconds, repeats=repeats)
-    measure_costs(run, steps, "time_seconds", "seconds", timed, "estimate", repeats)
+    measure_costs(run, steps, "time_seconds", "seconds", partial(seconds, repeats=repeats), "estimate", repeats)

@@ -89,8 +89,7 @@ def whitened_mixture(dim: int, components: int, draws: torch.Generator) -> Gauss
     basis, _ = torch.linalg.qr(torch.randn(dim, dim, generator=draws, device=draws.device, dtype=torch.float64).cpu())
     within = (basis * torch.logspace(-2, 0, dim, dtype=torch.float64)) @ basis.T
     means = means - means.mean(0)
-    total = within + means.T @ means / components
-    whitening = torch.linalg.inv(torch.linalg.cholesky(total))
+    whitening = torch.linalg.inv(torch.linalg.cholesky(within + means.T @ means / components))
     weights = torch.full((components,), 1 / components, dtype=torch.float64)
     return GaussianMixture(means @ whitening.T, whitening @ within @ whitening.T, weights)
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from replicate.experiments import Check, Run, experiment, fit
+from replicate.experiments import Check, Experiment, Run, experiment, fit
 from replicate.likelihood.ais import ais, schedule
 from replicate.model import Estimate
 from replicate.papers.ssm import kernel
@@ -136,16 +136,14 @@ def finish(model: DeepKernelFamily, objective: Objective, table: Table, draws: t
     whole = quadratic_over(model, objective, table.train, draws)
     judge = quadratic_over(model, objective, table.validation, draws)
     ridges = torch.arange(-8.0, 2.0, 0.5, dtype=whole.b.dtype, device=whole.b.device)
-    fits = [whole.minimiser(ridge) for ridge in ridges]
-    model.alpha.copy_(min(fits, key=lambda alpha: float(judge(alpha))))
+    model.alpha.copy_(min([whole.minimiser(ridge) for ridge in ridges], key=lambda alpha: float(judge(alpha))))
 
 
 def fitted_family(run: Run, s: Settings, table: Table, objective: Objective) -> DeepKernelFamily:
     """Build a model and train it by an objective."""
     draws = run.stream("training")
     chosen = torch.randperm(len(table.train), generator=draws, device=draws.device)[: s.inducing]
-    with run.initialisation():
-        model = DeepKernelFamily(table.train[chosen].float(), s.hidden).to(run.device)
+    model = run.build(lambda: DeepKernelFamily(table.train[chosen].float(), s.hidden))
     train(model, objective, Table(*(part.float() for part in table)), s, draws)
     finish(model.double(), objective, table, draws)
     return model
@@ -206,16 +204,12 @@ def figure_1(run: Run, s: Settings) -> None:
         run.omit(f"sm_loss:{name}", "curvature propagation and approximate backpropagation are not implemented")
 
 
-FIGURE_1 = tuple(
-    experiment(
-        f"ssm-dkef-{name}",
-        family="ebm",
-        about=f"deep kernel exponential family on {source.about} by training objective",
-        settings=Settings(name, SIGMAS[name]),
-        seeds=15,
-        profiles=("full",),
-        files=(source.file,),
-        precision="float64",
-    )(figure_1)
-    for name, source in SOURCES.items()
-)
+def on_table(name: str) -> Experiment:
+    """Declare the experiment on one table."""
+    about = f"deep kernel exponential family on {SOURCES[name].about} by training objective"
+    full: dict[str, Any] = {"seeds": 15, "profiles": ("full",), "precision": "float64", "files": (SOURCES[name].file,)}
+    settings = Settings(name, SIGMAS[name])
+    return experiment(f"ssm-dkef-{name}", family="ebm", about=about, settings=settings, **full)(figure_1)
+
+
+FIGURE_1 = tuple(map(on_table, SOURCES))

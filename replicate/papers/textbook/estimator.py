@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,14 +53,12 @@ def suite_nll(run: Run, log_density: Callable[[Tensor], Tensor], data: Task, x: 
     return -log_likelihood(model, x.double().to(run.device), Effort(dequantisation_draws=draws), noise).values
 
 
-@experiment(
-    "textbook-reference",
-    family="reference",
-    about="the uniform distribution on digits through the suite's dequantised estimator",
-    seeds=1,
-    tasks=("digits",),
-    precision="float64",
-)
+ABOUT = "the uniform distribution on digits through the suite's dequantised estimator"
+ABOUT_CELLS = "the suite's dequantised estimator on a density that varies inside each cell"
+EXACT: dict[str, Any] = {"family": "reference", "precision": "float64"}
+
+
+@experiment("textbook-reference", about=ABOUT, **EXACT, seeds=1, tasks=("digits",))
 def uniform_reference(run: Run, *, draws: int = 2) -> None:
     """Measure the uniform density over the cube: every image and every draw must give 64 ln 17."""
     task = load_task("digits")
@@ -69,12 +68,7 @@ def uniform_reference(run: Run, *, draws: int = 2) -> None:
     run.measure("nll_uniform_error", Estimate.exact((values - exact).abs().max(), "nats", len(values)))
 
 
-@experiment(
-    "textbook-cell-noise",
-    family="reference",
-    about="the suite's dequantised estimator on a density that varies inside each cell",
-    precision="float64",
-)
+@experiment("textbook-cell-noise", about=ABOUT_CELLS, **EXACT)
 def cell_noise(run: Run, *, draws: int = 5000) -> None:
     """Measure a density that falls linearly inside each cell: only noise over the whole cell finds its -log P.
 
@@ -90,6 +84,5 @@ def cell_noise(run: Run, *, draws: int = 5000) -> None:
         level = y.floor().clamp(max=16).squeeze(1)
         return p[level.long()].log() + math.log(2) + torch.log((1 - (y.squeeze(1) - level)).clamp_min(1e-12))
 
-    found = suite_nll(run, log_density, data, data.test, draws)
-    excess = float((p * (found + p.log())).sum())
+    excess = float((p * (suite_nll(run, log_density, data, data.test, draws) + p.log())).sum())
     run.measure("excess_over_entropy", Estimate(excess, math.nan, "estimate", "nats", draws))

@@ -64,14 +64,10 @@ def early_stopped(
         with torch.no_grad():
             return float(loss(valid, noise).mean())
 
-    found = fit(
-        model,
-        lambda: loss(next(batches), noise).mean(),
-        torch.optim.Adamax(model.parameters(), lr=s.lr, foreach=True),
-        s.max_epochs * len(batches),
-        {"batches": batches, "noise": noise},
-        Check(len(batches), validation_loss, patience=s.patience),
-    )
+    optimizer = torch.optim.Adamax(model.parameters(), lr=s.lr, foreach=True)
+    state, check = {"batches": batches, "noise": noise}, Check(len(batches), validation_loss, patience=s.patience)
+    steps = s.max_epochs * len(batches)
+    found = fit(model, lambda: loss(next(batches), noise).mean(), optimizer, steps, state, check)
     return [value for _, value in found.checks]
 
 
@@ -192,18 +188,12 @@ def realnvp(run: Run, s: DigitFlowSettings) -> None:
     plot_validation(run, "RealNVP on digits: the notebook's loss", curves, {"author's best": 124.06})
 
 
-REALNVP_HALF_CELL = on_digits(
-    "textbook-realnvp",
-    family="flow",
-    about="the textbook's RealNVP on digits with its noise U(0, 0.5]: as printed, and as a valid bound",
-    profiles=("standard", "full"),  # in full beside the model with noise over the whole cell
-)(realnvp)
+_HALF = "the textbook's RealNVP on digits with its noise U(0, 0.5]: as printed, and as a valid bound"
+_WHOLE = "the same code with noise that fills the cell, which makes its loss a bound"
+_BOTH = ("standard", "full")  # in full beside the model with noise over the whole cell
+REALNVP_HALF_CELL = on_digits("textbook-realnvp", family="flow", about=_HALF, profiles=_BOTH)(realnvp)
 REALNVP_WHOLE_CELL = on_digits(
-    "textbook-realnvp-whole-cell",
-    family="flow",
-    about="the same code with noise that fills the cell, which makes its loss a bound",
-    settings={"width": WHOLE_CELL},
-    profiles=("full",),
+    "textbook-realnvp-whole-cell", family="flow", about=_WHOLE, settings={"width": WHOLE_CELL}, profiles=("full",)
 )(realnvp)
 
 
@@ -214,13 +204,11 @@ class PatternSettings(FlowSettings):
     dim: int = 8
 
 
-@experiment(
-    "textbook-dequantisation",
-    family="flow",
-    about="the textbook's noise U(0, 0.5] against a discrete distribution of known entropy",
-    settings={"lr": 5e-3, "max_epochs": 20, "couplings": 4, "hidden": 32, "draws": 2000},
-    seeds=3,
-)
+ABOUT_PATTERNS = "the textbook's noise U(0, 0.5] against a discrete distribution of known entropy"
+SMALL = {"lr": 5e-3, "max_epochs": 20, "couplings": 4, "hidden": 32, "draws": 2000}
+
+
+@experiment("textbook-dequantisation", family="flow", about=ABOUT_PATTERNS, settings=SMALL, seeds=3)
 def dequantisation(run: Run, s: PatternSettings) -> None:
     """Compare the notebook's loss, with both widths of noise, with the entropy of four random patterns, 1.28 nats.
 
@@ -228,8 +216,7 @@ def dequantisation(run: Run, s: PatternSettings) -> None:
     -log Q(x) that comes out lower, or whose exponentials sum to more than 1 over some x, is no bound.
     """
     p = torch.tensor([0.4, 0.3, 0.2, 0.1], device=run.device)
-    generator = run.stream("patterns")
-    patterns = torch.randint(0, 3, (len(p), s.dim), generator=generator, device=run.device).float()
+    patterns = torch.randint(0, 3, (len(p), s.dim), generator=run.stream("patterns"), device=run.device).float()
     data = patterns[torch.multinomial(p, 1350, replacement=True, generator=run.stream("data"))]
     info = DataInfo(s.dim, "levels", 3)
     task = Task("known-patterns", "four patterns", info, data[:1000], data[1000:], data[1000:])  # the book's sizes
@@ -291,8 +278,7 @@ class VAE(Model):
     def terms(self, x: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One draw of z for each of k: logits (n, k, D, levels), log p(z), log q(z | x) and sum of log variances."""
         mean, log_var = self.encode(x).chunk(2, 1)
-        shape = (len(x), k, self.latent)
-        noise = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
+        noise = torch.randn((len(x), k, self.latent), generator=generator, device=x.device, dtype=x.dtype)
         z = mean[:, None] + (0.5 * log_var).exp()[:, None] * noise
         log_q = (-0.5 * noise.square() - 0.5 * log_var[:, None] - 0.5 * LOG_2PI).sum(-1)
         log_prior = (-0.5 * z.square() - 0.5 * LOG_2PI).sum(-1)
@@ -306,16 +292,13 @@ class VAE(Model):
 
     def log_weights(self, x: Tensor, k: int, generator: torch.Generator) -> Tensor:
         logits, log_prior, log_q, _ = self.terms(x, k, generator)
-        levels = x[:, None].expand(-1, k, -1)
-        return level_log_probability(logits, levels).sum(-1) + log_prior - log_q
+        return level_log_probability(logits, x[:, None].expand(-1, k, -1)).sum(-1) + log_prior - log_q
 
 
 def vae(run: Run, s: VAESettings) -> None:
     """Train the notebook's VAE; measure the printed number, the ELBO without its clamp and the weighted bound."""
     task = load_task("digits")
-    with run.initialisation():
-        model = VAE(task.info, s.latent, s.hidden, float(s.latent) if s.scaled_entropy else 1.0)
-    model = model.to(run.device)
+    model = run.build(lambda: VAE(task.info, s.latent, s.hidden, float(s.latent) if s.scaled_entropy else 1.0))
     history = early_stopped(model, model.printed_loss, task, s, run.streams, run.device)
     test, valid = task.test.to(run.device), task.valid.to(run.device)
     with torch.no_grad():
@@ -328,21 +311,15 @@ def vae(run: Run, s: VAESettings) -> None:
     bound = iw_bound(model, valid, s.draws, run.stream("bound-valid"), chunk=2000)
     run.measure("nll_iw_bound:valid", -bound.mean())
     run.measure("epochs", Estimate.exact(len(history), "epochs"))
-    levels = {"author's best": 100.54}
-    plot_validation(run, "VAE on digits: one-sample negative ELBO", {"VAE": history}, levels)
+    plot_validation(run, "VAE on digits: one-sample negative ELBO", {"VAE": history}, {"author's best": 100.54})
 
 
-VAE_AS_RELEASED = on_digits(
-    "textbook-vae",
-    family="vae",
-    about="the textbook's VAE on digits: as printed, its ELBO, and the importance-weighted bound",
-)(vae)
+_RELEASED = "the textbook's VAE on digits: as printed, its ELBO, and the importance-weighted bound"
+_EARLY = "the VAE notebook's early release, whose log q(z | x) multiplies the log variance by the number of latents"
+_SCALED = {"scaled_entropy": True}
+VAE_AS_RELEASED = on_digits("textbook-vae", family="vae", about=_RELEASED)(vae)
 VAE_EARLY_RELEASE = on_digits(
-    "textbook-vae-early-release",
-    family="vae",
-    about="the VAE notebook's early release, whose log q(z | x) multiplies the log variance by the number of latents",
-    settings={"scaled_entropy": True},
-    profiles=("full",),
+    "textbook-vae-early-release", family="vae", about=_EARLY, settings=_SCALED, profiles=("full",)
 )(vae)
 
 
@@ -382,18 +359,14 @@ class ARM(Model):
         return -clamped_log_probability(self.logits(x), x).sum(-1)
 
 
-@on_digits(
-    "textbook-arm",
-    family="autoregressive",
-    about="the textbook's ARM on digits: as printed, and exact",
-    profiles=("full",),
-)
+ABOUT_ARM = "the textbook's ARM on digits: as printed, and exact"
+
+
+@on_digits("textbook-arm", family="autoregressive", about=ABOUT_ARM, profiles=("full",))
 def arm(run: Run, s: ARMSettings) -> None:
     """Train the notebook's ARM; measure the printed number and, without its clamp, the exact one."""
     task = load_task("digits")
-    with run.initialisation():
-        model = ARM(task.info, s.channels, s.kernel)
-    model = model.to(run.device)
+    model = run.build(lambda: ARM(task.info, s.channels, s.kernel))
     history = early_stopped(model, model.printed_loss, task, s, run.streams, run.device)
     test = task.test.to(run.device)
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,22 +46,13 @@ def learn(
     """
     watch, negatives = Stopwatch(), run.stream(f"negatives-{method.name}")
     one = 0.01 * torch.randn(rows.shape[1], hidden, generator=run.stream("weights"), device=rows.device)
-    machine = Machine(
-        one.repeat(len(rates), 1, 1),
-        torch.logit(rows.mean(0).clamp(0.01, 0.99)).repeat(len(rates), 1),
-        torch.zeros(len(rates), hidden, device=rows.device),
-    )
+    visible = torch.logit(rows.mean(0).clamp(0.01, 0.99)).repeat(len(rates), 1)
+    machine = Machine(one.repeat(len(rates), 1, 1), visible, torch.zeros(len(rates), hidden, device=rows.device))
     batches = Minibatches(rows, batch, run.stream("minibatches"), whole=True)
     rate = torch.tensor(rates, device=rows.device)[:, None, None]
     stops = {round(share * updates) for share in KEPT}
-    state: State = {
-        "machine": tuple(machine),
-        "chains": next(batches).expand(len(rates), -1, -1),
-        "batches": batches,
-        "negatives": negatives,
-        "watch": watch,
-        "kept": [],
-    }
+    state: State = {"machine": tuple(machine), "chains": next(batches).expand(len(rates), -1, -1), "batches": batches}
+    state |= {"negatives": negatives, "watch": watch, "kept": []}
     for i in resumable(f"learning by {method.name}", updates, state):
         machine, data = Machine(*state["machine"]), next(batches).expand(len(rates), -1, -1)
         chains = machine.gibbs(state["chains"] if method.persistent else data, method.k, negatives)
@@ -105,35 +96,18 @@ def equal_time(
         best = min(range(rates), key=lambda i: valid_nll[i].value)
         test_nll, train_nll = zip(*(nll(single(machines, best), test, train) for machines in path), strict=True)
         curves[method.name] = [share * budget for share in KEPT], [e.value for e in test_nll]
-        found = {
-            "nll": test_nll[-1],
-            "train_nll": train_nll[-1],
-            "validation_nll": valid_nll[best],
-            "rate": Estimate.exact(grid[best], "learning rate"),
-            "updates": Estimate.exact(affordable, "updates"),
-            "train_seconds": Estimate.exact(seconds, "seconds"),
-        }
-        run.measure_all(found, method.name)
+        found = {"nll": test_nll[-1], "train_nll": train_nll[-1], "validation_nll": valid_nll[best]}
+        found |= {"rate": Estimate.exact(grid[best], "learning rate"), "updates": Estimate.exact(affordable, "updates")}
+        run.measure_all(found | {"train_seconds": Estimate.exact(seconds, "seconds")}, method.name)
     axes = "products of a batch with the weights", "test NLL in nats"
     run.curves("nll", "PCD and CD at equal time, exact likelihood", axes, curves, log="x")
 
 
-on_digits = experiment(
-    "pcd-equal-time",
-    about="PCD, CD-1 and CD-10 at equal time with exact likelihood, 16 hidden units on thresholded digits",
-    family="ebm",
-    seeds=4,
-    tasks=("digits-binary",),
-    smoke={"hidden": 8, "updates": 100, "rates": 2},
-)(equal_time)
+_ABOUT = "PCD, CD-1 and CD-10 at equal time with exact likelihood"
+_DIGITS, _MNIST = f"{_ABOUT}, 16 hidden units on thresholded digits", f"{_ABOUT}, 25 hidden units on static MNIST"
+_LARGE = {"data": "mnist-static", "hidden": 25, "updates": 100_000}
+_SMALL: dict[str, Any] = {"tasks": ("digits-binary",), "smoke": {"hidden": 8, "updates": 100, "rates": 2}}
+_FULL: dict[str, Any] = {"profiles": ("full",), "files": FILES["mnist-static"], "cuda_minutes": 10}
 
-on_mnist = experiment(
-    "pcd-equal-time-mnist",
-    about="PCD, CD-1 and CD-10 at equal time with exact likelihood, 25 hidden units on static MNIST",
-    family="ebm",
-    settings={"data": "mnist-static", "hidden": 25, "updates": 100_000},
-    seeds=3,
-    profiles=("full",),
-    files=FILES["mnist-static"],
-    cuda_minutes=10,
-)(equal_time)
+on_digits = experiment("pcd-equal-time", about=_DIGITS, family="ebm", seeds=4, **_SMALL)(equal_time)
+on_mnist = experiment("pcd-equal-time-mnist", about=_MNIST, family="ebm", settings=_LARGE, seeds=3, **_FULL)(equal_time)

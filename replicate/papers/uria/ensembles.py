@@ -63,12 +63,8 @@ def score_ensembles(run: Run, s: Settings) -> None:
     run.keep_examples(STATIC_BITS, LogLikelihood(found[s.orderings], "exact"))
 
 
+ABOUT = "order-agnostic NADE with {} hidden layer(s), ensembles of 1 to 128 orderings, on static bits"
 DEPTHS = tuple(
-    full_row(
-        f"eonade-{layers}",
-        minutes,
-        f"order-agnostic NADE with {layers} hidden layer(s), ensembles of 1 to 128 orderings, on static bits",
-        Settings(layers=layers),
-    )(score_ensembles)
+    full_row(f"eonade-{layers}", minutes, ABOUT.format(layers), Settings(layers=layers))(score_ensembles)
     for layers, minutes in ((1, 12), (2, 15))
 )

@@ -33,8 +33,7 @@ class Parzen:
     def _log_joint(self, y: Tensor) -> Tensor:
         m, dim = self.points.shape
         square = (y[:, None] - self.points).square().sum(2)
-        log_norm = 0.5 * dim * np.log(2 * np.pi * self.sigma**2) + np.log(m)
-        return -0.5 * square / self.sigma**2 - float(log_norm)
+        return -0.5 * square / self.sigma**2 - float(0.5 * dim * np.log(2 * np.pi * self.sigma**2) + np.log(m))
 
     def density(self, y: Tensor) -> Tensor:
         """Return q_sigma(y), shape (n,)."""
@@ -57,8 +56,7 @@ def denoising_objective(network: nn.Module, parzen: Parzen, nodes: int) -> Tenso
 
 def plane(parzen: Parzen, cells: int) -> tuple[Tensor, Tensor]:
     """Return midpoints (n, 2) of a grid of cells^2 that holds all of q_sigma, and q_sigma's mass in each cell (n,)."""
-    half_width = float(parzen.points.abs().max()) + REACH * parzen.sigma
-    y, log_cell = grid(half_width, cells, 2, torch.float64)
+    y, log_cell = grid(float(parzen.points.abs().max()) + REACH * parzen.sigma, cells, 2, torch.float64)
     y = y.to(parzen.points.device)
     return y, parzen.density(y) * float(np.exp(log_cell))
 
