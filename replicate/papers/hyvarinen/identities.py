@@ -38,8 +38,9 @@ def minimise_score_matching(x: Tensor, iterations: int) -> tuple[Tensor, Tensor]
     """Return the Gaussian's mean (D,) and precision (D, D) that minimise the implicit objective on x (n, D)."""
     mean = torch.zeros(x.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
     half = (0.5 * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)).requires_grad_(True)
-    limits = {"max_iter": iterations, "tolerance_grad": 1e-13, "tolerance_change": 0.0, "history_size": 50}
-    optimizer = torch.optim.LBFGS([mean, half], **limits, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [mean, half], 1.0, iterations, None, 1e-13, 0.0, history_size=50, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
