@@ -332,7 +332,7 @@ def check_profile(profile: str) -> None:
     """
     if profile not in PROFILES:
         raise UsageError(
-            f"unknown profile {profile!r}{did_you_mean(profile, PROFILES)}; choose {' or '.join(PROFILES)}."
+            f"unknown profile {profile!r}{did_you_mean(profile, PROFILES)}; choose smoke, standard or full."
         )
 
 

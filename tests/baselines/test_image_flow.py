@@ -22,6 +22,7 @@ from baselines.image_flow import (
     AffineImageCoupling,
     Conv1x1,
     ImageFlow,
+    ImageFlowSettings,
     Reorder,
     SplineImageCoupling,
     Squeeze,
@@ -108,7 +109,9 @@ LAYERS: dict[str, Callable[[], Any]] = {
     "glow": lambda: small_flow(GLOW, 4, 4),
     "image-spline-flow": lambda: small_flow(IMAGE_SPLINE_FLOW, 4, 4),
     "one-scale": lambda: small_flow(GLOW, 2, 8),
-    "three-scales": lambda: randomised(build(info_of(8, 2), "affine", "mask", scales=3, depth=3, hidden=4)),
+    "three-scales": lambda: randomised(
+        build(info_of(8, 2), ImageFlowSettings("affine", "mask", scales=3, depth=3, hidden=4))
+    ),
 }
 
 
@@ -144,7 +147,7 @@ def test_couplings_start_as_the_identity_and_a_1x1_convolution_as_a_rotation() -
 
 
 def test_every_actnorm_starts_with_mean_0_and_deviation_1_on_the_first_images() -> None:
-    model = build(info_of(8, 8), "affine", "conv1x1", depth=2, hidden=4).double()
+    model = build(info_of(8, 8), ImageFlowSettings("affine", "conv1x1", depth=2, hidden=4)).double()
     x = 5 + 3 * torch.randn(200, 64, generator=seeded(4), dtype=torch.float64).cumsum(1)
     model.initialise(x, seeded())
     seen: list[Tensor] = []
@@ -170,7 +173,7 @@ def test_actnorm_of_a_constant_channel_stays_finite_and_invertible() -> None:
 
 
 def test_28_pixels_become_14_and_7_and_none_is_added() -> None:
-    model = build(info_of(28, 28), "affine", "conv1x1", depth=1, hidden=2)
+    model = build(info_of(28, 28), ImageFlowSettings("affine", "conv1x1", depth=1, hidden=2))
     shapes: list[tuple[int, ...]] = []
     for layer in model.modules():
         if isinstance(layer, ActNorm):
@@ -181,7 +184,7 @@ def test_28_pixels_become_14_and_7_and_none_is_added() -> None:
 
 
 def test_masks_move_each_colour_of_the_checkerboard_and_then_each_row_of_its_squares() -> None:
-    model = build(info_of(4, 4), "affine", "mask", scales=1, depth=4, hidden=4)
+    model = build(info_of(4, 4), ImageFlowSettings("affine", "mask", scales=1, depth=4, hidden=4))
     pixels = torch.arange(16.0).view(1, 1, 4, 4)
     moved: list[list[int]] = []
     for layer in model.layers_of_scales()[0]:
@@ -285,13 +288,16 @@ def test_positions_tell_places_apart() -> None:
 
 def test_unknown_options_are_refused() -> None:
     with pytest.raises(ValueError, match="coupling is 'cubic'"):
-        build(info_of(4, 4), "cubic", "mask")
+        build(info_of(4, 4), ImageFlowSettings("cubic", "mask"))
     with pytest.raises(ValueError, match="permutation is 'reverse'"):
-        build(info_of(4, 4), "affine", "reverse")
+        build(info_of(4, 4), ImageFlowSettings("affine", "reverse"))
 
 
 def test_as_many_scales_as_the_sides_can_be_halved() -> None:
     sides = [2, 4, 6, 8, 28]
     for height, width in itertools.product(sides, sides):
         halvings = sum(height % 2**k == 0 == width % 2**k for k in (1, 2))
-        assert len(build(info_of(height, width), "affine", "mask", depth=1, hidden=2).scales) == halvings
+        assert (
+            len(build(info_of(height, width), ImageFlowSettings("affine", "mask", depth=1, hidden=2)).scales)
+            == halvings
+        )

@@ -543,8 +543,8 @@ def call(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: 
     known["two/gone"] = Entry("two/gone", "0" * 64, 1, "none stated", note="It was somewhere.")
     for name in names:
         site.put(f"/{name}", CONTENT)
-    monkeypatch.setattr(cli, "catalog", lambda: known)
-    monkeypatch.setattr(cli, "fetch", get)
+    monkeypatch.setattr("replicate.data.catalog.catalog", lambda: known)
+    monkeypatch.setattr("replicate.data.fetch.fetch", get)
     monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
     app = typer.Typer()
     app.add_typer(cli.data_app, name="data")

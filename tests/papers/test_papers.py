@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from replicate.ledger.claims import all_claims, resolved
+from replicate.ledger.claims import all_claims, claims_of, resolved
 from replicate.ledger.tables import MeasureCell, measure_tables
 from replicate.runs.execute import execute
 from replicate.runs.paper import broken_entries, papers
@@ -102,7 +102,7 @@ def test_every_experiment_leaves_a_record_that_can_be_read(key: str) -> None:
 @pytest.mark.parametrize("key", PAPERS)
 def test_bibtex_experiments_and_plots_are_named_once_and_used(key: str) -> None:
     paper = papers()[key]
-    claims = paper.claims()
+    claims = claims_of(paper)
     assert claims.bibtex.strip().startswith("@")
     names = [e.name for e in paper.experiments]
     assert len(names) == len(set(names))

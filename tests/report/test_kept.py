@@ -258,15 +258,10 @@ def test_one_command_adds_a_folder_of_single_runs_to_the_results(
     replicate: Callable[..., tuple[int, str, str]], results: Path, tmp_path: Path
 ) -> None:
     write_run(tmp_path / "mine", "my-flow", "flow", "digits", 0)
-    words = ("report", "--profile", "smoke", "--results", str(results.parent), "--add")
+    words = ("report", "--profile", "smoke", "--results", str(results.parent))
     code, _, err = replicate(*words, "--runs", str(tmp_path / "mine"))
     assert (code, err) == (0, "")
     assert "my-flow" in set(read_measurements(results / "measurements.csv").model)
-    before = content(results)
-    code, _, err = replicate(*words[:-1], "--runs", str(tmp_path / "mine"))
-    assert (code, err.count("\n"), content(results) == before) == (2, 1, True)
-    assert "are not in" in err
-    assert "give --add to keep them" in err
     code, _, err = replicate(*words, "--runs", str(tmp_path / "yours"))
     assert (code, err.count("\n")) == (2, 1)
     assert "there is no folder of runs" in err

@@ -344,7 +344,7 @@ def test_the_corrector_alone_recovers_a_gaussian() -> None:
     score_at = diffused_gaussian(sde, 1.0)
     x = predictor_corrector(score_at, sde, (4000, 2), 200, Corrector(2, 0.15, predict=False), rng()).samples
     assert x.std().item() == pytest.approx(1.0, abs=0.05)
-    with pytest.raises(ValueError, match="predict=True or corrector_steps"):
+    with pytest.raises(ValueError, match="predict=True or steps"):
         predictor_corrector(score_at, sde, (10, 2), 5, Corrector(0, 0.1, predict=False), rng())
 
 
