@@ -578,7 +578,7 @@ def test_data_fetch_gets_what_is_not_there_and_files_shows_it(call: Any, site: S
     assert code == 0
     assert [path for path, _ in site.asked[before:]] == ["/one/a", "/two/c"]
     assert "one/a is damaged: it has 7 bytes" in out
-    assert f"one/b is there: {tmp_path / 'one' / 'b'}" in out
+    assert f"one/b is present: {tmp_path / 'one' / 'b'}" in out
     assert "no download address for: two/gone" in out
     assert list(statuses(call).values()) == ["present", "present", "present", "absent"]
 
@@ -612,7 +612,7 @@ def test_data_check_fails_on_damage_alone(call: Any, tmp_path: Path) -> None:
     code, out = call("check")
     assert code == 1
     assert f"{path}: it has 300000 bytes with sha256" in out
-    assert "`replicate data fetch two/c` gets it again" in out
+    assert "`replicate data fetch two/c` downloads it again" in out
     assert f"1 of 2 files in {tmp_path} are as published." in out
 
 
