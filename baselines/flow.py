@@ -399,7 +399,18 @@ def build_realnvp(
     bound: float = 3.0,
     principal: bool = False,
 ) -> Flow:
-    """RealNVP; see `Shape`, `AffineCoupling` and `Whitening` for the arguments."""
+    """Build RealNVP; see `Shape`, `AffineCoupling` and `Whitening` for the arguments.
+
+    Example:
+        Before training it is the data's Gaussian fit, whose NLL on N(3, 4 I) is 2/2 log(2 pi e 4) = 4.224 nats:
+
+        >>> g = torch.Generator().manual_seed(0)
+        >>> x = 3 + 2 * torch.randn(2000, 2, generator=g)
+        >>> flow = build_realnvp(DataInfo(2, "continuous"), couplings=2, hidden=8)
+        >>> flow.initialise(x, g)
+        >>> round(float(-flow.log_prob(x).detach().mean()), 1)
+        4.2
+    """
     shape = Shape(hidden, blocks, dropout, sharpness)
     parts = [AffineCoupling(info.dim, kept, shape, bound) for kept in splits(info.dim, couplings)]
     return _stack(info, parts, principal)
@@ -421,7 +432,18 @@ class SplineFlowSettings:
 
 
 def build_spline_flow(info: DataInfo, s: SplineFlowSettings) -> Flow:
-    """Build a spline flow."""
+    """Build a spline flow.
+
+    Example:
+        Before training it is the data's Gaussian fit, whose NLL on N(3, 4 I) is 2/2 log(2 pi e 4) = 4.224 nats:
+
+        >>> g = torch.Generator().manual_seed(0)
+        >>> x = 3 + 2 * torch.randn(2000, 2, generator=g)
+        >>> flow = build_spline_flow(DataInfo(2, "continuous"), SplineFlowSettings(couplings=2, hidden=8))
+        >>> flow.initialise(x, g)
+        >>> round(float(-flow.log_prob(x).detach().mean()), 1)
+        4.2
+    """
     shape = Shape(s.hidden, s.blocks, s.dropout, s.sharpness)
     parts = [SplineCoupling(info.dim, kept, shape, s.bins, s.bound) for kept in splits(info.dim, s.couplings)]
     return _stack(info, parts, s.principal, s.shrinkage)

@@ -376,6 +376,16 @@ def build(info: DataInfo, s: ImageFlowSettings) -> ImageFlow:
 
     Raises:
         ValueError: the data are not images of even sides, or an option has an unknown value.
+
+    Example:
+        Before training it is the data's Gaussian fit, whose NLL on N(3, 4 I) is 4/2 log(2 pi e 4) = 8.448 nats:
+
+        >>> g = torch.Generator().manual_seed(0)
+        >>> x = 3 + 2 * torch.randn(2000, 4, generator=g)
+        >>> flow = build(DataInfo(4, "continuous", image=(2, 2)), ImageFlowSettings("affine", "mask", depth=2, hidden=4))
+        >>> flow.initialise(x, g)
+        >>> round(float(-flow.log_prob(x).detach().mean()), 1)
+        8.5
     """
     if s.coupling not in ("affine", "spline"):
         raise ValueError(f"coupling is {s.coupling!r}; it must be 'affine' or 'spline'")

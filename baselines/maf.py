@@ -128,7 +128,18 @@ def build_maf(
     bound: float = 5.0,
     reach: float = 0.0,
 ) -> MaskedAutoregressiveFlow:
-    """Build a `MaskedAutoregressiveFlow`."""
+    """Build a `MaskedAutoregressiveFlow`.
+
+    Example:
+        Before training it is the data's Gaussian fit, whose NLL on N(3, 4 I) is 2/2 log(2 pi e 4) = 4.224 nats:
+
+        >>> g = torch.Generator().manual_seed(0)
+        >>> x = 3 + 2 * torch.randn(2000, 2, generator=g)
+        >>> flow = build_maf(DataInfo(2, "continuous"), blocks=2, hidden=8)
+        >>> flow.initialise(x, g)
+        >>> round(float(-flow.log_prob(x).detach().mean()), 1)
+        4.2
+    """
     return MaskedAutoregressiveFlow(info.dim, blocks, hidden, layers, dropout, bound, reach)
 
 
