@@ -382,7 +382,7 @@ def build(info: DataInfo, s: ImageFlowSettings) -> ImageFlow:
 
         >>> g = torch.Generator().manual_seed(0)
         >>> x = 3 + 2 * torch.randn(2000, 4, generator=g)
-        >>> flow = build(DataInfo(4, "continuous", image=(2, 2)), ImageFlowSettings("affine", "mask", depth=2, hidden=4))
+        >>> flow = build(DataInfo(4, "continuous", image=(2, 2)), ImageFlowSettings("affine", "mask", depth=2))
         >>> flow.initialise(x, g)
         >>> round(float(-flow.log_prob(x).detach().mean()), 1)
         8.5
