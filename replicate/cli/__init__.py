@@ -3,7 +3,7 @@
 
 def main() -> None:
     """Run the command with the words of `sys.argv`."""
-    from replicate.cli.main import main as run_command
+    from replicate.cli.command import main as run_command
 
     run_command()
 

@@ -38,7 +38,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 
 def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
-    """Print rows of text under their heads; lines at the right of the first column wrap."""
+    """Print rows of text under their heads."""
     from rich.table import Table
 
     table = Table(*heads, title=title, title_justify="left")

@@ -92,5 +92,5 @@ def test_dry_run_lists_and_computes_nothing(replicate, tmp_path: Path) -> None: 
 
 
 def test_the_command_comes_up_without_importing_torch() -> None:
-    code = "import sys, replicate.cli.main; sys.exit('torch' in sys.modules)"
+    code = "import sys, replicate.cli.command; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -59,7 +59,7 @@ def here(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run one to its end in this process, where a process of its own is not the point."""
     import torch
 
-    from replicate.cli.main import guarded
+    from replicate.cli.command import guarded
     from replicate.runs.provenance import source_version
 
     source_version.cache_clear()  # a process of its own looks at the files as they are now
@@ -158,6 +158,6 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from replicate.cli.main import guarded
+    from replicate.cli.command import guarded
 
     guarded(main)
