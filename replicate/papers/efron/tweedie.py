@@ -50,8 +50,7 @@ def _exponential_marginal(z: Tensor, sigma: float) -> Tensor:
 
 def _uniform_marginal(z: Tensor, sigma: float) -> Tensor:
     """Log f of mu ~ U[-HALF_WIDTH, HALF_WIDTH], on the side where the difference of two Phi does not cancel."""
-    above = log_ndtr((HALF_WIDTH - z.abs()) / sigma)
-    below = log_ndtr((-HALF_WIDTH - z.abs()) / sigma)
+    above, below = (log_ndtr((end - z.abs()) / sigma) for end in (HALF_WIDTH, -HALF_WIDTH))
     return above + torch.log1p(-(below - above).exp()) - math.log(2 * HALF_WIDTH)
 
 
@@ -77,11 +76,9 @@ def derivatives(log_marginal: Callable[[Tensor, float], Tensor], z: Tensor, sigm
 
 
 def posterior_moments(prior: Prior, z: Tensor, sigma: float, panels: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of mu | z, shape (n,) each, by Gauss-Legendre quadrature of g(mu) N(z; mu, sigma^2).
+    """Mean and variance of mu | z at z (n,), float64, by Gauss-Legendre quadrature of g(mu) N(z; mu, sigma^2).
 
-    Args:
-        z: float64, shape (n,).
-        panels: equal parts of the prior's support, LEGENDRE_ORDER nodes on each.
+    The quadrature has LEGENDRE_ORDER nodes on each of the equal `panels` of the prior's support.
     """
     node, weight = np.polynomial.legendre.leggauss(LEGENDRE_ORDER)
     low, high = prior.support

@@ -43,8 +43,7 @@ class Settings:
     """Settings of a row of the paper.
 
     Attributes:
-        epochs: at most.
-        patience: epochs in a row without a better validation NLL that end training.
+        epochs, patience: at most, and how many in a row without a better validation NLL end training.
         rows: how many of each part of the data are used; 0 for all.
     """
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from replicate.experiments import Run, experiment
+from replicate.experiments.planar import spread
 from replicate.model import Estimate
 from replicate.sampling.langevin import Score, ula
 from replicate.tasks.densities import eight_gaussians
@@ -24,9 +25,7 @@ def noise_of(step: float) -> float:
 
 
 def sampled_variance(step: float, noise: float, variance: float) -> float:
-    """Variance at which x <- x - step x / variance + noise z ends, of a Gaussian energy's coordinate.
-
-    The fixed point of v = (1 - step / variance)^2 v + noise^2.
+    """Solve v = (1 - step / variance)^2 v + noise^2: the variance of x <- x - step x / variance + noise z in the end.
 
     Raises:
         ValueError: the chain diverges.
@@ -82,8 +81,6 @@ def compare(
         start, generator = stretch * clouds["data"], run.stream(f"ring-{name}")
         clouds[name] = implicit_generation(score, start, step, sd, steps, generator) / stretch
     for name, x in clouds.items():
-        offset = x - density.means.to(x.device)[density.mode_of(x)]
-        squared = offset.square().sum(1) / density.covariance.trace().item()
-        run.measure(f"mode_spread:{name}", Estimate.mean_of(squared, "estimate", "ratio"))
+        run.measure(f"mode_spread:{name}", spread(density, x))
     shown = {name: x[:400] for name, x in clouds.items()}
     run.scatter("samples", "one lambda as printed, two constants as released", shown, ("x", "y"))

@@ -153,18 +153,16 @@ def inpainted(model: Any, upper: Tensor, s: Settings, generator: torch.Generator
     return done
 
 
-def _completed(
-    name: str, model: Any, upper: Tensor, data: HalfDigits, run: Run, s: Settings
-) -> tuple[Tensor, float | None]:
-    """Draw lower halves (n, 32) in levels by a family; also return its share of accepted steps, if it has one."""
+def _completed(name: str, model: Any, upper: Tensor, data: HalfDigits, run: Run, s: Settings) -> tuple[Tensor, float]:
+    """Draw lower halves (n, 32) in levels by a family; also return its share of accepted steps, nan without any."""
     generator = run.stream(name)
     if name == "causal-conv":
-        return model.continued(upper, generator), None
+        return model.continued(upper, generator), math.nan
     if name == "realnvp":
         return flow_completions(model, upper, s, generator)
     if name == "vae":
         return vae_completions(model, upper, data.known.y.mean(0) * (LEVELS - 1), s, generator)
-    return inpainted(model, upper, s, generator), None
+    return inpainted(model, upper, s, generator), math.nan
 
 
 SMOKE = dict.fromkeys(("causal_conv_steps", "realnvp_steps", "vae_steps", "sde_vp_steps", "draws", "langevin_steps"), 2)
@@ -185,7 +183,7 @@ def completions(run: Run, s: Settings) -> None:
         trained = watch.seconds
         levels, acceptance = _completed(name, model, upper, data, run, s)
         shown[name] = levels.view(len(whole), s.draws, HALF) / (LEVELS - 1)
-        if acceptance is not None:
+        if not math.isnan(acceptance):
             accepted = Estimate(acceptance, math.nan, "estimate", "share of proposals", len(upper))
             run.measure(f"acceptance:{name}", accepted)
         run.measure(f"time_training:{name}", Estimate.exact(trained, "seconds"))
