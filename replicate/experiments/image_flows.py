@@ -48,9 +48,8 @@ class FlowSettings(RowSettings):
     draws: int = 16
 
 
-#: A coupling at 14 x 14 and one at 7 x 7 are 81 million multiply-adds per image together, eight such pairs 3.9 GFLOP
-#: forth and back, a batch half a TFLOP: 28 ms per step at 18 TFLOP/s (30 % of a device's full float32), which hides the
-#: launches of some 2,500 kernels. With validation and the test draws about 9 minutes.
+#: Eight couplings at 14 x 14 and at 7 x 7 are half a TFLOP per batch forth and back: 28 ms per step at 18 TFLOP/s (30 %
+#: of a device's full float32), which hides the launches of 2,500 kernels. With validation and test draws 9 minutes.
 @dataclass(frozen=True, kw_only=True)
 class CouplingSettings(FlowSettings):
     """Settings of the multi-scale flows with affine couplings."""

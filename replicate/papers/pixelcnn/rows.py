@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +12,8 @@ from replicate.experiments import Run
 from replicate.experiments.image_rows import STATIC_BITS, RowSettings, exact_row, full_row
 from replicate.model import DataInfo, Model
 from replicate.registry import model_entry
-from replicate.tasks.base import Task
-from replicate.tasks.binary import SILHOUETTES_FILE, caltech_silhouettes
-from replicate.tasks.images import mnist_static
+from replicate.tasks.binary import SILHOUETTES_FILE
+from replicate.tasks.loading import task_entry
 
 #: rows scored at a time
 CHUNK = 500
@@ -25,8 +23,7 @@ class MaskedConv(nn.Conv2d):
     """A k x k convolution that sees the pixels before this one in raster order (1601.06759, figure 2, right).
 
     Args:
-        inputs, outputs: channels.
-        kernel: k, odd.
+        inputs, outputs, kernel: channels, and k, odd.
         centre: whether it sees the pixel itself (type B) or not (type A).
     """
 
@@ -57,13 +54,7 @@ class Block(nn.Module):
 
 
 class PixelCNN(Model):
-    """The plain masked stack on images of bits.
-
-    Args:
-        image: (height, width).
-        width: channels.
-        layers: residual blocks.
-    """
+    """The plain masked stack on images (height, width) of bits, with `width` channels and `layers` residual blocks."""
 
     family = "autoregressive"
     capabilities = frozenset({"log_prob"})
@@ -92,7 +83,7 @@ class Settings(RowSettings):
     """Settings of a PixelCNN.
 
     Attributes:
-        data: a name in TASKS.
+        data: a task of bits.
         gated: the gated model, else the plain stack.
         width, layers, dropout: of the model; the plain stack has no dropout.
     """
@@ -117,13 +108,9 @@ def build(info: DataInfo, s: Settings) -> Model:
     return PixelCNN(info.image, s.width, s.layers)
 
 
-#: what the settings may name as "data"
-TASKS: dict[str, Callable[[], Task]] = {STATIC_BITS: mnist_static, "caltech-silhouettes": caltech_silhouettes}
-
-
 def train_and_score(run: Run, s: Settings) -> None:
     """Train on bits, keep the best validation step, and score the test bits exactly."""
-    task = TASKS[s.data]()
+    task = task_entry(s.data).load()
     exact_row(run, task, lambda: build(task.info, s), s, CHUNK)
 
 
