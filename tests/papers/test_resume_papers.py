@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from replicate.experiments.batches import Minibatches
 from replicate.experiments.rbm import BinaryRows, binary_rows
 from replicate.model import DataInfo
+from replicate.papers import pixelcnn
 from replicate.papers.burda import rows as burda
 from replicate.papers.nce import gaussian as nce
-from replicate.papers.pixelcnn import rows as pixelcnn
 from replicate.papers.salakhutdinov import annealing
 from replicate.papers.ssm import kernel, tables
 from replicate.runs.checkpoint import pack, unpack
