@@ -19,9 +19,8 @@ class Minibatches(Iterator[Tensor]):
 
     Args:
         rows: shape (n, ..).
-        size: rows per batch; the last one of a pass may have fewer.
+        size: rows per batch; the last one of a pass may have fewer, or is left out where batches must be `whole`.
         generator: draws the permutations.
-        whole: leave out a short last batch.
     """
 
     def __init__(self, rows: Tensor, size: int, generator: torch.Generator, whole: bool = False) -> None:

@@ -49,11 +49,11 @@ class Ica:
         return torch.linalg.solve(self.w, torch.logit(u, eps=1e-15).T).T
 
 
-def draw_unmixing(dim: int, generator: torch.Generator) -> Tensor:
-    """Draw W (dim, dim), standard normal with a condition number below `dim`, as in the released code."""
+def draw_unmixing(dim: int, generator: torch.Generator, condition: float | None = None) -> Tensor:
+    """Draw W (dim, dim), standard normal, its condition number below `condition`, or `dim` as in the released code."""
     while True:
         w = torch.randn(dim, dim, generator=generator, device=generator.device, dtype=torch.float64)
-        if torch.linalg.cond(w) < dim:
+        if torch.linalg.cond(w) < (condition or dim):
             return w
 
 
@@ -72,9 +72,9 @@ def rotation(dim: int, generator: torch.Generator) -> Tensor:
 def minimise(
     loss: Callable[[Tensor, Tensor], Tensor], start: Tensor, log_z: float, options: dict[str, float]
 ) -> tuple[Tensor, float, Tensor]:
-    """Minimise a loss of a matrix (D, D) and of c = -log Z by scipy's L-BFGS-B in float64, from `start` and `log_z`.
+    """Minimise a loss of a matrix (D, D) and of c = -log Z, which it may ignore, by scipy's L-BFGS-B in float64.
 
-    Where the loss ignores c, the gradient in c is zero and c stays. The options are scipy's, with "maxiter".
+    The search begins at `start` and `log_z`; the options are scipy's, with "maxiter".
 
     Returns:
         (matrix and log Z at the minimum, path of the matrix from the start on, shape (1 + iterations, D, D)).

@@ -10,7 +10,6 @@ of the densities bounds log P(x) more tightly, and is `:iw_bound`; no printed nu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +22,9 @@ from replicate.resume import State, resumable
 from replicate.runs.experiment import Run
 from replicate.runs.seeds import Streams
 from replicate.runs.training import History, train
-from replicate.tasks.base import Task
-from replicate.tasks.images import cifar_10, fashion_mnist, mirrored, mnist
+from replicate.tasks.images import mirrored
+from replicate.tasks.loading import task_entry
 
-TASKS: dict[str, Callable[[], Task]] = {"mnist": mnist, "fashion-mnist": fashion_mnist, "cifar-10": cifar_10}
 #: images that a flow scores at a time
 CHUNK = 1_000
 
@@ -36,7 +34,7 @@ class FlowSettings(RowSettings):
     """Settings of a flow on dequantised images; further fields are parameters of the flow and fields of `Training`.
 
     Attributes:
-        data: a name in TASKS.
+        data: a task of images.
         transform: as in `preprocessed`.
         alpha: logits are those of alpha + (1 - 2 alpha) x.
         noise_once: dequantise the training and validation images once and for all, else afresh for every batch.
@@ -50,9 +48,8 @@ class FlowSettings(RowSettings):
     draws: int = 16
 
 
-#: A coupling at 14 x 14 and one at 7 x 7 are 81 million multiply-adds per image together, eight such pairs 3.9 GFLOP
-#: forth and back, a batch half a TFLOP: 28 ms per step at 18 TFLOP/s (30 % of a device's full float32), which hides the
-#: launches of some 2,500 kernels. With validation and the test draws about 9 minutes.
+#: Eight couplings at 14 x 14 and at 7 x 7 are half a TFLOP per batch forth and back: 28 ms per step at 18 TFLOP/s (30 %
+#: of a device's full float32), which hides the launches of 2,500 kernels. With validation and test draws 9 minutes.
 @dataclass(frozen=True, kw_only=True)
 class CouplingSettings(FlowSettings):
     """Settings of the multi-scale flows with affine couplings."""
@@ -77,8 +74,7 @@ class CouplingSettings(FlowSettings):
 class PooledLogit(DequantisedLogit):
     """Logits standardised by one mean and one deviation of all pixels.
 
-    Those of a pixel that hardly any training image inks would put a test image that inks it hundreds of deviations
-    away.
+    By those of a pixel that few training images ink, a test image that inks it would be hundreds of deviations away.
     """
 
     def fit(self, train: Tensor, generator: torch.Generator) -> None:
@@ -88,11 +84,7 @@ class PooledLogit(DequantisedLogit):
 
 
 def preprocessed(inner: Model, info: DataInfo, name: str, alpha: float) -> Preprocessed:
-    """Put a flow behind a transform: "logit" (each pixel standardised), "pooled-logit" or "gaussianise".
-
-    Args:
-        alpha: logits are those of alpha + (1 - 2 alpha) x.
-    """
+    """Put a flow behind "logit" (each pixel standardised) or "pooled-logit", as of `FlowSettings`, or "gaussianise"."""
     assert info.levels is not None
     model = Preprocessed(inner, info)
     if name == "gaussianise":
@@ -104,7 +96,7 @@ def preprocessed(inner: Model, info: DataInfo, name: str, alpha: float) -> Prepr
 
 
 def fitted(model: Preprocessed, train_x: Tensor, valid_x: Tensor, s: FlowSettings, streams: Streams) -> History:
-    """Train on fresh noise for every batch or, with `noise_once`, on images that were dequantised once and for all."""
+    """Train on fresh noise for every batch or, with `noise_once`, on images dequantised once and for all."""
     if not s.noise_once:
         return train(model, train_x, valid_x, s.training, streams)
     noise = streams.fresh("dequantise")
@@ -115,10 +107,7 @@ def fitted(model: Preprocessed, train_x: Tensor, valid_x: Tensor, s: FlowSetting
 
 @torch.no_grad()
 def by_draw(model: Preprocessed, x: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """Return log q(x + u) plus the log-volume in nats for every image and noise draw, float64 (n, draws).
-
-    Each is the log of an unbiased estimate of the model's probability of x.
-    """
+    """Return log q(x + u) plus the log-volume in nats for every image and noise draw, float64 (n, draws)."""
     state: State = {"done": [], "generator": generator}
     for _ in resumable("noise draws", draws, state):
         z, log_volume = model.transform(x, state["generator"])
@@ -134,14 +123,6 @@ def bounds(log_p: Tensor) -> tuple[LogLikelihood, LogLikelihood]:
     return LogLikelihood(log_p.mean(1), "lower_bound", draws), LogLikelihood(tight, "lower_bound", draws)
 
 
-def draw_validation(run: Run, history: History, model: Preprocessed, valid: Tensor) -> None:
-    """Draw bits per dimension on validation, by one noise draw, against the step."""
-    log_volume = float(model.transform(valid, run.stream("volume"))[1].mean())
-    bits = [(loss - log_volume) / (valid.shape[1] * math.log(2)) for _, loss in history.valid]
-    curve = [step for step, _ in history.valid], bits
-    run.curves("validation", "Bound on validation", ("optimizer step", "bits/dim"), {"validation": curve})
-
-
 def image_row(run: Run, entry: ModelEntry, s: FlowSettings, mirror: bool = False) -> None:
     """Train one flow on dequantised images and bound the bits per dimension of the test images.
 
@@ -149,7 +130,7 @@ def image_row(run: Run, entry: ModelEntry, s: FlowSettings, mirror: bool = False
         entry: of a model of continuous data; its parameters are among the settings.
         mirror: use each training image twice, once with left and right exchanged.
     """
-    task = TASKS[s.data]()
+    task = task_entry(s.data).load()
     train_x, valid_x, test_x = splits(task, s.rows, run.device)
     if mirror:
         train_x = torch.cat([train_x, mirrored(train_x)])
@@ -163,5 +144,9 @@ def image_row(run: Run, entry: ModelEntry, s: FlowSettings, mirror: bool = False
     run.measure("train_seconds", Estimate.exact(history.seconds, "seconds"))
     run.keep_examples(task.name, plain)
     samples = model.sample(IN_A_ROW, run.stream("samples"))
-    draw_validation(run, history, model, valid_x)
+    # bits per dimension on validation, by one noise draw
+    log_volume = float(model.transform(valid_x, run.stream("volume"))[1].mean())
+    bits = [(loss - log_volume) / (task.info.dim * math.log(2)) for _, loss in history.valid]
+    curve = [step for step, _ in history.valid], bits
+    run.curves("validation", "Bound on validation", ("optimizer step", "bits/dim"), {"validation": curve})
     run.plot(sheet("samples", "Samples of the flow", {"data": test_x, "samples": samples}, task.info))

@@ -63,11 +63,7 @@ def in_bits(log_p: LogLikelihood, dim: int, variant: str = "") -> dict[str, Esti
 
 
 def sheet(name: str, title: str, rows: Mapping[str, Tensor], info: DataInfo) -> Plot:
-    """Draw the first images of each row, unselected.
-
-    Args:
-        rows: grey values 0..levels-1 by label, shape (n, D); of colour images the mean of the colours is drawn.
-    """
+    """Draw the first images of rows (n, D) of levels by label, unselected; of colour images the mean of the colours."""
     assert info.levels is not None
     planes, *image = (1, *info.image) if info.image else COLOUR_SHAPE
     shown = min(IN_A_ROW, MAX_PIXELS // math.prod(image))
@@ -85,11 +81,7 @@ def splits(task: Task, rows: int, device: torch.device) -> list[Tensor]:
 
 
 def trained(run: Run, task: Task, build: Callable[[], M], settings: RowSettings) -> tuple[M, Tensor, Plot]:
-    """Train a model by the suite's loop.
-
-    Returns:
-        The model with its selected weights, the test rows, and the plot of its validation NLL.
-    """
+    """Train a model by the suite's loop; return it, the test rows, and the plot of its validation NLL."""
     fit, valid, test = splits(task, settings.rows, run.device)
     model = run.build(build)
     history = train(model, fit, valid, settings.training, run.streams)

@@ -11,13 +11,13 @@ lambda = log(sigma / s); Kingma et al. 2021, 2107.00630, section 5.1), and the p
 and VE can differ there by their last noise level alone: the gap that table 2 has between VP and sub-VP comes from the
 plain weighting.
 
-One seed has the same first weights and the same batches in every experiment on one data set, so that the claims pair
-by seed; the variational dequantiser belongs to the very weights that `score-mnist-vp` has.
+A seed has the same first weights and batches in every experiment on one data set, so that the claims pair by seed; the
+variational dequantiser belongs to the very weights that `score-mnist-vp` has.
 
-Deviations: a U-Net of 1.5 million weights, where the papers have 60 to 100 million, and 8,000 steps of 128 images for
-1.3 million; SDEs from rho = 2e-4, see `replicate.score_based.images`; each image is noised by z and by -z; a fixed
-number of Runge-Kutta steps with a step-halving error in place of RK45; one draw of u and one trace probe per image;
-samples by Heun's method on the probability flow.
+Deviations: a U-Net of 1.5 million weights, not of 60 to 100 million, and 8,000 steps of 128 images, not 1.3 million;
+SDEs from rho = 2e-4, see `replicate.score_based.images`; each image is noised by z and by -z; Runge-Kutta steps of a
+fixed number with a step-halving error in place of RK45; one draw of u and one trace probe per image; samples by Heun's
+method on the probability flow.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from replicate.experiments import Experiment, Run, experiment
-from replicate.experiments.image_rows import IN_A_ROW, in_bits, sheet
+from replicate.experiments.image_rows import IN_A_ROW, in_bits, sheet, splits
 from replicate.likelihood.estimator import Effort, log_likelihood
 from replicate.metrics.features import image_features, sample_quality
 from replicate.metrics.inception import WEIGHTS, inception, unavailable
@@ -45,16 +45,16 @@ from replicate.score_based.diffusion import DiffusionModel, LevelProposal, Unifo
 from replicate.score_based.images import SDES, DequantisedImages, build_diffusion, even_levels
 from replicate.sde import SDE
 from replicate.tasks.base import Task
-from replicate.tasks.images import FILES, fashion_mnist, mnist
+from replicate.tasks.images import FILES
+from replicate.tasks.loading import task_entry
 
-TASKS: dict[str, Callable[[], Task]] = {"mnist": mnist, "fashion-mnist": fashion_mnist}
 #: images whose noise levels are computed at a time
 CHUNK = 2_000
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """Settings of every score model of images: a name in `TASKS`, the U-Net and its training, and what is judged.
+    """Settings of every score model of images: a task, the U-Net and its training, and what is judged.
 
     `rows` is the number of images of each part (0: all), `reference` that of training images to compare samples with.
     """
@@ -90,8 +90,8 @@ class DiffusionSettings(ImageSettings):
 
 def load(run: Run, s: ImageSettings) -> Task:
     """Load the task that the settings name, its parts cut to `rows` and on the run's device."""
-    task = TASKS[s.data]()
-    train, valid, test = (part[: s.rows or None].to(run.device) for part in (task.train, task.valid, task.test))
+    task = task_entry(s.data).load()
+    train, valid, test = splits(task, s.rows, run.device)
     return replace(task, train=train, valid=valid, test=test)
 
 
@@ -103,7 +103,7 @@ def shared_streams(run: Run, s: ImageSettings, owner: str) -> Streams:
 
 def judge(run: Run, s: ImageSettings, samples: Mapping[str, Tensor]) -> None:
     """Measure the quality of the samples of every variant ("" or ":name"), and FID if Inception's weights exist."""
-    task = TASKS[s.data]()
+    task: Task = task_entry(s.data).load()
     image, reference = task.info.image, task.train[: s.reference]
     assert image is not None
     run.classifiers[s.data] = image_features(s.data).sha256
@@ -187,6 +187,5 @@ def on_images(
 ) -> Experiment:
     """Declare an experiment on the images that the settings name; `minutes` per seed on a CUDA device."""
     reads: dict[str, Any] = {"files": FILES[settings.data], "optional_files": (WEIGHTS,), "cuda_minutes": minutes}
-    return experiment(name, family="score", about=about, settings=settings, seeds=3, profiles=("full",), **reads)(
-        measure
-    )
+    declared = experiment(name, family="score", about=about, settings=settings, seeds=3, profiles=("full",), **reads)
+    return declared(measure)

@@ -32,12 +32,16 @@ def model_kl(density: GaussianMixture, energy: Callable[[Tensor], Tensor], point
     return Estimate(value, z.stderr, "estimate", "nats", points**2)
 
 
+def spread(density: GaussianMixture, x: Tensor) -> Estimate:
+    """Return the mean squared distance of x (n, 2) to its own Gaussian's centre over that of the data."""
+    centres = density.means.to(x.device)[density.mode_of(x)]
+    squared = (x.double() - centres).square().sum(1) / density.covariance.trace().item()
+    return Estimate.mean_of(squared, "estimate", "ratio")
+
+
 @torch.no_grad()
 def steady_state(energy: Callable[[Tensor], Tensor], n: int, points: int, generator: torch.Generator) -> Tensor:
-    """Draw n points (n, 2) of exp(-energy) on the box, the distribution of infinitely long chains.
-
-    It inverts the cumulative sum on the quadrature's grid; points are uniform within a cell.
-    """
+    """Draw n points (n, 2) of exp(-energy) on the box, the law of endless chains, uniform within a cell of the grid."""
     device = generator.device
     nodes, log_cell = grid(BOX, points, 2)
     share = (-energy(nodes.to(device)).double()).softmax(0).cumsum(0)

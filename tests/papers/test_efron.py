@@ -9,10 +9,10 @@ from scipy import integrate
 
 from replicate.experiments import Run
 from replicate.ledger.claims import claims_of
-from replicate.papers.efron import PAPER
-from replicate.papers.efron.tweedie import (
+from replicate.papers.efron import (
     COMPONENTS,
     HALF_WIDTH,
+    PAPER,
     PRIORS,
     RATE,
     check_tweedie,
@@ -82,7 +82,7 @@ def test_the_experiment_holds_and_repeats() -> None:
 
 
 def test_a_wrong_power_of_sigma_is_caught(monkeypatch) -> None:
-    monkeypatch.setattr("replicate.papers.efron.tweedie.tweedie", lambda y, score, sigma: y + sigma * score)
+    monkeypatch.setattr("replicate.papers.efron.tweedie", lambda y, score, sigma: y + sigma * score)
     assert check_tweedie.measure(new_run(observations=20)).estimates["mean_error"].value > 0.1
 
 

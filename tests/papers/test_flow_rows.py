@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from replicate.experiments import image_rows as rows
 from replicate.ledger.claims import claims_of
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.model import DataInfo, LogLikelihood
-from replicate.papers.realnvp.rows import couplings
+from replicate.papers.realnvp import couplings
 from replicate.runs.experiment import MAX_PIXELS, Outcome
 from replicate.runs.seeds import Streams
 from replicate.tasks import images
@@ -72,7 +73,7 @@ def small_images(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (images, rows):
         monkeypatch.setattr(module, "COLOUR_SHAPE", (3, 2, 2))
     loads = {"mnist": lambda: task, "fashion-mnist": lambda: task, "cifar-10": lambda: colour}
-    monkeypatch.setattr(image_flows, "TASKS", loads)
+    monkeypatch.setattr(image_flows, "task_entry", lambda name: SimpleNamespace(load=loads[name]))
 
 
 @pytest.mark.usefixtures("small_images")
@@ -130,7 +131,7 @@ def check(outcome: Outcome, data: str, dim: int) -> None:
 def test_no_flow_beats_the_entropy_of_made_up_images(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """PITFALLS 1: trained on fair coins a flow needs a bit a pixel or more. Noise on half a bin would need none."""
     task = images_of(2, (4, 4), (400, 50, 200))
-    monkeypatch.setattr(image_flows, "TASKS", {"mnist": lambda: task, "fashion-mnist": lambda: task})
+    monkeypatch.setattr(image_flows, "task_entry", lambda name: SimpleNamespace(load=lambda: task))
     experiment = EXPERIMENTS[LABELS.index(name)][1]
     layers: dict[str, Any] = {"depth": 1} if "depth" in experiment.params else {}
     what = new_run(experiment, steps=30, batch_size=50, validate_every=15, lr=5e-3, hidden=8, **layers)
@@ -197,7 +198,7 @@ def test_noise_drawn_once_stays_and_noise_drawn_afresh_does_not() -> None:
     experiment = couplings
     for once in (True, False):
         what = new_run(experiment, noise_once=once)
-        task, seen = image_flows.TASKS["mnist"](), list[Tensor]()
+        task, seen = image_flows.task_entry("mnist").load(), list[Tensor]()
         with what.streams.initialisation():
             inner = build_maf(task.info, blocks=1, hidden=4)
         model = image_flows.preprocessed(inner, task.info, "logit", 1e-6)

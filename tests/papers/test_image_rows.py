@@ -17,7 +17,7 @@ from replicate.likelihood.importance import iw_bound
 from replicate.papers import burda, mixture
 from replicate.papers.burda import rows
 from replicate.papers.burda.autoencoder import ImportanceWeightedAutoencoder, glorot
-from replicate.papers.pixelcnn.rows import PixelCNN
+from replicate.papers.pixelcnn import PixelCNN
 from replicate.runs.seeds import Streams
 
 __all__ = ["small_images"]

@@ -16,7 +16,6 @@ from replicate.experiments import Experiment, Paper, Run, image_rows
 from replicate.ledger.claims import claims_of
 from replicate.model import DataInfo, Estimate
 from replicate.papers import germain, larochelle, uria
-from replicate.papers.germain import rows as made
 from replicate.papers.uria.ensembles import ensembles
 from replicate.runs.experiment import Outcome
 from replicate.runs.seeds import Streams
@@ -102,7 +101,7 @@ def test_rows_at_the_papers_size_require_a_gpu_and_the_short_one_does_not() -> N
     for _, experiment in EXPERIMENTS:
         assert experiment.profiles == ("full",)
         assert experiment.seeds == 3
-        assert bool(experiment.cuda_minutes) == (experiment is not made.train_short)
+        assert bool(experiment.cuda_minutes) == (experiment is not germain.train_short)
 
 
 @pytest.mark.usefixtures("small_images")
@@ -127,7 +126,7 @@ def test_adagrad_is_the_released_codes() -> None:
     sums, want, squares = [torch.zeros_like(p)], [1.0, 2.0], [0.0, 0.0]
     for gradient in ([3.0, -0.5], [1.0, 0.0], [-2.0, 1e-4]):
         p.grad = torch.tensor(gradient, dtype=torch.float64)
-        made.adagrad_step([p], sums, 0.1)
+        germain.adagrad_step([p], sums, 0.1)
         for i, g in enumerate(gradient):
             squares[i] += g * g
             want[i] -= 0.1 * g / math.sqrt(squares[i] + 1e-6)
@@ -143,12 +142,12 @@ def test_training_ends_when_patience_does_and_leaves_the_best_epoch(monkeypatch:
         kept.append({k: v.clone() for k, v in model.state_dict().items()})
         return torch.tensor([-next(nll)])
 
-    monkeypatch.setattr(made, "log_prob", made_up)
+    monkeypatch.setattr(germain, "log_prob", made_up)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = MaskedAutoencoder(DataInfo(6, "bits", 2), 5, masks=3)
-    what = new_run(made.ROWS[0], epochs=50, batch_size=20)
-    curve = made.fit(model, bits(40, 6), bits(10, 6, 1), what, made.Settings(**what.settings))
+    what = new_run(germain.ROWS[0], epochs=50, batch_size=20)
+    curve = germain.fit(model, bits(40, 6), bits(10, 6, 1), what, germain.Settings(**what.settings))
     assert curve == [(1, 9.0), (2, 8.0), (3, 7.0), (4, 7.5), (5, 7.0)]
     assert all(torch.equal(v, kept[2][k]) for k, v in model.state_dict().items())
     assert not torch.equal(kept[2]["output.weight"], kept[4]["output.weight"])
@@ -157,7 +156,7 @@ def test_training_ends_when_patience_does_and_leaves_the_best_epoch(monkeypatch:
 @pytest.mark.usefixtures("small_images")
 def test_the_same_seed_gives_the_same_bits_and_another_others() -> None:
     def nll(seed: int) -> Estimate:
-        return made.train_short.measure(new_run(made.train_short, seed)).estimates["nll"]
+        return germain.train_short.measure(new_run(germain.train_short, seed)).estimates["nll"]
 
     assert nll(0) == nll(0)
     assert nll(0) != nll(1)

@@ -120,7 +120,7 @@ def test_laplacian_ica_has_the_log_z_of_quadrature_and_its_own_samples() -> None
     sources = laplace.sample_laplace(w, 20_000, generator()) @ w.T
     for column in sources.T:
         assert stats.kstest(column.numpy(), stats.laplace(0, 1 / math.sqrt(2)).cdf).pvalue > 1e-3
-    assert np.linalg.cond(laplace.draw_unmixing(4, 10.0, generator()).numpy()) < 10
+    assert np.linalg.cond(laplace.draw_unmixing(4, generator(), 10.0).numpy()) < 10
 
 
 def test_laplacian_ica_is_found() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +17,9 @@ from hypothesis import strategies as st
 from replicate.experiments.batches import Minibatches
 from replicate.experiments.rbm import BinaryRows, binary_rows
 from replicate.model import DataInfo
+from replicate.papers import pixelcnn
 from replicate.papers.burda import rows as burda
 from replicate.papers.nce import gaussian as nce
-from replicate.papers.pixelcnn import rows as pixelcnn
 from replicate.papers.salakhutdinov import annealing
 from replicate.papers.ssm import kernel, tables
 from replicate.runs.checkpoint import pack, unpack
@@ -114,7 +115,7 @@ def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
     task = Task("bits", "random bits", DataInfo(16, "bits", 2, (4, 4)), bits[:50], bits[50:70], bits[70:])
     table = tables.Table(rows[:50], rows[50:70], rows[70:])
     monkeypatch.setattr(burda, "training_and_test", lambda dynamic: (0.5 * bits[:50], bits[50:]))
-    monkeypatch.setitem(pixelcnn.TASKS, "mnist-static", lambda: task)
+    monkeypatch.setattr(pixelcnn, "task_entry", lambda name: SimpleNamespace(load=lambda: task))
     static = BinaryRows(task.train, task.valid, task.test)
     monkeypatch.setattr(
         annealing, "binary_rows", lambda name, device: static if name == "mnist-static" else binary_rows(name, device)

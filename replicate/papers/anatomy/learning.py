@@ -12,15 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from replicate.experiments import Run, experiment
-from replicate.experiments.planar import BOX, model_kl, steady_state
+from replicate.experiments.planar import BOX, model_kl, spread, steady_state
 from replicate.likelihood.quadrature import log_z
 from replicate.metrics.samples import w2
 from replicate.model import Estimate
 from replicate.resume import State, resumable
 from replicate.sampling.langevin import Chain, ula
-from replicate.tasks.densities import GaussianMixture
+from replicate.tasks.densities import GaussianMixture, eight_gaussians
 
-GAUSSIANS = 8
 LEAK = 0.05
 WIDTHS = (2, 32, 64, 64, 64, 1)
 DATA = 50_000
@@ -65,11 +64,9 @@ class Method:
     """A way to learn an energy.
 
     Attributes:
-        updates: of the weights.
-        steps: L, Langevin steps before each update.
+        updates, steps: of the weights, and L, Langevin steps before each update.
         epsilon: standard deviation of the noise of a step.
-        lr: first learning rate, of f by SGD or Adam.
-        anneal: whether it falls to 0 along a cosine.
+        lr, anneal: first learning rate, of f by SGD or Adam, and whether it falls to 0 along a cosine.
         chains: persistent chains; 0 starts from N(0, I) each time, and takes Adam, as the released settings do.
     """
 
@@ -87,10 +84,9 @@ class Method:
 
 
 def ring(radius: float, sd: float) -> GaussianMixture:
-    """Return equal Gaussians on a circle, evenly spaced."""
-    angle = torch.arange(GAUSSIANS, dtype=torch.float64) * (2 * math.pi / GAUSSIANS)
-    means = radius * torch.stack([angle.cos(), angle.sin()], dim=1)
-    return GaussianMixture(means, sd**2 * torch.eye(2, dtype=torch.float64), torch.ones(GAUSSIANS))
+    """Return eight equal Gaussians on a circle, evenly spaced."""
+    means = eight_gaussians().means * (radius / 4)
+    return GaussianMixture(means, sd**2 * torch.eye(2, dtype=torch.float64), torch.ones(len(means)))
 
 
 class FoldedEnergy(nn.Module):
@@ -107,10 +103,7 @@ class FoldedEnergy(nn.Module):
         return out.squeeze(1)
 
     def gradient(self) -> Callable[[Tensor], Tensor]:
-        """Return grad f at the present weights as a function (n, 2) -> (n, 2).
-
-        It is written out, because it is nearly all of the cost and autograd doubles it.
-        """
+        """Return grad f at the present weights, (n, 2) -> (n, 2), written out: autograd would double the cost."""
         linear = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
         weights, biases = [m.weight.detach() for m in linear], [m.bias.detach() for m in linear]
         turned = [w.T.contiguous() for w in weights]
@@ -200,13 +193,6 @@ def long_run(energy: FoldedEnergy, method: Method, short: Tensor, steps: int, ge
     return chain.path[-STOPS:].reshape(-1, 2)[: len(short)]
 
 
-def spread(density: GaussianMixture, x: Tensor) -> Estimate:
-    """Return the mean squared distance of x (n, 2) to its own Gaussian's centre over that of the data."""
-    centres = density.means.to(x.device)[density.mode_of(x)]
-    squared = (x.double() - centres).square().sum(1) / density.covariance.trace().item()
-    return Estimate.mean_of(squared, "estimate", "ratio")
-
-
 def study(
     name: str, run: Run, s: Settings, density: GaussianMixture, data: Tensor
 ) -> tuple[Learned, dict[str, Tensor]]:
@@ -219,7 +205,7 @@ def study(
     def potential(x: Tensor) -> Tensor:
         return method.energy_scale * energy(x)
 
-    start = starts(learned.chains, s.samples, generator)[0]
+    start, _ = starts(learned.chains, s.samples, generator)
     start = start.repeat(math.ceil(s.samples / len(start)), 1)[: s.samples]
     short = langevin(energy, method, start, method.steps, generator)[0].samples
     clouds = {

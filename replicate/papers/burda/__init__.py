@@ -6,8 +6,7 @@ binarised MNIST, scored by the bound with 5000 importance samples (table 1 and a
 Setup as in the paper and its released code (github.com/yburda/iwae): deterministic layers of tanh, Glorot's uniform
 start with zero biases, output bias = logit of the clipped training mean; batches of 20 in the order of the file; Adam
 with beta1 = 0.99, beta2 = 0.999, eps = 1e-4 outside the bias correction, second moments that start at 1, and gradients
-summed, not averaged, over a batch; stage i = 0..7 has 3^i epochs at 1e-3 * 10^(-i/7), rounded as the code rounds it:
-3280 epochs, the last weights kept.
+summed over a batch; stage i = 0..7 has 3^i epochs at 1e-3 * 10^(-i/7), rounded as in the code; the last weights kept.
 
 Deviations: test bits of the dynamic rows are drawn once from a fixed seed (the code draws them afresh at evaluation).
 Randomness comes from this suite's streams. Rows `dreg` train the same IWAE by doubly reparameterised gradients (Tucker

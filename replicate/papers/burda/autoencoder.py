@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from baselines.vae import LOG_2PI, normal_log_prob
 from replicate.model import Model
-
-LOG_2PI = math.log(2 * math.pi)
 
 
 def glorot(inputs: int, outputs: int) -> nn.Linear:
@@ -41,11 +40,6 @@ class GaussianLayer(nn.Module):
         return self.mean(h), self.log_sigma(h)
 
 
-def log_normal(x: Tensor, mean: Tensor, log_sigma: Tensor) -> Tensor:
-    """Return log N(x; mean, diag exp(2 log_sigma)), summed over the last dimension."""
-    return (-0.5 * ((x - mean) * (-log_sigma).exp()).square() - log_sigma - 0.5 * LOG_2PI).sum(-1)
-
-
 class ImportanceWeightedAutoencoder(Model):
     """The paper's VAE and IWAE with one or more stochastic layers.
 
@@ -55,10 +49,10 @@ class ImportanceWeightedAutoencoder(Model):
         draws: k of the training bound.
         weighted: train the bound L_k of the paper's eq. 8 (IWAE), else the mean of k ELBOs (VAE).
         doubly: take the encoder's doubly reparameterised gradient of L_k (Tucker et al. 2019, 1810.04152), which has
-            the same mean and less variance. For one stochastic layer.
+            the same mean and less variance.
 
     Raises:
-        ValueError: doubly reparameterised with more layers, or without `weighted`.
+        ValueError: doubly reparameterised with several stochastic layers, or without `weighted`.
     """
 
     family = "vae"
@@ -91,7 +85,7 @@ class ImportanceWeightedAutoencoder(Model):
             noise = torch.randn(len(x), k, mean.shape[-1], generator=generator, device=x.device, dtype=x.dtype)
             above = mean + log_sigma.exp() * noise
             log_w = log_w - (-0.5 * noise.square() - log_sigma - 0.5 * LOG_2PI).sum(-1)
-            log_w = log_w + (log_normal(below, *self.p[i - 1](above)) if i else self._log_bits(below, above))
+            log_w = log_w + (normal_log_prob(below, *self.p[i - 1](above)) if i else self._log_bits(below, above))
             below = above
         return log_w + (-0.5 * below.square() - 0.5 * LOG_2PI).sum(-1)
 
@@ -110,15 +104,14 @@ class ImportanceWeightedAutoencoder(Model):
     def _doubly_reparameterised(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Return a number whose gradient is Tucker et al.'s eq. 5 and 6; its value is no bound.
 
-        With q's parameters held fixed inside log w, the gradient of the decoder is weighted by the normalised weights,
-        and that of the encoder, through h alone, by their squares.
+        The normalised weights weight the decoder's gradient, and their squares that of the encoder, through h alone.
         """
         mean, log_sigma = self.q[0](x[:, None])
         shape = (len(x), self.draws, mean.shape[-1])
         h = mean + log_sigma.exp() * torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
         log_w = self._log_bits(x[:, None].expand(-1, self.draws, -1), h)
         log_w = log_w + (-0.5 * h.square() - 0.5 * LOG_2PI).sum(-1)
-        log_w = log_w - log_normal(h, mean.detach(), log_sigma.detach())
+        log_w = log_w - normal_log_prob(h, mean.detach(), log_sigma.detach())
         share = log_w.detach().softmax(-1)
         h.register_hook(lambda gradient: gradient * share[..., None])
         return (share * log_w).sum((-2, -1))

@@ -70,9 +70,8 @@ def measure_gaps(
     model = LinearGaussian(w, noise, shift, widening)
     x = torch.randn(points, latent, **draw) @ w.T + noise * torch.randn(points, dim, **draw)
     exact = model.exact_log_prob(x)
-    gaps: dict[int, Estimate] = {}
-    for k in (1, 5, 50, 500):
-        gaps[k] = Estimate.mean_of(exact - iw_bound(model, x, k, run.stream(f"draws-{k}")).values, "estimate", "nats")
+    bounds = {k: iw_bound(model, x, k, run.stream(f"draws-{k}")).values for k in (1, 5, 50, 500)}
+    gaps = {k: Estimate.mean_of(exact - bound, "estimate", "nats") for k, bound in bounds.items()}
     run.measure_all({f"gap:{k}": gap for k, gap in gaps.items()})
     title = "How far the importance-weighted bound lies below log p(x)"
     curve = list(gaps), [g.value for g in gaps.values()]

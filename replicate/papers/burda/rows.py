@@ -20,8 +20,7 @@ from replicate.tasks.images import FILES, TEST_BITS_SEED, binarise, grey_values,
 STAGES = 8
 #: decay rates of Adam's moments
 BETA1, BETA2 = 0.99, 0.999
-#: per seed, if each of ten million steps takes 0.36 ms. Never measured: a step launches about a hundred kernels one by
-#: one, which may take several times as long.
+#: per seed, if each of ten million steps takes 0.36 ms; not measured, and the launches of a step may take far longer
 GPU_MINUTES = 60
 #: rows for a CPU divide the epochs of every stage by this: 44 epochs are left
 SHORTENED = 81
@@ -70,8 +69,7 @@ def code_adam_step(parameters: list[Tensor], first: list[Tensor], second: list[T
     """Take a step of Adam as the released code has it, with eps = 1e-4 outside the bias correction.
 
     Args:
-        first: moments, changed in place, which start at 0.
-        second: moments, changed in place, which start at 1.
+        first, second: moments, changed in place, which start at 0 and at 1.
         number: of the step; the first is 1.
         lr: before the bias correction.
     """
@@ -90,8 +88,7 @@ def code_adam_step(parameters: list[Tensor], first: list[Tensor], second: list[T
 def schedule(stages: int, shortened: int = 1) -> Iterator[tuple[int, float]]:
     """Yield (epochs, learning rate) of each stage: 3^i at 1e-3 * 10^(-i/7), the rate to two digits as in the code.
 
-    Args:
-        shortened: the divisor of every stage's epochs, of which at least one stays.
+    `shortened` divides the epochs of every stage, of which at least one stays.
     """
     for i in range(stages):
         yield max(1, 3**i // shortened), 1e-4 * round(10 ** (1 - i / 7), 1)

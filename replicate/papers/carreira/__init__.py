@@ -5,8 +5,7 @@ after k Gibbs sweeps, p0 T^k. Replicated here, all by enumeration of a small res
 CD-k direction is biased, the bias falls with k, and the machine where CD-1 comes to rest is not the maximum likelihood
 one but nearly as good.
 
-The expected CD-k statistics need no Monte Carlo: with 9 visible and 6 hidden units the distribution of the chain after
-k sweeps is a vector of 512 numbers.
+With 9 visible and 6 hidden units the distribution of the chain after k sweeps is a vector of 512 numbers.
 
 Deviations: the data are 3 x 3 patches of the suite's thresholded digits at random places, mixed with 1 % of the uniform
 distribution so that the maximum likelihood machine is finite; the papers have other small data. "Half-trained" means

@@ -62,14 +62,12 @@ class Enumerated:
 def patches(count: int, side: int, uniform: float, generator: torch.Generator) -> Tensor:
     """Return the distribution (2^(side^2),), float64, of the patterns of `count` patches of thresholded digits.
 
-    Args:
-        uniform: weight of the uniform distribution that is mixed in.
+    The uniform distribution is mixed in with the weight `uniform`.
     """
     images = load_task("digits-binary").train.view(-1, 8, 8)
     which = torch.randint(len(images), (count,), generator=generator, device=generator.device).cpu()
     place = torch.randint(9 - side, (2, count), generator=generator, device=generator.device).cpu()
-    inside = torch.arange(side)
-    rows, columns = place[0][:, None] + inside, place[1][:, None] + inside
+    rows, columns = place[..., None] + torch.arange(side)
     bits = images[which[:, None, None], rows[:, :, None], columns[:, None, :]].flatten(1).long()
     index = (bits * 2 ** torch.arange(side**2 - 1, -1, -1)).sum(1)
     frequency = torch.bincount(index, minlength=2**side**2).double() / count
@@ -139,7 +137,7 @@ class Learning:
 
     Attributes:
         side, hidden: visible units along a patch's side, hidden units.
-        patches, uniform: patches of the data, and the weight of the uniform distribution mixed in.
+        patches, uniform: as in `patches`.
         scale: standard deviation of the first weights.
         rate, steps: learning rate and steps of ascent.
     """
@@ -206,8 +204,7 @@ def gradient_bias(run: Run, s: Bias) -> None:
 def fixed_points(run: Run, s: Learning) -> None:
     """Follow CD-1 and CD-10 to rest, and measure what maximum likelihood learning from there on still gains.
 
-    Learning has slow directions in which CD and exact learning both continue for ever. So the gain of `steps` steps of
-    exact learning is compared with that of as many further steps of CD, from the same machine.
+    As slow directions let both continue for ever, `steps` steps of exact learning are compared with as many of CD.
     """
     every_state, data, start = s.prepare(run)
     first = every_state.kl(data, start)

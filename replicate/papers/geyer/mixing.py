@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,16 +35,13 @@ BUDGETS = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the comparison on one density; step sizes and noise levels are relative to its narrowest width.
+    """Settings on a density of DENSITIES; step sizes and noise levels are relative to its narrowest width.
 
     Attributes:
-        density: a key of DENSITIES.
         hottest, temperatures: highest temperature and number of temperatures.
-        chains: of each sampler.
-        nfe: budget of each chain, in score evaluations.
+        chains, nfe: of each sampler, and the budget of each of them in score evaluations.
         ula_step, mala_step, annealed_step: step sizes; of the annealed chain that of its last level.
         steps: Langevin steps between two exchanges.
-        sigma_first, sigma_last, levels: noise levels.
     """
 
     density: str
@@ -61,12 +58,10 @@ class Settings:
     annealed_step: float = 1.0
 
 
-@dataclass(frozen=True)
-class Walk:
-    """A chain's modes along its path.
+class Walk(NamedTuple):
+    """The mode of n chains at each recorded state, shape (r, n), the start first.
 
     Attributes:
-        modes: the mode of each chain at each recorded state, shape (r, n), the start first.
         stride: score evaluations between two recorded states.
         extras: further estimates by metric.
     """
@@ -178,9 +173,8 @@ def mixing(run: Run, s: Settings) -> None:
 def from_one_mode(s: Settings) -> Experiment:
     """Declare the experiment on one density."""
     about = f"{s.density}: Langevin, parallel tempering and annealing from one mode, with the exact score"
-    declared: dict[str, Any] = {"family": "score", "seeds": 3, "precision": "float64"}
-    smoke = {"chains": 50, "nfe": 600}
-    return experiment(f"mixing-{s.density}", about=about, settings=s, smoke=smoke, **declared)(mixing)
+    declared: dict[str, Any] = {"seeds": 3, "precision": "float64", "smoke": {"chains": 50, "nfe": 600}}
+    return experiment(f"mixing-{s.density}", family="score", about=about, settings=s, **declared)(mixing)
 
 
 TWO, EIGHT = map(from_one_mode, (Settings("two-gaussians", 32.0, 6), Settings("eight-gaussians", 16.0, 4)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,11 +37,10 @@ def skewed_sample(n: int, dim: int, generator: torch.Generator) -> Tensor:
 
 def minimise_score_matching(x: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """Return the Gaussian's mean (D,) and precision (D, D) that minimise the implicit objective on x (n, D)."""
-    mean = torch.zeros(x.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
-    half = (0.5 * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)).requires_grad_(True)
-    optimizer = torch.optim.LBFGS(
-        [mean, half], 1.0, iterations, None, 1e-13, 0.0, history_size=50, line_search_fn="strong_wolfe"
-    )
+    mean = torch.zeros_like(x[0], requires_grad=True)
+    half = (0.5 * torch.eye(len(mean)).to(x)).requires_grad_(True)
+    limits: dict[str, Any] = {"max_iter": iterations, "tolerance_grad": 1e-13, "tolerance_change": 0.0}
+    optimizer = torch.optim.LBFGS([mean, half], history_size=50, line_search_fn="strong_wolfe", **limits)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -88,10 +88,8 @@ def check_objective(run: Run, *, cells: int = 160, hidden: int = 32, depth: int 
     constant = 0.5 * float(density.score(nodes).square().sum(1) @ mass)  # J_explicit - J_implicit by theorem 1
     gaps, objectives = [], []
     for network in networks(run, hidden, depth).values():
-        explicit = float(explicit_score_matching(network, density.score, nodes).detach() @ mass)
-        implicit = float(implicit_score_matching(network, nodes).detach() @ mass)
-        gaps.append(explicit - implicit)
-        objectives.append(explicit)
+        objectives.append(float(explicit_score_matching(network, density.score, nodes).detach() @ mass))
+        gaps.append(objectives[-1] - float(implicit_score_matching(network, nodes).detach() @ mass))
     n, unit = len(gaps), "squared score"
     run.measure("gap_spread", Estimate.exact(max(gaps) - min(gaps), unit, n))
     run.measure("gap_error", Estimate.exact(max(abs(g - constant) for g in gaps), unit, n))
@@ -121,8 +119,7 @@ class Settings:
     """Settings of the experiment with rescaled models.
 
     Attributes:
-        steps: of training.
-        points: test points at which the models are compared.
+        steps, points: of training, and test points at which the models are compared.
         shift, factor: added to the energy; multiplied with the unnormalised density.
         langevin_steps, langevin_step: number of Langevin steps, and their size.
         half_width, cells: of the grid for log Z, per axis.

@@ -8,9 +8,31 @@ not be checked against a text: here the pixels are read row by row from the top.
 kept.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from replicate.experiments import Paper
-from replicate.papers.larochelle.rows import static_bits
+from baselines.nade import FixedOrderNADE
+from replicate.experiments import Paper, Run
+from replicate.experiments.image_rows import RowSettings, exact_row, full_row
+from replicate.tasks.images import mnist_static
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(RowSettings):
+    """Settings of NADE."""
+
+    steps: int = 200_000
+    lr: float = 0.05
+    validate_every: int = 2000
+    optimizer: str = "sgd"
+    hidden: int = 500
+
+
+@full_row("nade-static", 10)
+def static_bits(run: Run, s: Settings) -> None:
+    """NADE with 500 hidden units on static bits."""
+    task = mnist_static()
+    exact_row(run, task, lambda: FixedOrderNADE(task.info, s.hidden), s, chunk=len(task.test))
+
 
 PAPER = Paper("larochelle", Path(__file__).with_name("claims.toml"), experiments=(static_bits,))

@@ -60,10 +60,9 @@ class HalfDigits:
     """Upper and lower halves of the textbook's digits.
 
     Attributes:
-        task: the digits, in levels.
+        task, features: the digits, in levels, and the classifier of whole digits.
         known, test: halves of the 1000 training and the 447 test digits, (n, 32) each.
         labels: classes of the test digits.
-        features: the classifier of whole digits.
     """
 
     task: Task
@@ -86,8 +85,8 @@ def squared_errors(answers: Tensor, truth: Tensor) -> dict[str, Estimate]:
     error = (answers - truth.unsqueeze(1)).square().mean(2)
     found = {"squared_error": error.mean(1)}
     if answers.shape[1] > 1:
-        found["squared_error_best"] = error.min(1).values
-        found["squared_error_mean"] = (answers.mean(1) - truth).square().mean(1)
+        of_mean = (answers.mean(1) - truth).square().mean(1)
+        found |= {"squared_error_best": error.min(1).values, "squared_error_mean": of_mean}
     return {name: Estimate.mean_of(values, "exact", "squared intensity") for name, values in found.items()}
 
 

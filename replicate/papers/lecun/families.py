@@ -10,9 +10,8 @@ One posterior, p(lower | upper), of models of whole digits; none was trained to 
 - `sde-vp`: inpainting by annealed Langevin dynamics (Song and Ermon 2019, 1907.05600, Algorithm 2), in the space of
   the flow. Its score at noise level rho is that of the network, whatever the SDE.
 
-Training is reduced (the settings have the steps), which is why nothing here is compared with print. The mutual
-information of the halves is estimated as the mean of log p(lower | upper) - log p(lower), the second from another
-`causal-conv` of the lower halves alone.
+Training is reduced, so that nothing here is compared with print. The mutual information of the halves is estimated as
+the mean of log p(lower | upper) - log p(lower), the second from a `causal-conv` of the lower halves alone.
 """
 
 from __future__ import annotations
@@ -124,10 +123,9 @@ def vae_completions(
 
 
 def inpainted(model: Any, upper: Tensor, s: Settings, generator: torch.Generator) -> Tensor:
-    """Draw lower halves (n, 32) in levels by Algorithm 2: Langevin steps at each noise level, the known part pasted.
+    """Draw lower halves (n, 32) in levels by Algorithm 2: the known part's noise is drawn once per level, as printed.
 
-    As printed, the known part's noise is drawn once per level and pasted after every step; the last step is Tweedie's
-    mean (Jolicoeur-Martineau et al. 2020, 2009.05475).
+    It is pasted after every step; the last step is Tweedie's mean (Jolicoeur-Martineau et al. 2020, 2009.05475).
     """
     whole = torch.cat([upper, torch.zeros_like(upper)], dim=1)
     known = model.transform(whole, generator)[0][:, :HALF]
@@ -153,18 +151,16 @@ def inpainted(model: Any, upper: Tensor, s: Settings, generator: torch.Generator
     return done
 
 
-def _completed(
-    name: str, model: Any, upper: Tensor, data: HalfDigits, run: Run, s: Settings
-) -> tuple[Tensor, float | None]:
-    """Draw lower halves (n, 32) in levels by a family; also return its share of accepted steps, if it has one."""
+def _completed(name: str, model: Any, upper: Tensor, data: HalfDigits, run: Run, s: Settings) -> tuple[Tensor, float]:
+    """Draw lower halves (n, 32) in levels by a family; also return its share of accepted steps, nan without any."""
     generator = run.stream(name)
     if name == "causal-conv":
-        return model.continued(upper, generator), None
+        return model.continued(upper, generator), math.nan
     if name == "realnvp":
         return flow_completions(model, upper, s, generator)
     if name == "vae":
         return vae_completions(model, upper, data.known.y.mean(0) * (LEVELS - 1), s, generator)
-    return inpainted(model, upper, s, generator), None
+    return inpainted(model, upper, s, generator), math.nan
 
 
 SMOKE = dict.fromkeys(("causal_conv_steps", "realnvp_steps", "vae_steps", "sde_vp_steps", "draws", "langevin_steps"), 2)
@@ -185,7 +181,7 @@ def completions(run: Run, s: Settings) -> None:
         trained = watch.seconds
         levels, acceptance = _completed(name, model, upper, data, run, s)
         shown[name] = levels.view(len(whole), s.draws, HALF) / (LEVELS - 1)
-        if acceptance is not None:
+        if not math.isnan(acceptance):
             accepted = Estimate(acceptance, math.nan, "estimate", "share of proposals", len(upper))
             run.measure(f"acceptance:{name}", accepted)
         run.measure(f"time_training:{name}", Estimate.exact(trained, "seconds"))

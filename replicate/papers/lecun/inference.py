@@ -91,10 +91,7 @@ class BouncingEnergy(WellsEnergy):
 
 
 def random_displacements(count: int, x: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw `count` wrong answers to each x (n, 768): its last frame displaced at random, (n, count, 256).
-
-    One in SIDE^2 is the right answer by chance, as it may be in noise contrast.
-    """
+    """Draw `count` answers to each x (n, 768), its last frame displaced at random, (n, count, 256); few are right."""
     moved = displaced(x.view(-1, OBSERVED, CANVAS, CANVAS)[:, -1])
     which = torch.randint(SIDE**2, (len(x), count), generator=generator, device=x.device)
     return moved.gather(1, which.unsqueeze(2).expand(-1, -1, moved.shape[2]))
@@ -143,10 +140,7 @@ def trained(network: PairEnergy, task: Task, observed: int, run: Run, s: Setting
 def infer(
     network: PairEnergy, x: Tensor, mean: Tensor, run: Run, s: Settings
 ) -> tuple[dict[str, Tensor], Estimate, Estimate]:
-    """Answer x (n, a) by each method.
-
-    Descent starts at the training mean (b,) and at uniform noise, and gives one answer; Langevin dynamics starts at
-    noise, with `s.chains` chains for each x at each temperature.
+    """Answer x (n, a) by descent from the training mean (b,) and from noise, and by chains from noise at temperatures.
 
     Returns:
         Answers (n, k, b) by method, the spread of the energies that descent reaches, and the seconds of inference.

@@ -28,10 +28,7 @@ Objective = Callable[[Ica, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Settings:
-    """Sources and mixing of the released code; the other settings as the package's header says.
-
-    The noises of denoising are in root mean square deviations of the data.
-    """
+    """Settings as the package's header says; the noises of denoising are in root mean square deviations of the data."""
 
     dim: int
     examples: int = 5000
@@ -95,8 +92,8 @@ def minimum(objective: Objective, start: Tensor, white: Tensor) -> Fitted:
 def contrastive_divergence(x: Tensor, start: Tensor, white: Tensor, s: Settings, generator: torch.Generator) -> Fitted:
     """Train by CD-k: the gradient of E_data f - E_chain f, chains of k Metropolis-adjusted Langevin steps from data.
 
-    The chains move in whitened coordinates z = white * x, where one step size fits all directions; W = M * white has
-    f(x) = (Ica(M)).f(z). Adam, lr to zero along a half cosine, the whole data set per step.
+    The chains move in whitened coordinates z = white * x, where one step size fits all directions and f(x) is that of
+    Ica(M) at z. Adam, lr to zero along a half cosine, the whole data set per step.
     """
     z, m = x @ white.T, nn.Parameter(start.clone())
     path = nn.Parameter(start.repeat(1 + s.cd_updates, 1, 1), requires_grad=False)

@@ -28,11 +28,7 @@ IDENTITY_CASES = ((1.0, 2.0, 5.0), (0.1, 1.0, 10.0), ((0.0, 1.0), (0.7, 0.5)))
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A zero-mean Gaussian as an exponential family: log p = eta . features, the last feature being 1.
-
-    Attributes:
-        precision: P, shape (D, D), float64.
-    """
+    """A zero-mean Gaussian of precision P (D, D), float64: log p = eta . features, the last feature being 1."""
 
     precision: Tensor
 
@@ -77,8 +73,8 @@ def log_standard_normal(x: Tensor) -> Tensor:
 def fit_gaussians(x: Tensor, y: Tensor, start: Tensor) -> Tensor:
     """Find noise-contrastive estimates of eta from data x (r, n, D) and noises y (r, m, D) ~ N(0, I), shape (r, p).
 
-    The log odds are linear in eta, so the loss is that of a logistic regression: convex, and Newton's method ends at
-    its one minimum. A step that does not lower a repetition's loss is halved.
+    The log odds are linear in eta, so the loss is convex, and Newton's method ends at its one minimum. A step that does
+    not lower a repetition's loss is halved.
     """
     nu = y.shape[1] / x.shape[1]
     phi = torch.cat([features(x), features(y)], 1)
@@ -196,8 +192,9 @@ def noise_ratio(
     mean = {name: Estimate.mean_of(values, "estimate", "nats squared") for name, values in errors.items()}
     run.measure_all({f"squared_error:{name}": estimate for name, estimate in mean.items()})
     for nu in RATIOS:
-        ratio = Estimate.mean_of(errors[f"nu-{nu}"] / theory[nu], "estimate", "ratio")
-        run.measure(f"error_over_theory:nu-{nu}", ratio)
+        run.measure(
+            f"error_over_theory:nu-{nu}", Estimate.mean_of(errors[f"nu-{nu}"] / theory[nu], "estimate", "ratio")
+        )
     curves = {
         "measured": (RATIOS, [mean[f"nu-{nu}"].value for nu in RATIOS]),
         "theory": (RATIOS, list(theory.values())),
@@ -207,10 +204,9 @@ def noise_ratio(
 
 
 def population_gradient(location: float, scale: float, log_z_error: float, noise_std: float, nu: float) -> Tensor:
-    """Return the gradient of the population objective for a logistic density, shape (3,).
+    """Return the gradient (3,) of the population objective for a logistic density, at the truth but for `log_z_error`.
 
-    It is taken at the truth but for `log_z_error`, by the trapezoidal rule on [-60, 60], which converges geometrically
-    on integrands like these.
+    It is by the trapezoidal rule on [-60, 60], which converges geometrically on integrands like these.
     """
     grid = torch.linspace(-60, 60, 24_001, dtype=torch.float64)[:, None]
     true = torch.tensor([location, scale, math.log(scale)], dtype=torch.float64)

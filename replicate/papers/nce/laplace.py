@@ -8,19 +8,11 @@ import torch
 from torch import Tensor
 
 from replicate.experiments import Run, experiment
-from replicate.experiments.ica import minimise
+from replicate.experiments.ica import draw_unmixing, minimise
 from replicate.model import Estimate
 from replicate.papers.nce.gaussian import plot_errors, slope
 from replicate.resume import State, resumable
 from replicate.score_based.contrastive import GaussianNoise, noise_contrastive
-
-
-def draw_unmixing(dim: int, condition: float, generator: torch.Generator) -> Tensor:
-    """Draw the inverse of a standard normal mixing matrix whose condition number is below `condition`, (dim, dim)."""
-    while True:
-        a = torch.randn(dim, dim, generator=generator, device=generator.device, dtype=torch.float64)
-        if torch.linalg.cond(a) < condition:
-            return torch.linalg.inv(a)
 
 
 def sample_laplace(w: Tensor, n: int, generator: torch.Generator) -> Tensor:
@@ -59,7 +51,7 @@ def laplace_consistency(
     errors = torch.zeros(2, len(sizes), repetitions, dtype=torch.float64)
     state: State = {"mixing": mixing, "data": data, "contrast": contrast, "errors": errors}
     for r in resumable("repetitions", repetitions, state):
-        w = draw_unmixing(dim, condition, mixing)
+        w = torch.linalg.inv(draw_unmixing(dim, mixing, condition))  # the mixing is what is standard normal
         for i, n in enumerate(sizes):
             x = sample_laplace(w, n, data)
             noise = GaussianNoise.fit(x)

@@ -4,8 +4,7 @@ Replicated: the mean test log-likelihood of a mixture of Gaussians and of an aut
 Gaussians as conditionals, on red wine, white wine and Parkinsons by the paper's protocol (`replicate.tasks.tables`),
 ten folds; and, in claims with ids DN-, that of the order-agnostic deep NADE of the same authors (1310.1757) there and
 on the bits of mushrooms and dna. All are runs of registered models: gaussian-mixture, causal-conv (one order, as
-RNADE), eonade (every order, a mean density over many), and made (sets of masks, a mean density over them), which has
-the best validation likelihood.
+RNADE), eonade and made (mean densities over many orders and over sets of masks), of which made validates best.
 
 Deviations: copies of a row are in one fold. The folds are ours. causal-conv shares its weights by convolution, where
 RNADE has one hidden layer of 50 units; both models choose their step on validation and are trained by Adam. The paper
@@ -14,12 +13,10 @@ prints log-likelihoods, the suite measures NLL.
 Two experiments measure, with the best model, how far such likelihoods can be trusted:
 
 - `rnade-copies`: the printed protocol's random cut, where copies of a test row may be trained on, against the cut of
-  the task. On Parkinsons, which has no copies, the latter keeps a patient session's recordings together, all of which
-  have the same time and UPDRS scores.
-- `rnade-rounding`: wine's columns are rounded, so that a density can put spikes on the values that occur and its
-  likelihood has no upper limit. The same model, trained and scored on rows with uniform noise of one rounding step,
-  bounds the log-probability of the rounded row from below and gains nothing from a spike. The step of a column is the
-  median gap between its distinct values.
+  the task, which on Parkinsons (no copies) keeps a patient session's recordings, of one time and UPDRS score, together.
+- `rnade-rounding`: wine's columns are rounded, so that spikes on the values that occur raise a likelihood at will.
+  The same model, trained and scored on rows with uniform noise of one rounding step, bounds the log-probability of the
+  rounded row from below and gains nothing from a spike. A column's step is the median gap of its distinct values.
 """
 
 from pathlib import Path

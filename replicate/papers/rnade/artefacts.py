@@ -37,12 +37,9 @@ def fold_of(run: Run) -> int:
 
 
 def nll(run: Run, variant: str, steps: int, task: Task, *also: Task) -> list[Estimate]:
-    """Train the model on a task, and return its exact mean NLL on the test rows of that task and of further ones.
+    """Train the model for `steps` at most, and return its exact mean NLL on the test rows of that task and of `also`.
 
-    Args:
-        variant: names the random streams; batches are the same for all variants.
-        steps: of training, at most.
-        also: further tasks to score.
+    `variant` names the random streams; batches are the same for all variants.
     """
     own, device = run.streams, run.device
     streams = Streams(own.task, f"{own.model}/{variant}", own.seed, own.device)
@@ -82,11 +79,7 @@ def rounding_steps(rows: Tensor) -> Tensor:
 
 
 def through_noise(task: Task, steps: Tensor) -> Task:
-    """Add uniform noise, a rounding step wide, to every row of a task: drawn afresh in training, once elsewhere.
-
-    Args:
-        steps: in the task's units, shape (D,).
-    """
+    """Add uniform noise as wide as the rounding `steps` (D,) to a task's rows: drawn afresh in training, else once."""
 
     def noised(x: Tensor, generator: torch.Generator) -> Tensor:
         return x + (torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) - 0.5) * steps.to(x.device)
