@@ -22,9 +22,8 @@ residuals from the nearest mode to the component that they belong to, which is k
 from pathlib import Path
 
 from replicate.experiments import ModelRuns, Paper
-from replicate.papers.score_sde.exact import identities
 from replicate.papers.score_sde.images import DIFFUSIONS
-from replicate.papers.score_sde.samplers import exact_mixture, trained_digits
+from replicate.papers.score_sde.samplers import exact_mixture, identities, trained_digits
 
 PAPER = Paper(
     "score_sde",
