@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,12 +96,9 @@ def plain_langevin(
 def mean_passage_time(half_distance: float, minority: float) -> float:
     """Return the mean time that dX = (1/2) (log p)' dt + dB takes from the minority mode to the other, by quadrature.
 
-    p = w N(-h, 1) + (1 - w) N(h, 1). From a to b it is 2 int_a^b 1/p(y) int_{-inf}^y p(z) dz dy (Gardiner, Handbook of
-    Stochastic Methods, sec 5.2.7). In the plane the coordinate along the axis moves on its own, so this holds there.
-
-    Args:
-        half_distance: h, in standard deviations.
-        minority: w.
+    p = w N(-h, 1) + (1 - w) N(h, 1), w the minority, h half the distance. From a to b it is
+    2 int_a^b 1/p(y) int_{-inf}^y p(z) dz dy (Gardiner, Handbook of Stochastic Methods, sec 5.2.7). In the plane the
+    coordinate along the axis moves on its own, so this holds there.
     """
     y = np.linspace(-half_distance, half_distance, 40_001)
     p, below = (minority * f(y + half_distance) + (1 - minority) * f(y - half_distance) for f in (norm.pdf, norm.cdf))
@@ -127,12 +125,7 @@ def passage(run: Run, *, eps: float = 0.1) -> None:
 class Reading:
     """One way to read the annealed chain's settings: alpha_i = eps (sigma_i / sigma_L)^2 (Algorithm 1).
 
-    Attributes:
-        name: in the metrics' names.
-        first, last: sigma_1 and sigma_L.
-        eps: the step size at the last level.
-        steps: T, Langevin steps per level.
-        meanings: of sigma, keys of MEANINGS.
+    T = `steps` are those of each level from sigma_1, the first, to sigma_L; `meanings` of sigma are keys of MEANINGS.
     """
 
     name: str
@@ -178,13 +171,10 @@ def spread(x: Tensor) -> Estimate | None:
     return Estimate(sd, sd / math.sqrt(2 * inside.numel()), "estimate", "data units", inside.numel())
 
 
-@experiment(
-    "ncsn-annealed",
-    family="score",
-    profiles=("smoke", "standard"),
-    precision="float64",
-    smoke={"chains": 128, "steps": 10},
-)
+TINY: dict[str, Any] = {"profiles": ("smoke", "standard"), "smoke": {"chains": 128, "steps": 10}}
+
+
+@experiment("ncsn-annealed", family="score", precision="float64", **TINY)
 def annealed(run: Run, *, chains: int = 1280, steps: int = 0) -> None:
     """Annealed Langevin on two separated modes: levels of the text and of the appendix, two meanings of sigma."""
     start = uniform_start(chains, run.stream("start"))
@@ -214,13 +204,7 @@ STEPS = {"printed": 1.0, "released": 2.0}
 
 @dataclass(frozen=True)
 class Gaussian:
-    """N(mean, covariance) whose first `known` coordinates are observed.
-
-    Attributes:
-        mean: (D,).
-        covariance: (D, D).
-        known: number of observed coordinates.
-    """
+    """N(mean, covariance), (D,) and (D, D), whose first `known` coordinates are observed."""
 
     mean: Tensor
     covariance: Tensor
@@ -256,35 +240,21 @@ def inpaint(
 ) -> Tensor:
     """Inpaint by annealed Langevin, alpha_i = eps (sigma_i / sigma_L)^2; return the last states (n, D).
 
-    Args:
-        density: whose noised scores are used.
-        observed: the known part, shape (known,).
-        sigmas: decreasing levels.
-        steps: T, steps per level.
-        eps: step size at the last level, as printed.
-        rule: "once" (pasted after every step) or "redrawn" (pasted before it).
-        x: starting states, shape (n, D).
-        generator: on x's device.
+    The chains start at x (n, D) and take T = `steps` at each of the decreasing levels, with the noised scores of the
+    density. The known part, `observed` (known,), is pasted after every step ("once") or before it ("redrawn").
     """
     k = density.known
-
-    def noisy(sigma: float) -> Tensor:
-        return observed + sigma * standard_normal_like(x[:, :k], generator)
-
-    def paste(part: Tensor) -> Tensor:
-        return torch.cat([part, x[:, k:]], dim=1)
-
     for sigma in sigmas:
-        alpha = eps * (sigma / sigmas[-1]) ** 2
-        precision = density.noised_precision(sigma)
-        part = noisy(sigma)
-        x = paste(part)
+        alpha, precision = eps * (sigma / sigmas[-1]) ** 2, density.noised_precision(sigma)
+        part = observed + sigma * standard_normal_like(x[:, :k], generator)
+        x = torch.cat([part, x[:, k:]], 1)
         for _ in range(steps):
             if rule == "redrawn":
-                x = paste(noisy(sigma))
+                part = observed + sigma * standard_normal_like(x[:, :k], generator)
+                x = torch.cat([part, x[:, k:]], 1)
             x = langevin_step(x, (density.mean - x) @ precision, alpha, standard_normal_like(x, generator))
             if rule == "once":
-                x = paste(part)
+                x = torch.cat([part, x[:, k:]], 1)
     return x
 
 

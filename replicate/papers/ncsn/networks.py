@@ -14,6 +14,7 @@ from replicate.experiments import Run, experiment, fit
 from replicate.experiments.noise_schedules import geometric_levels
 from replicate.model import Estimate
 from replicate.papers.ncsn.langevin import BOX
+from replicate.sampling.langevin import standard_normal_like
 from replicate.score_based.matching import Score, denoising_score_matching, sliced_score_matching_vr
 from replicate.score_based.ncsn import NCSN
 from replicate.score_based.networks import FreeScore, NoiseNet
@@ -32,22 +33,11 @@ def toy_network(run: Run, dim: int, hidden: int) -> FreeScore:
 
 
 def train_sliced(
-    net: nn.Module,
-    batch: Callable[[], Tensor],
-    steps: int,
-    lr: float,
-    projections: torch.Generator,
-    sources: Mapping[str, torch.Generator],
+    net: nn.Module, batch: Callable[[], Tensor], steps: int, lr: float, sources: Mapping[str, torch.Generator]
 ) -> Tensor:
     """Train with Adam on sliced score matching with variance reduction and Gaussian projections, as the toy code does.
 
-    Args:
-        net: score network, trained in place.
-        batch: draws a fresh batch (n, D).
-        steps: iterations.
-        lr: learning rate.
-        projections: draws v.
-        sources: what `batch` draws from, by name.
+    `sources` are the generators of the "projections" and of all that `batch` draws, fresh examples (n, D).
 
     Returns:
         The loss of each iteration, shape (steps,), float64.
@@ -55,11 +45,9 @@ def train_sliced(
 
     def loss() -> Tensor:
         x = batch()
-        v = torch.randn(x.shape, generator=projections, device=x.device, dtype=x.dtype)
-        return sliced_score_matching_vr(net, x, v).mean()
+        return sliced_score_matching_vr(net, x, standard_normal_like(x, sources["projections"])).mean()
 
-    optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
-    return fit(net, loss, optimizer, steps, {"projections": projections, **sources}).losses
+    return fit(net, loss, torch.optim.Adam(net.parameters(), lr=lr, fused=True), steps, sources).losses
 
 
 # -- sec 3.2.1: where the estimated score is right
@@ -91,9 +79,9 @@ def score_error(
     far_quantile: float = 0.001,
 ) -> None:
     """Error of a score from sliced score matching near two modes and away from them."""
-    density, net, data = two_gaussians(), toy_network(run, 2, hidden), run.stream("data")
-    train_sliced(net, lambda: density.sample(batch_size, data), steps, lr, run.stream("projections"), {"data": data})
-
+    density, net = two_gaussians(), toy_network(run, 2, hidden)
+    sources = {"data": run.stream("data"), "projections": run.stream("projections")}
+    train_sliced(net, lambda: density.sample(batch_size, sources["data"]), steps, lr, sources)
     axis = torch.linspace(-BOX, BOX, GRID, device=run.device)
     x = torch.cartesian_prod(axis, axis)
     true, log_p = density.score(x), density.log_prob(x)
@@ -156,14 +144,14 @@ def loss_floor(dim: int, plane_dim: int, data_sd: float, noise_sd: float) -> flo
 def manifold_losses(run: Run, s: ManifoldSettings, noise_sd: float) -> Tensor:
     """Return the losses (steps,) of the toy network on data in a plane plus noise; only the noise's size differs."""
     basis = plane(s.dim, s.plane_dim, run.stream("plane"))
-    data, noise = run.stream("data"), run.stream("noise")
+    sources = {name: run.stream(name) for name in ("data", "noise", "projections")}
 
     def batch() -> Tensor:
-        u = torch.randn(s.batch_size, s.plane_dim, generator=data, device=run.device)
-        return s.data_sd * u @ basis.T + noise_sd * torch.randn(s.batch_size, s.dim, generator=noise, device=run.device)
+        u = torch.randn(s.batch_size, s.plane_dim, generator=sources["data"], device=run.device)
+        noise = torch.randn(s.batch_size, s.dim, generator=sources["noise"], device=run.device)
+        return s.data_sd * u @ basis.T + noise_sd * noise
 
-    net, sources = toy_network(run, s.dim, s.hidden), {"data": data, "noise": noise}
-    return train_sliced(net, batch, s.steps, s.lr, run.stream("projections"), sources)
+    return train_sliced(toy_network(run, s.dim, s.hidden), batch, s.steps, s.lr, sources)
 
 
 def fluctuation(curve: np.ndarray) -> float:
@@ -232,7 +220,7 @@ def train_ncsn(run: Run, s: LevelSettings, train: Tensor, levels: int) -> NCSN:
 @torch.no_grad()
 def norm_and_loss(score: Score, x: Tensor, sigma: float, generator: torch.Generator) -> tuple[float, float]:
     """Return (mean |s|, mean 1/2 |sigma s + z|^2) at x + sigma z for images x (n, D)."""
-    z = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    z = standard_normal_like(x, generator)
     return float(score(x + sigma * z).norm(dim=1).mean()), float(denoising_score_matching(score, x, sigma, z).mean())
 
 

@@ -22,12 +22,9 @@ from replicate.sampling.langevin import Chain, mala, ula
 
 @dataclass(frozen=True)
 class Target:
-    """A density on the line.
+    """A density on the line: its log up to a constant and the derivative of that, both (n,) -> (n,).
 
-    Attributes:
-        log_density: up to a constant, (n,) -> (n,).
-        score: its derivative, (n,) -> (n,).
-        half_width: nothing that matters is outside [-half_width, half_width], for any step size that is used.
+    Nothing that matters is outside [-half_width, half_width], for any step size that is used.
     """
 
     log_density: Callable[[Tensor], Tensor]
@@ -97,10 +94,8 @@ class Gridded:
 def stationary(kernel: Tensor) -> Tensor:
     """Solve for the law pi = pi K of a kernel (m, m) with rows that sum to 1, shape (m,)."""
     m = len(kernel)
-    system = kernel.T - torch.eye(m, dtype=kernel.dtype)
-    system[m // 2] = 1.0  # one equation is the sum of the others; the total mass takes its place
-    right = torch.zeros(m, dtype=kernel.dtype)
-    right[m // 2] = 1.0
+    system, right = kernel.T - torch.eye(m, dtype=kernel.dtype), torch.zeros(m, dtype=kernel.dtype)
+    system[m // 2] = right[m // 2] = 1.0  # one equation is the sum of the others; the total mass takes its place
     return torch.linalg.solve(system, right)
 
 
@@ -147,8 +142,7 @@ def gaussian_width(eps: float) -> float:
 def kernel_bias(run: Run, *, spacing: float = 0.35) -> None:
     """Stationary laws of ULA and MALA from their transition kernels on a grid, against step size."""
     sizes = (*SMALL, *LARGE)
-    bias, acceptance = {}, {}
-    variance_errors, mala_biases = [], []
+    bias, acceptance, variance_errors, mala_biases = {}, {}, [], []
     for name, target in TARGETS.items():
         w2, kl, rates = [], [], []
         for eps in sizes:
@@ -168,9 +162,8 @@ def kernel_bias(run: Run, *, spacing: float = 0.35) -> None:
     run.measure("largest_mala_bias", Estimate.exact(max(mala_biases), "total variation"))
     fine = tuple(np.geomspace(sizes[0], sizes[-1], 60).tolist())
     bias["gaussian, closed form"] = fine, [gaussian_width(eps) - 1 for eps in fine]
-    x_label = "step size eps, squared units of x"
-    axes = x_label, "2-Wasserstein distance to the density"
-    run.curves("bias", "Bias of ULA's stationary law, from its kernel on a grid", axes, bias, log="xy")
+    title, x_label = "Bias of ULA's stationary law, from its kernel on a grid", "step size eps, squared units of x"
+    run.curves("bias", title, (x_label, "2-Wasserstein distance to the density"), bias, log="xy")
     title = "MALA has no bias at any step size and pays in acceptance"
     run.curves("acceptance", title, (x_label, "mean acceptance"), acceptance, log="x")
 
@@ -211,14 +204,11 @@ def gaussian_chains(run: Run, start: Tensor, steps: int, spacing: float) -> None
         mala_errors.append(abs(settled_variance(chain) - 1))
         rate_errors.append(abs(rate - Gridded.of(gaussian, eps, spacing).acceptance()))
         rates.append(rate)
-    for metric, value, unit in (
-        ("largest_variance_error:ula", max(ula_errors), "ratio"),
-        ("largest_variance_error:mala", max(mala_errors), "ratio"),
-        ("largest_acceptance_error", max(rate_errors), "probability"),
-        ("acceptance:smallest_step", rates[0], "probability"),
-        ("acceptance:largest_step", rates[-1], "probability"),
-    ):
-        run.measure(metric, Estimate(value, math.nan, "estimate", unit, n))
+    found = {"largest_variance_error:ula": max(ula_errors), "largest_variance_error:mala": max(mala_errors)}
+    run.measure_all({m: Estimate(v, math.nan, "estimate", "ratio", n) for m, v in found.items()})
+    found = {"largest_acceptance_error": max(rate_errors)}
+    found |= {"acceptance:smallest_step": rates[0], "acceptance:largest_step": rates[-1]}
+    run.measure_all({m: Estimate(v, math.nan, "estimate", "probability", n) for m, v in found.items()})
 
 
 def diverging_chains(run: Run, start: Tensor) -> None:
@@ -226,10 +216,9 @@ def diverging_chains(run: Run, start: Tensor) -> None:
     steps, n = 200, start.numel()
     ends = (ula(lambda x: -x, start, steps, eps, run.stream(f"ula-{eps:g}")).samples for eps in (4.0, 5.0))
     edge, beyond = (float(x.square().mean()) for x in ends)
-    growth = Estimate((edge - 1) / steps, edge / steps * math.sqrt(2 / n), "estimate", "squared units", n)
-    run.measure("growth:edge", growth)
-    growth = Estimate(math.log(beyond) / steps, math.sqrt(2 / n) / steps, "estimate", "nats per step", n)
-    run.measure("growth:beyond", growth)
+    at_edge = Estimate((edge - 1) / steps, edge / steps * math.sqrt(2 / n), "estimate", "squared units", n)
+    past = Estimate(math.log(beyond) / steps, math.sqrt(2 / n) / steps, "estimate", "nats per step", n)
+    run.measure_all({"growth:edge": at_edge, "growth:beyond": past})
 
 
 def light_tails(run: Run, n: int, steps: int) -> None:

@@ -31,10 +31,6 @@ class MixtureDiffusion(Model):
     """A Gaussian mixture noised by an SDE: p_t is a mixture too, sum_k w_k N(s mu_k, s^2 Sigma + sigma^2 I).
 
     Everything is computed in the eigenbasis of Sigma, in the dtype of x, and is differentiable.
-
-    Args:
-        truth: the mixture at time 0.
-        sde: the forward process.
     """
 
     family = "score"
@@ -107,8 +103,7 @@ def measure_flow_errors(run: Run, grid: int, steps: int) -> None:
 
     The horizon is so long that the data are forgotten: what the paper's own horizon leaves is `horizon_error`.
     """
-    truth = eight_gaussians()
-    axis = torch.linspace(-6, 6, grid, dtype=torch.float64, device=run.device)
+    truth, axis = eight_gaussians(), torch.linspace(-6, 6, grid, dtype=torch.float64, device=run.device)
     x = torch.cartesian_prod(axis, axis)
     long = {"ve": VE(0.01, 1e6), "vp": VP(beta_max=60.0, t_min=1e-3), "subvp": SubVP(beta_max=60.0, t_min=0.03)}
     cases = {f"log_prob_error:{k}": v for k, v in long.items()} | {"horizon_error:vp": VP(t_min=1e-3)}
@@ -146,8 +141,7 @@ def sample(
 ) -> Tensor:
     """Draw n samples (n, D) by a row of table 1 with `nfe` evaluations and a last one that denoises."""
     share, corrector_steps, predict = SAMPLERS[name]
-    steps = max(1, int(nfe * share))
-    corrector = Corrector(corrector_steps, snr, predict)
+    steps, corrector = max(1, int(nfe * share)), Corrector(corrector_steps, snr, predict)
     return predictor_corrector(score_at, sde, (n, dim), steps, corrector, generator).samples
 
 
@@ -155,10 +149,7 @@ def sample(
 def adaptive_flow(score_at: ScoreAt, sde: SDE, x: Tensor, tolerance: float) -> tuple[Tensor, int]:
     """Solve the probability flow (eq. 13) from t_max to t_min by RK45, absolute and relative tolerance alike.
 
-    As in the paper the batch is one system, whose error is a mean over it.
-
-    Args:
-        x: draws of the prior, shape (n, D).
+    As in the paper the batch x (n, D) of draws of the prior is one system, whose error is a mean over it.
 
     Returns:
         (states at t_min (n, D) in x's dtype, evaluations of the score).
@@ -186,8 +177,7 @@ def measure_tolerances(run: Run, score_at: ScoreAt, sde: SDE, x: Tensor, quality
         run.measure(f"nfe:{name}", Estimate.exact(nfe, "score evaluations"))
         run.measure(f"frechet:{name}", quality(samples))
         run.measure(f"displacement:{name}", Estimate.mean_of(moved, "estimate", "distance"))
-    ours = [run.estimates[f"nfe:{name}"].value for name in PRINTED_NFE]
-    x_axis = [float(name) for name in PRINTED_NFE]
+    ours, x_axis = [run.estimates[f"nfe:{name}"].value for name in PRINTED_NFE], [float(name) for name in PRINTED_NFE]
     curves = {"ours": (x_axis, ours), "printed, CIFAR-10": (x_axis, [float(nfe) for nfe in PRINTED_NFE.values()])}
     title = "Evaluations of the probability flow by tolerance"
     run.curves("tolerance", title, ("tolerance", "score evaluations"), curves, log="xy")
@@ -200,8 +190,7 @@ def mixture_distance(truth: GaussianMixture, x: Tensor) -> Estimate:
     D / n + D (D + 1) / (8 n). The standard error is that of its first order.
     """
     x = x.double()
-    centres = truth.means.to(x.device)[truth.mode_of(x)]
-    factor = truth.factor.to(x.device)
+    centres, factor = truth.means.to(x.device)[truth.mode_of(x)], truth.factor.to(x.device)
     residual = torch.linalg.solve_triangular(factor, (x - centres).T, upper=False).T
     centred = residual - residual.mean(0)
     values, basis = torch.linalg.eigh(torch.cov(residual.T))

@@ -60,9 +60,7 @@ class Settings:
 class CentredMachine(nn.Module):
     """A Bernoulli RBM whose units enter the interaction minus the data's rates and 1/2; starts as independent bits.
 
-    Args:
-        train: bits (n, D), for the rates.
-        hidden: number of hidden units H.
+    The rates are those of the bits `train` (n, D); there are `hidden` hidden units.
     """
 
     offset: Tensor
@@ -126,16 +124,15 @@ METHODS: dict[str, Callable[[CentredMachine, Settings], objectives.Objective]] =
     "pcd": lambda machine, s: objectives.PersistentCD(block_gibbs(machine), 1, s.batch, FactorisedBernoulli()),
     "short-run": lambda machine, s: objectives.ShortRun(block_gibbs(machine), 10, FactorisedBernoulli()),
     "nce": lambda machine, s: objectives.NoiseContrastive(FactorisedBernoulli(), s.ratio),
-    "nce-mixture": lambda machine, s: objectives.NoiseContrastive(
-        _mixture(len(machine.visible), s.components), s.ratio
-    ),
+    "nce-mixture": lambda machine, s: objectives.NoiseContrastive(_mixture(machine, s), s.ratio),
     "cnce": lambda machine, s: BitFlipContrastive(s.flip_rate, s.ratio),
     "ratio-matching": lambda machine, s: RatioMatching(),
 }
 
 
-def _mixture(dim: int, components: int) -> objectives.Noise:
-    return ReferenceNoise(model_entry("mixture-em").build(DataInfo(dim, "bits", 2), components=components))
+def _mixture(machine: CentredMachine, s: Settings) -> objectives.Noise:
+    info = DataInfo(len(machine.visible), "bits", 2)
+    return ReferenceNoise(model_entry("mixture-em").build(info, components=s.components))
 
 
 def products(dim: int, s: Settings) -> dict[str, float]:
@@ -194,13 +191,8 @@ def cd_biases(machine: Machine, rows: Tensor, sweeps: int, copies: int, generato
     """Estimate the root mean square of (expected CD-k update - exact gradient) for k = 1, .., `sweeps`.
 
     It is over weights and biases. The difference of the two is the model's E[v h'], E[v], E[h] minus the same of chains
-    of k sweeps from the data. Its square is the product of estimates from two independent sets of chains, which
-    sampling noise does not inflate.
-
-    Args:
-        machine: at which the two are compared; float64.
-        rows: the data (n, D), float64.
-        copies: chains from each row, in each of the two sets.
+    of k sweeps from the data (n, D), float64 as the machine. Its square is the product of estimates from two
+    independent sets of chains, `copies` from each row, which sampling noise does not inflate.
     """
     exact = flat(model_statistics(machine))
     v = rows.repeat(2, copies, 1)

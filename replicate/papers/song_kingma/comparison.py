@@ -206,8 +206,7 @@ def study_plane(
     curve, seconds = train(variant, model, data, s, run, coarse)
     test = density.sample(s.test_examples, run.stream("test")).to(run.device)
     reference = density.sample(s.samples, run.stream("reference")).to(run.device)
-    samples = steady_state(model.energy, s.samples, s.grid, run.stream("steady"))
-    generator = run.stream("langevin")
+    samples, generator = steady_state(model.energy, s.samples, s.grid, run.stream("steady")), run.stream("langevin")
     start = model.base_sample(s.samples, generator)
     chains = ula(model.score, start, s.langevin_steps, s.langevin_step, generator).samples
     cost = evaluations(model.objective, model.energy, data[: s.batch])

@@ -64,12 +64,7 @@ def unbiasedness(run: Run, *, dim: int = 6, hidden: int = 32, depth: int = 2, po
 
 
 class Step(NamedTuple):
-    """One training step on data from N(0, I), with what is random in the objective.
-
-    Attributes:
-        net: in whose parameters the step differentiates.
-        x, v, z: data, projections and noise, each (n, D).
-    """
+    """One training step of a network on data x from N(0, I), with projections v and noise z, each (n, D)."""
 
     net: EnergyScore
     x: Tensor
@@ -200,20 +195,16 @@ def precision_matrix(dim: int) -> Tensor:
 def symmetric_basis(dim: int) -> Tensor:
     """Return E_a (p, D, D), p = D (D + 1) / 2, with K = sum_a theta_a E_a for theta the upper triangle of K."""
     row, column = torch.triu_indices(dim, dim)
-    basis = torch.zeros(len(row), dim, dim, dtype=torch.float64)
-    a = torch.arange(len(row))
-    basis[a, row, column] = 1
-    basis[a, column, row] = 1
+    basis, a = torch.zeros(len(row), dim, dim, dtype=torch.float64), torch.arange(len(row))
+    basis[a, row, column] = basis[a, column, row] = 1
     return basis
 
 
 class Covariances(NamedTuple):
-    """The terms of corollary 1, for sqrt(n) (theta_hat - theta), each (p, p).
+    """The terms of corollary 1, for sqrt(n) (theta_hat - theta), each (p, p), between H^-1 and H^-1.
 
-    Attributes:
-        exact: of score matching, H^-1 (sum_ij V_ij) H^-1 with V_ij = E[grad A_ii grad A_jj'].
-        off_diagonal: H^-1 (sum_{i != j} W_ij) H^-1 with W_ij = E[grad A_ij grad A_ij'].
-        diagonal: H^-1 (sum_i V_ii) H^-1.
+    Exact score matching has sum_ij V_ij with V_ij = E[grad A_ii grad A_jj'], the diagonal sum_i V_ii, and off the
+    diagonal it is sum_{i != j} W_ij with W_ij = E[grad A_ij grad A_ij'].
     """
 
     exact: Tensor
@@ -321,8 +312,6 @@ def covariance_simulation(
     for law, gaussian in LAWS.items():
         curves[f"{law}, theory"] = grid, [float(theory.sliced(m, gaussian).trace()) for m in grid]
         curves[f"{law}, simulated"] = PROJECTIONS, [total[f"{law}-{m}"] for m in PROJECTIONS]
-    title, axes = (
-        "Total asymptotic variance of sliced score matching",
-        ("projections M", "n times the trace of the covariance"),
-    )
+    title = "Total asymptotic variance of sliced score matching"
+    axes = "projections M", "n times the trace of the covariance"
     run.curves("variance", title, axes, curves, levels={"score matching": float(theory.exact.trace())})

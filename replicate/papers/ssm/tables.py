@@ -25,9 +25,12 @@ from replicate.model import Estimate, Model
 from replicate.papers.ssm import kernel
 from replicate.papers.ssm.kernel import DeepKernelFamily, Objective, objective_over, quadratic_over
 from replicate.sampling.langevin import mala
+from replicate.score_based.matching import Score
 from replicate.tasks import tables
 from replicate.tasks.densities import GaussianMixture
 
+#: log f at points (n, D), up to a constant, (n,)
+LogDensity = Callable[[Tensor], Tensor]
 #: draws of plain importance sampling at a time
 CHUNK = 10_000
 
@@ -35,28 +38,16 @@ CHUNK = 10_000
 class GaussianPath(Model):
     """A geometric path from N(0, variance I) to an unnormalised density, with Metropolis-adjusted Langevin steps.
 
-    Args:
-        dim: D.
-        variance: of the proposal.
-        log_density: log f, (n, D) -> (n,).
-        density_score: its gradient, (n, D) -> (n, D).
-        step_size: of the Langevin step, x + eps/2 score + sqrt(eps) z.
+    Of log f, (n, D) -> (n,), the gradient is given too; eps is the step size in x + eps/2 score + sqrt(eps) z.
     """
 
     family = "ebm"
     capabilities = frozenset({"annealing"})
 
-    def __init__(
-        self,
-        dim: int,
-        variance: float,
-        log_density: Callable[[Tensor], Tensor],
-        density_score: Callable[[Tensor], Tensor],
-        step_size: float,
-    ) -> None:
+    def __init__(self, dim: int, variance: float, log_density: LogDensity, gradient: Score, step_size: float) -> None:
         super().__init__()
         self.dim, self.variance, self.step_size = dim, variance, step_size
-        self.log_density, self.density_score = log_density, density_score
+        self.log_density, self.density_score = log_density, gradient
 
     def base_log_z(self) -> float:
         return 0.5 * self.dim * math.log(2 * math.pi * self.variance)
@@ -151,16 +142,9 @@ NOISE = 0.05
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of one table.
+    """Settings of one table: the noise of denoising score matching, network, training (to `lr`), annealing (the last).
 
-    Attributes:
-        table: name of the table.
-        sigma: standard deviation of the noise of denoising score matching.
-        inducing, hidden: inducing points, and units per layer.
-        steps, patience: most steps, and steps without a smaller validation loss before training stops.
-        batch, lr: rows per step, and Adam's learning rate.
-        validate_every: steps between two validation losses.
-        chains, temperatures, step_size: of annealed importance sampling.
+    Training stops at `steps`, or after `patience` steps without a smaller validation loss, one per `validate_every`.
     """
 
     table: str
@@ -267,7 +251,7 @@ class Evaluated:
     of the two, so nothing is computed there.
     """
 
-    def __init__(self, log_density: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, log_density: LogDensity) -> None:
         self._log_density = log_density
         self._known: list[tuple[Tensor, Tensor, Tensor]] = []
 

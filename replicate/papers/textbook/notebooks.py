@@ -47,15 +47,10 @@ class Loop:
 def early_stopped(
     model: nn.Module, loss: Loss, task: Task, s: Loop, streams: Streams, device: torch.device
 ) -> list[float]:
-    """Train in place by the notebooks' loop and keep the weights of the best validation epoch.
+    """Train all parameters by the notebooks' loop with Adamax and keep the weights of the best validation epoch.
 
     An epoch is a walk through a fresh permutation, its last short batch included. Validation draws fresh noise every
     epoch, as the notebooks do. Training stops after more than `patience` epochs in a row without a better one.
-
-    Args:
-        model: Adamax trains all its parameters.
-        loss: by example, in training and in validation alike.
-        streams: of "batches" and "noise".
 
     Returns:
         Mean validation loss of every epoch in nats; its minimum is the number that the notebooks' figures show.
@@ -63,9 +58,9 @@ def early_stopped(
     train, valid = task.train.to(device), task.valid.to(device)
     batches, noise = Minibatches(train, s.batch_size, streams.fresh("batches")), streams.fresh("noise")
 
+    @torch.no_grad()
     def validation_loss() -> float:
-        with torch.no_grad():
-            return float(loss(valid, noise).mean())
+        return float(loss(valid, noise).mean())
 
     optimizer = torch.optim.Adamax(model.parameters(), lr=s.lr, foreach=True)
     state, check = {"batches": batches, "noise": noise}, Check(len(batches), validation_loss, patience=s.patience)
@@ -100,14 +95,9 @@ class FlowSettings(Loop):
 class RealNVP(Model):
     """The notebook's flow: couplings on halves, exp(-s(a)) (b - t(a)) with s in (-1, 1), and a reversal after each.
 
-    As a `Model` it gives importance weights of the integers x: at y = x + u with u from `width` * U(0, 1],
-    w = q(y) / r(u) averages to the mass that q puts on the part of the cell that u can reach, at most P(x).
-
-    Args:
-        dim: D, even.
-        couplings: how many.
-        hidden: width of the networks s and t.
-        width: of the noise.
+    As a `Model` it gives importance weights of the integers x (n, D), D even: at y = x + u with u from
+    `width` * U(0, 1], w = q(y) / r(u) averages to the mass that q puts on the part of the cell that u can reach, at
+    most P(x). The networks s and t have `hidden` units.
     """
 
     family = "flow"
@@ -149,8 +139,7 @@ def fit_realnvp(run: Run, s: FlowSettings, task: Task, width: float, name: str) 
     own = run.streams
     streams = Streams(own.task, f"{own.model}-{name}", own.seed, run.device.type)
     with streams.initialisation():
-        flow = RealNVP(task.info.dim, s.couplings, s.hidden, width)
-    flow = flow.to(run.device)
+        flow = RealNVP(task.info.dim, s.couplings, s.hidden, width).to(run.device)
     return flow, early_stopped(flow, flow.printed_loss, task, s, streams, run.device)
 
 
@@ -194,10 +183,9 @@ def realnvp(run: Run, s: DigitFlowSettings) -> None:
 _HALF = "the textbook's RealNVP on digits with its noise U(0, 0.5]: as printed, and as a valid bound"
 _WHOLE = "the same code with noise that fills the cell, which makes its loss a bound"
 _BOTH = ("standard", "full")  # in full beside the model with noise over the whole cell
+_WIDE: dict[str, Any] = {"settings": {"width": WHOLE_CELL}, "profiles": ("full",)}
 REALNVP_HALF_CELL = on_digits("textbook-realnvp", family="flow", about=_HALF, profiles=_BOTH)(realnvp)
-REALNVP_WHOLE_CELL = on_digits(
-    "textbook-realnvp-whole-cell", family="flow", about=_WHOLE, settings={"width": WHOLE_CELL}, profiles=("full",)
-)(realnvp)
+REALNVP_WHOLE_CELL = on_digits("textbook-realnvp-whole-cell", family="flow", about=_WHOLE, **_WIDE)(realnvp)
 
 
 @dataclass(frozen=True)
@@ -262,10 +250,7 @@ class VAESettings(Loop):
 class VAE(Model):
     """The notebook's VAE: raw integers in, L latents, a free categorical for each pixel out.
 
-    Args:
-        info: levels.
-        latent, hidden: sizes.
-        entropy_factor: what multiplies the log variance in log q(z | x); 1 is right, an early release has `latent`.
+    `entropy_factor` multiplies the log variance in log q(z | x); 1 is right, an early release has `latent`.
     """
 
     family = "vae"
@@ -311,19 +296,16 @@ def vae(run: Run, s: VAESettings) -> None:
     run.measure("nll_as_printed:test", Estimate.mean_of(printed, "estimate", "nats"))
     run.measure("negative_elbo:test", -bound.details["elbo"])
     run.measure("nll_iw_bound:test", -bound.mean())
-    bound = iw_bound(model, valid, s.draws, run.stream("bound-valid"), chunk=2000)
-    run.measure("nll_iw_bound:valid", -bound.mean())
+    run.measure("nll_iw_bound:valid", -iw_bound(model, valid, s.draws, run.stream("bound-valid"), chunk=2000).mean())
     run.measure("epochs", Estimate.exact(len(history), "epochs"))
     plot_validation(run, "VAE on digits: one-sample negative ELBO", {"VAE": history}, {"author's best": 100.54})
 
 
 _RELEASED = "the textbook's VAE on digits: as printed, its ELBO, and the importance-weighted bound"
 _EARLY = "the VAE notebook's early release, whose log q(z | x) multiplies the log variance by the number of latents"
-_SCALED = {"scaled_entropy": True}
+_SCALED: dict[str, Any] = {"settings": {"scaled_entropy": True}, "profiles": ("full",)}
 VAE_AS_RELEASED = on_digits("textbook-vae", family="vae", about=_RELEASED)(vae)
-VAE_EARLY_RELEASE = on_digits(
-    "textbook-vae-early-release", family="vae", about=_EARLY, settings=_SCALED, profiles=("full",)
-)(vae)
+VAE_EARLY_RELEASE = on_digits("textbook-vae-early-release", family="vae", about=_EARLY, **_SCALED)(vae)
 
 
 @dataclass(frozen=True)
@@ -387,9 +369,7 @@ NOTEBOOKS = (REALNVP_HALF_CELL, REALNVP_WHOLE_CELL, VAE_AS_RELEASED, VAE_EARLY_R
 class DataDensity(Model):
     """A density of y = x + u on [0, levels)^D, as the suite's dequantise-logit preprocessing shows it to a model.
 
-    Args:
-        transform: that preprocessing, already fitted.
-        log_density: y (n, D) -> log q(y) (n,).
+    `log_density` maps y (n, D) to log q(y) (n,); the preprocessing is already fitted.
     """
 
     family = "reference"
