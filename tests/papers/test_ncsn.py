@@ -83,7 +83,8 @@ def test_sliced_training_finds_the_score_of_a_gaussian() -> None:
         net.bias.zero_()
     generator = rng(1)
     sd = torch.tensor([1.0, 2.0])
-    losses = networks.train_sliced(net, lambda: sd * torch.randn(512, 2, generator=generator), 600, 1e-2, {"projections": rng(2)})
+    sources = {"projections": rng(2)}
+    losses = networks.train_sliced(net, lambda: sd * torch.randn(512, 2, generator=generator), 600, 1e-2, sources)
     torch.testing.assert_close(net.weight.detach(), -torch.diag(sd**-2), atol=0.12, rtol=0)
     assert float(losses[-100:].mean()) == pytest.approx(-0.5 * (1 + 0.25), abs=0.1)
 

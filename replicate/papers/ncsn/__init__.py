@@ -20,8 +20,5 @@ from replicate.experiments import Paper
 from replicate.papers.ncsn.langevin import annealed, compare_rules, passage, plain_langevin, step_readings
 from replicate.papers.ncsn.networks import manifold, noise_levels, score_error
 
-PAPER = Paper(
-    "ncsn",
-    Path(__file__).with_name("claims.toml"),
-    experiments=(score_error, plain_langevin, passage, annealed, manifold, noise_levels, compare_rules, step_readings),
-)
+EXPERIMENTS = (score_error, plain_langevin, passage, annealed, manifold, noise_levels, compare_rules, step_readings)
+PAPER = Paper("ncsn", Path(__file__).with_name("claims.toml"), EXPERIMENTS)

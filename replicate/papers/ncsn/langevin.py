@@ -45,9 +45,6 @@ def uniform_start(n: int, generator: torch.Generator) -> Tensor:
     return BOX * (2 * torch.rand(n, 2, generator=generator, dtype=torch.float64, device=generator.device) - 1)
 
 
-# -- sec 3.2.2: plain Langevin dynamics
-
-
 def share_near(x: Tensor, mode: int) -> Estimate:
     """Return the share of the states (n, 2) within REACH of a mode's mean; mode 0 is the minority, nan is near none."""
     distance = (x - two_gaussians().means[mode].to(x)).norm(dim=1)
@@ -116,9 +113,6 @@ def passage(run: Run, *, eps: float = 0.1) -> None:
     title, curve = "Expected steps from the minority mode to the other", ([2 * h for h in halves], steps)
     axes, levels = ("distance of the modes, standard deviations", "steps"), {"printed T": 1e3, "100 times longer": 1e5}
     run.curves("passage-time", title, axes, {"mean passage time": curve}, log="y", levels=levels)
-
-
-# -- sec 4.3: annealed Langevin dynamics
 
 
 @dataclass(frozen=True)

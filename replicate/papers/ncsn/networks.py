@@ -50,9 +50,6 @@ def train_sliced(
     return fit(net, loss, torch.optim.Adam(net.parameters(), lr=lr, fused=True), steps, sources).losses
 
 
-# -- sec 3.2.1: where the estimated score is right
-
-
 def log_density_quantile(q: float) -> float:
     """Return the q-quantile of log p(x) under the toy mixture, for q up to 0.4.
 
@@ -102,9 +99,6 @@ def score_error(
     distance = (math.sqrt(2) * at).tolist()
     curves = {name: (distance, s.sum(1).div(math.sqrt(2)).tolist()) for name, s in on_diagonal.items()}
     run.curves("score-on-the-axis", "Score along the line through both modes", axes, curves)
-
-
-# -- sec 3.1: data on a plane
 
 
 @dataclass(frozen=True)
@@ -180,9 +174,6 @@ def manifold(run: Run, s: ManifoldSettings) -> None:
     run.curves("loss-curve", title, axes, curves, log="y", levels={"least loss with the noise": -floor})
 
 
-# -- sec 4.2: the weights of the noise levels
-
-
 @dataclass(frozen=True)
 class LevelSettings:
     """Settings of ncsn-noise-levels: first and last noise level, network and training."""
@@ -203,8 +194,7 @@ def optimal_score(train: Tensor, sigma: float) -> GaussianMixture:
 
 def train_ncsn(run: Run, s: LevelSettings, train: Tensor, levels: int) -> NCSN:
     """Train the suite's NCSN on images (n, D) at the experiment's levels; the sampler's settings are not used."""
-    with run.initialisation():
-        net = NoiseNet(train.shape[1], s.hidden, width=s.width)
+    net = run.build(lambda: NoiseNet(train.shape[1], s.hidden, width=s.width))
     model = NCSN(net, train.shape[1], s.first, s.last, levels, 1, 1.0).to(run.device)
     model.initialise(train, run.stream("initialise"))
     batches, noise = run.stream("batches"), run.stream("noise")

@@ -54,9 +54,6 @@ SETTINGS: Mapping[str, Setting] = {
 }
 
 
-# -- technique 2: the number of noise levels
-
-
 def overlap_of(ratio: float, dim: int) -> float:
     """Return C, the mass of a level's shell of radii that is within 3 standard deviations of the level above's.
 
@@ -90,9 +87,6 @@ def solve_levels(run: Run, *, overlap: float = 0.5) -> None:
     printed = {f"{name}, printed": float(setting.levels) for name, setting in SETTINGS.items()}
     axes = "C", "number of levels L"
     run.curves("levels", "Noise levels that technique 2 asks for", axes, curves, log="y", levels=printed)
-
-
-# -- technique 4: the step size
 
 
 def variance_ratio(fraction: float, ratio: float, steps: int) -> float:
@@ -138,8 +132,6 @@ def solve_step_size(run: Run) -> None:
     title = "Variance after T steps at a level, over that level's own"
     run.curves("variance", title, ("step size (squared pixel units)", "ratio"), curves, log="x")
 
-
-# -- technique 1: the first noise level, with exact scores
 
 IMAGE_FILE = "cifar-10/test_batch.bin"
 
@@ -229,8 +221,6 @@ def first_level(run: Run, s: FirstLevelSettings) -> None:
         curves[name] = share.tolist(), quantiles.tolist()
     run.curves("distances", "Distances between pairs, by quantile", ("share of pairs", "distance"), curves)
 
-
-# -- table 1: the last denoising step
 
 ABOUT = "the last denoising step of annealed Langevin dynamics, on digits"
 SMOKE = {"samples": 200, "training_steps": 25}

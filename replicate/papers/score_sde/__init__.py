@@ -25,9 +25,6 @@ from replicate.experiments import ModelRuns, Paper
 from replicate.papers.score_sde.images import DIFFUSIONS
 from replicate.papers.score_sde.samplers import exact_mixture, identities, trained_digits
 
-PAPER = Paper(
-    "score_sde",
-    Path(__file__).with_name("claims.toml"),
-    experiments=(exact_mixture, trained_digits, identities, *DIFFUSIONS),
-    model_runs={"full": (ModelRuns(("sde-vp", "sde-subvp"), ("digits",), 3),)},
-)
+EXPERIMENTS = (exact_mixture, trained_digits, identities, *DIFFUSIONS)
+RUNS = {"full": (ModelRuns(("sde-vp", "sde-subvp"), ("digits",), 3),)}
+PAPER = Paper("score_sde", Path(__file__).with_name("claims.toml"), EXPERIMENTS, model_runs=RUNS)

@@ -201,12 +201,6 @@ def mixture_distance(truth: GaussianMixture, x: Tensor) -> Estimate:
     return Estimate(float(distance), stderr, "estimate", "squared standard deviations", len(x))
 
 
-def best_snr(truth: GaussianMixture, draw: Callable[..., Tensor], chains: int) -> float:
-    """Return the r whose samples are nearest; these are chains of their own, not the reported ones."""
-    pilots = {r: draw(chains // len(SNRS), snr=r) for r in SNRS}
-    return min(SNRS, key=lambda r: mixture_distance(truth, pilots[r]).value)
-
-
 def measure_samplers(run: Run, truth: GaussianMixture, nfe: int, chains: int) -> None:
     """Compare P, PC and C on VE and VP with exact scores, at `nfe` evaluations and at a quarter of them."""
     generator = run.stream("samplers")
@@ -214,8 +208,10 @@ def measure_samplers(run: Run, truth: GaussianMixture, nfe: int, chains: int) ->
     for sde_name, sde in EXACT_SDES.items():
         score_at = MixtureDiffusion(truth, sde, run.device).score_at
         for name in SAMPLERS:
-            draw = partial(sample, name, score_at, sde, dim=truth.dim, generator=generator)
-            snr = SNR if name == "p" else best_snr(truth, partial(draw, nfe=nfe), chains)
+            draw, snr = partial(sample, name, score_at, sde, dim=truth.dim, generator=generator), SNR
+            if name != "p":  # the r whose samples are nearest, on chains of their own and not the reported ones
+                pilots = [mixture_distance(truth, draw(chains // len(SNRS), nfe=nfe, snr=r)).value for r in SNRS]
+                snr = SNRS[pilots.index(min(pilots))]
             x = draw(chains, nfe=nfe, snr=snr)
             key, distance = f"{sde_name}-{name}", mixture_distance(truth, x)
             run.measure(f"frechet:{key}", distance)

@@ -99,12 +99,13 @@ class CentredMachine(nn.Module):
         return -self(x).double() - self.log_z()
 
 
-class ReferenceNoise(objectives.Noise):
-    """One of the suite's references, which `initialise` fits, as noise: known density, drawn from directly."""
+class MixtureNoise(objectives.Noise):
+    """The suite's mixture of Bernoullis, which `initialise` fits, as noise: known density, drawn from directly."""
 
-    def __init__(self, reference: Model) -> None:
+    def __init__(self, machine: CentredMachine, components: int) -> None:
         super().__init__()
-        self.reference = reference
+        info = DataInfo(len(machine.visible), "bits", 2)
+        self.reference: Model = model_entry("mixture-em").build(info, components=components)
 
     def fit(self, train: Tensor, generator: torch.Generator) -> None:
         self.reference.initialise(train, generator)
@@ -124,15 +125,10 @@ METHODS: dict[str, Callable[[CentredMachine, Settings], objectives.Objective]] =
     "pcd": lambda machine, s: objectives.PersistentCD(block_gibbs(machine), 1, s.batch, FactorisedBernoulli()),
     "short-run": lambda machine, s: objectives.ShortRun(block_gibbs(machine), 10, FactorisedBernoulli()),
     "nce": lambda machine, s: objectives.NoiseContrastive(FactorisedBernoulli(), s.ratio),
-    "nce-mixture": lambda machine, s: objectives.NoiseContrastive(_mixture(machine, s), s.ratio),
+    "nce-mixture": lambda machine, s: objectives.NoiseContrastive(MixtureNoise(machine, s.components), s.ratio),
     "cnce": lambda machine, s: BitFlipContrastive(s.flip_rate, s.ratio),
     "ratio-matching": lambda machine, s: RatioMatching(),
 }
-
-
-def _mixture(machine: CentredMachine, s: Settings) -> objectives.Noise:
-    info = DataInfo(len(machine.visible), "bits", 2)
-    return ReferenceNoise(model_entry("mixture-em").build(info, components=s.components))
 
 
 def products(dim: int, s: Settings) -> dict[str, float]:
@@ -194,9 +190,7 @@ def cd_biases(machine: Machine, rows: Tensor, sweeps: int, copies: int, generato
     of k sweeps from the data (n, D), float64 as the machine. Its square is the product of estimates from two
     independent sets of chains, `copies` from each row, which sampling noise does not inflate.
     """
-    exact = flat(model_statistics(machine))
-    v = rows.repeat(2, copies, 1)
-    found = []
+    exact, v, found = flat(model_statistics(machine)), rows.repeat(2, copies, 1), []
     for _ in range(sweeps):
         v = machine.gibbs(v, 1, generator)
         first, second = (flat(machine.statistics(part)) - exact for part in v)

@@ -171,9 +171,6 @@ class DeepKernelFamily(nn.Module):
         return k @ self.alpha - 0.5 * x.square().sum(1) / BASE_VARIANCE
 
 
-# --- objectives, as quadratic functions of alpha ---------------------------------------------------------------------
-
-
 class Slices(NamedTuple):
     """weight sum_k (v_k's - target_k)^2 / 2 over the first K' directions + sum_k v_k'(ds/dx)v_k over the last C.
 

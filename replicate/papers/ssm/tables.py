@@ -225,22 +225,16 @@ def train(model: DeepKernelFamily, objective: Objective, table: Table, s: Settin
     fit(model, loss, optimizer, s.steps, {"draws": draws}, check)
 
 
-@torch.no_grad()
-def finish(model: DeepKernelFamily, objective: Objective, table: Table, draws: torch.Generator) -> None:
-    """Compute alpha from all training rows with the ridge of least validation loss of the objective."""
-    whole = quadratic_over(model, objective, table.train, draws)
-    judge = quadratic_over(model, objective, table.validation, draws)
-    ridges = torch.arange(-8.0, 2.0, 0.5, dtype=whole.b.dtype, device=whole.b.device)
-    model.alpha.copy_(min([whole.minimiser(ridge) for ridge in ridges], key=lambda alpha: float(judge(alpha))))
-
-
 def fitted_family(run: Run, s: Settings, table: Table, objective: Objective) -> DeepKernelFamily:
-    """Build a model and train it by an objective."""
+    """Train a model; alpha is that of all training rows with the ridge of least validation loss of the objective."""
     draws = run.stream("training")
     chosen = torch.randperm(len(table.train), generator=draws, device=draws.device)[: s.inducing]
     model = run.build(lambda: DeepKernelFamily(table.train[chosen].float(), s.hidden))
     train(model, objective, Table(*(part.float() for part in table)), s, draws)
-    finish(model.double(), objective, table, draws)
+    model.double()
+    whole, judge = (quadratic_over(model, objective, part, draws) for part in (table.train, table.validation))
+    ridges = torch.arange(-8.0, 2.0, 0.5, dtype=whole.b.dtype, device=whole.b.device)
+    model.alpha.copy_(min([whole.minimiser(ridge) for ridge in ridges], key=lambda alpha: float(judge(alpha))))
     return model
 
 
