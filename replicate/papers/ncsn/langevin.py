@@ -5,13 +5,11 @@ x <- x + (eps / 2) s + sqrt(eps) z, which is the suite's convention at T = 1.
 
 Inpainting (Algorithm 2, App B.3): at each level the known part is replaced by itself plus noise of that level. As
 printed and in the code of that paper the noise is drawn once per level and pasted after every step; in the code of its
-sequel (Song and Ermon 2020, arXiv:2006.09011) it is redrawn at every step and pasted before it.
-
-Step size: Algorithm 1 prints x <- x + (alpha / 2) s + sqrt(alpha) z, which is the suite's convention with step size
-alpha; the released image code takes x <- x + alpha s + sqrt(2 alpha) z, which is step size 2 alpha.
-
-Deviations of these two: x is a Gaussian vector with an image's scale (mean 1/2, standard deviation 1/4, neighbouring
-correlation 0.9) and the score is that of x + N(0, sigma^2 I) in closed form. Levels, T and eps are the paper's images'.
+sequel (Song and Ermon 2020, arXiv:2006.09011) it is redrawn at every step and pasted before it. Step size: Algorithm 1
+prints x <- x + (alpha / 2) s + sqrt(alpha) z as well; the released image code takes x <- x + alpha s + sqrt(2 alpha) z,
+which is step size 2 alpha. Deviations of these two: x is a Gaussian vector with an image's scale (mean 1/2, standard
+deviation 1/4, neighbouring correlation 0.9) and the score is that of x + N(0, sigma^2 I) in closed form; levels, T and
+eps are those of the paper's images.
 """
 
 from __future__ import annotations

@@ -53,13 +53,10 @@ COARSEST = 0.1
 
 @dataclass(frozen=True)
 class Gridded:
-    """A density's grid at a step size.
+    """A density's grid at a step size: points x (m,), float64, and the density's mass p (m,) at each, summing to 1.
 
-    Attributes:
-        x: points, shape (m,), float64.
-        p: the density's mass at each, summing to 1, shape (m,).
-        proposal: mass that the Langevin step from each point gives to each, shape (m, m), rows summing to 1.
-        log_ratio: log of the Metropolis ratio of each such step, shape (m, m).
+    The `proposal` (m, m) is the mass that the Langevin step from each point gives to each, its rows summing to 1, and
+    `log_ratio` (m, m) the log of the Metropolis ratio of each such step.
     """
 
     x: Tensor
@@ -177,11 +174,9 @@ LIGHT = Target(lambda x: -0.25 * x.square().square(), lambda x: -(x**3), half_wi
 FAR = 6.0
 
 
-def accepted(target: Target, start: Tensor, steps: int, eps: float, generator: torch.Generator) -> tuple[Chain, float]:
+def accepted(target: Target, start: Tensor, steps: int, eps: float, draws: torch.Generator) -> tuple[Chain, float]:
     """Run MALA from `start`, shape (n, 1); return the chain with every state, and its acceptance."""
-    chain = mala(
-        lambda x: target.log_density(x).squeeze(-1), target.score, start, steps, eps, generator, record_every=1
-    )
+    chain = mala(lambda x: target.log_density(x).squeeze(-1), target.score, start, steps, eps, draws, record_every=1)
     assert chain.acceptance is not None
     return chain, chain.acceptance
 

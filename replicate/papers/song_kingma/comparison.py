@@ -88,9 +88,8 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer, generator = make_optimizer(parameters, settings), run.stream(f"noise-{name}")
     batches = Batches(len(data), s.batch, run.stream("batches"))
-    average = [p.detach().clone() for p in parameters]
     state: State = {"model": model, "optimizer": optimizer, "batches": batches, "generator": generator}
-    state |= {"average": average, "curve": [], "seconds": 0.0}
+    state |= {"average": [p.detach().clone() for p in parameters], "curve": [], "seconds": 0.0}
     for t in resumable(f"training by {name}", s.updates, state):
         begin = time.perf_counter()
         optimizer.param_groups[0]["lr"] = learning_rate(t, settings)

@@ -49,9 +49,8 @@ def ensembles(log_p: Tensor) -> dict[int, Tensor]:
 def score_ensembles(run: Run, s: Settings) -> None:
     """Train on static bits and score the test bits exactly by ensembles of every size."""
     task = mnist_static()
-    model, test, validation = trained(
-        run, task, lambda: OrderAgnosticNADE(task.info, s.hidden, s.layers, s.orderings), s
-    )
+    sizes = (s.hidden, s.layers, s.orderings)
+    model, test, validation = trained(run, task, lambda: OrderAgnosticNADE(task.info, *sizes), s)
     found = ensembles(by_ordering(model, test))
     nll = {k: -Estimate.mean_of(log_p, "exact", "nats") for k, log_p in found.items()}
     run.measure_all({f"nll:{k}": e for k, e in nll.items()})
