@@ -66,6 +66,12 @@ class FreeField(FreeScore):
         return super().forward(x) - x / BOWL**2
 
 
+def networks(run: Run, s: Settings, dim: int) -> dict[str, nn.Module]:
+    """Build both fields, each from the beginning of the same stream of initial weights."""
+    free = run.build(lambda: FreeField(dim, s.hidden, s.depth))
+    return {"free": free, "energy": run.build(lambda: EnergyScore(dim, s.hidden, s.depth, bowl=BOWL))}
+
+
 def jacobians(score: Score, x: Tensor) -> Tensor:
     """Return ds_i/dx_j at each x (n, D), shape (n, D, D), by D reverse passes."""
     x = x.detach().requires_grad_(True)
@@ -153,9 +159,7 @@ def compare(run: Run, s: Settings) -> None:
     test = truth.sample(s.points, run.stream("test")).to(run.device).double()
     corners = [truth.sample(s.triangles, run.stream(f"corner-{i}")).to(data).double() for i in range(3)]
     exact_score = truth.score(test)
-    # each from the beginning of the same stream of initial weights
-    nets: dict[str, nn.Module] = {"free": run.build(lambda: FreeField(clean.dim, s.hidden, s.depth))}
-    nets["energy"] = run.build(lambda: EnergyScore(clean.dim, s.hidden, s.depth, bowl=BOWL))
+    nets = networks(run, s, clean.dim)
     for name, net in nets.items():
         run.measure(f"operations:{name}", operations(net, data[: s.batch], s.sigma))
     found = {name: train(run, s, net, data, truth, test[: s.watched].float()) for name, net in nets.items()}
