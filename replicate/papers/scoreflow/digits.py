@@ -164,8 +164,10 @@ def objectives(
         if name == "plain":
             run.measure_all(objective_spread(inner, z, repeats, run.stream("spread")))
     run.classifiers[task.name] = digit_features(task).sha256
-    plain, x = errors.pop("plain"), levels.tolist()
-    del errors["subvp"]
-    excess = {name: (x, [e - p for e, p in zip(error, plain, strict=True)]) for name, error in errors.items()}
+    excess = {
+        name: (levels.tolist(), [e - p for e, p in zip(error, errors["plain"], strict=True)])
+        for name, error in errors.items()
+        if name not in ("plain", "subvp")
+    }
     title = "Test error of the noise prediction, in excess of the plain objective's"
     run.curves("error-by-level", title, ("log(sigma / s)", "excess of E|eps - z|^2, nats"), excess)
