@@ -13,9 +13,8 @@ from torch import Tensor
 from replicate.experiments import Experiment, Run
 from replicate.experiments.noise_schedules import geometric_levels
 from replicate.ledger.claims import claims_of
-from replicate.papers.ncsn import PAPER, inpainting, langevin, networks
-from replicate.papers.ncsn.inpainting import Gaussian
-from replicate.papers.ncsn.langevin import MEANINGS, READINGS
+from replicate.papers.ncsn import PAPER, langevin, networks
+from replicate.papers.ncsn.langevin import MEANINGS, READINGS, Gaussian
 from replicate.runs.experiment import Outcome
 from replicate.runs.seeds import Streams
 from replicate.score_based.matching import implicit_score_matching
@@ -84,7 +83,8 @@ def test_sliced_training_finds_the_score_of_a_gaussian() -> None:
         net.bias.zero_()
     generator = rng(1)
     sd = torch.tensor([1.0, 2.0])
-    losses = networks.train_sliced(net, lambda: sd * torch.randn(512, 2, generator=generator), 600, 1e-2, rng(2), {})
+    sources = {"projections": rng(2)}
+    losses = networks.train_sliced(net, lambda: sd * torch.randn(512, 2, generator=generator), 600, 1e-2, sources)
     torch.testing.assert_close(net.weight.detach(), -torch.diag(sd**-2), atol=0.12, rtol=0)
     assert float(losses[-100:].mean()) == pytest.approx(-0.5 * (1 + 0.25), abs=0.1)
 
@@ -284,15 +284,15 @@ def exact_inpainting(
     return mean + density.mean[density.known :], cov
 
 
-@pytest.mark.parametrize("rule", inpainting.RULES)
+@pytest.mark.parametrize("rule", langevin.RULES)
 def test_inpainting_has_the_mean_and_covariance_of_the_exact_recursion(rule: str) -> None:
-    density = inpainting.image_like(5, 2, 0.9, torch.device("cpu"))
+    density = langevin.image_like(5, 2, 0.9, torch.device("cpu"))
     observed = torch.tensor([0.9, 0.7], dtype=torch.float64)
     sigmas, n = geometric_levels(1.0, 0.05, 5).tolist(), 20_000
     start = torch.rand(n, 5, generator=rng(), dtype=torch.float64)
-    x = inpainting.inpaint(density, observed, sigmas, 20, 0.5 * 0.05**2, rule, start, rng(1))
+    x = langevin.inpaint(density, observed, sigmas, 20, 0.5 * 0.05**2, rule, start, rng(1))
     mean, cov = exact_inpainting(density, observed, sigmas, 20, 0.5 * 0.05**2, rule)
-    errors = inpainting.conditional_errors(x[:, 2:], mean, cov)
+    errors = langevin.conditional_errors(x[:, 2:], mean, cov)
     assert errors["mean_error"].value < 3 / math.sqrt(n)
     assert errors["covariance_error"].value < 3 * math.sqrt(4 / n)
     off = (x[:, :2] - observed).square().mean().sqrt()
@@ -303,7 +303,7 @@ def test_inpainting_has_the_mean_and_covariance_of_the_exact_recursion(rule: str
 
 
 def test_the_conditional_is_that_of_scipy_s_regression() -> None:
-    density = inpainting.image_like(5, 2, 0.9, torch.device("cpu"))
+    density = langevin.image_like(5, 2, 0.9, torch.device("cpu"))
     observed = torch.tensor([0.9, 0.7], dtype=torch.float64)
     mean, cov = density.conditional(observed)
     joint = stats.multivariate_normal(density.mean.numpy(), density.covariance.numpy())
@@ -315,7 +315,7 @@ def test_the_conditional_is_that_of_scipy_s_regression() -> None:
 
 
 def test_both_readings_of_the_step_have_their_closed_bias() -> None:
-    outcome = measured(inpainting.step_readings)
+    outcome = measured(langevin.step_readings)
     for reading, expected in (("printed", 1 / 0.95 - 1), ("released", 1 / 0.9 - 1)):
         found = outcome.estimates[f"excess_variance:{reading}"]
         assert abs(found.value - expected) < 4 * found.stderr

@@ -73,7 +73,7 @@ def new_run(what: Experiment, seed: int = 0) -> Run:
 
 def new_study(what: Experiment) -> Study:
     run, kind = new_run(what), TiltedSettings if what is on_mnist else Settings
-    return Study.of(run, kind(**run.settings), made_up("mnist" if what is on_mnist else "digits"))
+    return Study(run, kind(**run.settings), made_up("mnist" if what is on_mnist else "digits"))
 
 
 @given(levels=st.integers(2, 256), seed=st.integers(0, 100))

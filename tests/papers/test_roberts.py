@@ -12,7 +12,7 @@ from torch import Tensor
 from replicate.experiments import Experiment, Run
 from replicate.ledger.claims import claims_of
 from replicate.papers.roberts import PAPER, check_chains, kernel_bias
-from replicate.papers.roberts.kernel import (
+from replicate.papers.roberts.langevin import (
     SMALL,
     TARGETS,
     Gridded,

@@ -12,12 +12,15 @@ from torch import Tensor
 from replicate.experiments import Experiment, Run
 from replicate.ledger.claims import claims_of
 from replicate.metrics.quality import frechet
-from replicate.papers.score_sde import PAPER, exact
-from replicate.papers.score_sde.exact import MixtureDiffusion, identities, measure_flow_errors, measure_variances
+from replicate.papers.score_sde import PAPER, samplers
 from replicate.papers.score_sde.samplers import (
     SAMPLERS,
+    MixtureDiffusion,
     adaptive_flow,
     exact_mixture,
+    identities,
+    measure_flow_errors,
+    measure_variances,
     mixture_distance,
     on_sde,
     sample,
@@ -163,7 +166,7 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
             scale, std = super().marginal(t)
             return scale, std.sqrt()
 
-    monkeypatch.setattr(exact, "SubVP", Wrong)
+    monkeypatch.setattr(samplers, "SubVP", Wrong)
     run = new_run(identities)
     measure_variances(run, 51)
     assert run.estimates["variance_error:subvp"].value > 0.1

@@ -14,7 +14,7 @@ from replicate.experiments import Experiment, Run
 from replicate.experiments.ica import Ica
 from replicate.experiments.planar import BOX
 from replicate.ledger.claims import claims_of
-from replicate.papers.song_kingma import PAPER, bias, components, methods, plane
+from replicate.papers.song_kingma import PAPER, bias, comparison
 from replicate.resume import Journal, State
 from replicate.runs.checkpoint import pack, unpack
 from replicate.runs.experiment import Outcome
@@ -35,21 +35,23 @@ def run(experiment: Experiment, **changed: object) -> Outcome:
     return experiment.measure(Run(settings, Streams(experiment.name, "song_kingma", 0), torch.device("cpu")))
 
 
-@pytest.mark.parametrize("name", list(plane.DENSITIES))
+@pytest.mark.parametrize("name", list(comparison.DENSITIES))
 def test_the_modes_regions_have_the_weights_of_samples(name: str) -> None:
-    density = plane.DENSITIES[name]()
+    density = comparison.DENSITIES[name]()
     assert density.half_width < BOX
     x = density.sample(40_000, generator())
     share = torch.bincount(density.mode_of(x)).double() / len(x)
-    masses = plane.mode_masses(density, density.log_prob, 120, "cpu")
+    masses = comparison.mode_masses(density, density.log_prob, 120, "cpu")
     torch.testing.assert_close(masses, share, rtol=0, atol=0.01)
 
 
 def test_the_mode_error_of_wrong_weights_is_their_difference() -> None:
-    density = plane.far_gaussians()
+    density = comparison.far_gaussians()
     half = GaussianMixture(density.means, density.covariance, torch.ones(2))
-    assert plane.mode_error(density, lambda x: -half.log_prob(x), 120, "cpu").value == pytest.approx(0.3, abs=1e-6)
-    assert plane.mode_error(density, lambda x: -density.log_prob(x), 120, "cpu").value == pytest.approx(0.0, abs=1e-9)
+    assert comparison.mode_error(density, lambda x: -half.log_prob(x), 120, "cpu").value == pytest.approx(0.3, abs=1e-6)
+    assert comparison.mode_error(density, lambda x: -density.log_prob(x), 120, "cpu").value == pytest.approx(
+        0.0, abs=1e-9
+    )
 
 
 def test_metropolis_is_a_reversible_transition_matrix() -> None:
@@ -81,7 +83,7 @@ def test_there_is_no_bias_where_the_data_are_the_model() -> None:
 
 def test_the_ica_energy_is_minus_lsd_s_log_density() -> None:
     m, z = (torch.randn(n, 3, dtype=torch.float64, generator=generator(n)) for n in (3, 9))
-    model = components.IcaModel(m)
+    model = comparison.IcaModel(m)
     torch.testing.assert_close(model.energy(z).detach(), -Ica(m).log_prob(z))  # normalised where it starts
     assert float(model.log_z().detach()) == 0.0
     model.m.data.mul_(2.0)
@@ -89,8 +91,8 @@ def test_the_ica_energy_is_minus_lsd_s_log_density() -> None:
 
 
 def test_evaluations_are_counted_and_change_nothing() -> None:
-    settings = methods.Settings(flow_steps=1)
-    objective = methods.objective_of("pcd", 2, settings)
+    settings = comparison.Settings(flow_steps=1)
+    objective = comparison.objective_of("pcd", 2, settings)
     x = torch.randn(256, 2, generator=generator())
     objective.prepare(x, generator(1))
     before = objective.state.clone()
@@ -99,11 +101,11 @@ def test_evaluations_are_counted_and_change_nothing() -> None:
         return 0.5 * x.square().sum(1)
 
     # 5 adjusted moves of two evaluations each, or 10 unadjusted ones of one, then data and chains
-    assert plane.evaluations(objective, energy, x) == 12
+    assert comparison.evaluations(objective, energy, x) == 12
     assert torch.equal(objective.state, before)
-    short = methods.objective_of("short-run", 2, settings)
+    short = comparison.objective_of("short-run", 2, settings)
     short.prepare(x, generator(1))
-    assert plane.evaluations(short, energy, x) == 12
+    assert comparison.evaluations(short, energy, x) == 12
 
 
 @pytest.mark.parametrize("experiment", PAPER.experiments[:4], ids=lambda e: e.name)
@@ -130,13 +132,13 @@ class Killed(BaseException):
 @pytest.mark.parametrize("last", [2, 7])
 def test_killed_training_resumes_bit_for_bit(variant: str, last: int) -> None:
     """Chains, the noise that was fitted and the learned log Z are all in the checkpoint."""
-    settings = {**plane.PLANE.settings("smoke"), **TINY, "updates": 6, "flow_steps": 4}
+    settings = {**comparison.PLANE.settings("smoke"), **TINY, "updates": 6, "flow_steps": 4}
     saved: list[bytes] = []
 
     def study() -> dict[str, float]:
         run = Run(settings, Streams("energies-plane", "song_kingma", 0), torch.device("cpu"))
-        data = plane.crescent().sample(100, run.stream("data"))
-        plane.study(variant, run, plane.PlaneSettings(**settings), plane.crescent(), data)
+        data = comparison.crescent().sample(100, run.stream("data"))
+        comparison.study_plane(variant, run, comparison.PlaneSettings(**settings), comparison.crescent(), data)
         return {k: e.value for k, e in run.estimates.items() if not k.startswith("time_")}
 
     def write(state: State) -> None:

@@ -21,7 +21,7 @@ from replicate.errors import UsageError
 from replicate.experiments import Run
 from replicate.ledger.claims import claims_of
 from replicate.likelihood.ais import ais, schedule
-from replicate.papers.ssm import PAPER, covariance, kernel, nice, objectives, partition, tables
+from replicate.papers.ssm import PAPER, kernel, nice, objectives, tables
 from replicate.runs.experiment import Experiment, Outcome
 from replicate.runs.seeds import Streams
 from replicate.score_based import matching
@@ -158,16 +158,16 @@ def test_power_is_the_exponent() -> None:
 
 def test_exact_covariance_is_the_inverse_fisher_information() -> None:
     """Score matching of a Gaussian is maximum likelihood, with Cov(K_ij, K_kl) = K_ik K_jl + K_il K_jk."""
-    k = covariance.precision_matrix(3)
+    k = objectives.precision_matrix(3)
     row, column = torch.triu_indices(3, 3)
     wishart = k[row][:, row] * k[column][:, column] + k[row][:, column] * k[column][:, row]
-    torch.testing.assert_close(covariance.asymptotic_covariances(k).exact, wishart, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(objectives.asymptotic_covariances(k).exact, wishart, rtol=1e-10, atol=1e-10)
 
 
 def test_covariances_of_corollary_1_by_quadrature_and_autograd() -> None:
     """The gradients of the suite's own sliced objective, integrated over x by Gauss-Hermite and over all signs v."""
-    k = covariance.precision_matrix(2)
-    basis = covariance.symmetric_basis(2)
+    k = objectives.precision_matrix(2)
+    basis = objectives.symmetric_basis(2)
     theta = torch.stack([k[0, 0], k[0, 1], k[1, 1]])
     nodes, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(8))
     z, w = torch.cartesian_prod(nodes, nodes), torch.cartesian_prod(weights, weights).prod(1) / (2 * math.pi)
@@ -190,7 +190,7 @@ def test_covariances_of_corollary_1_by_quadrature_and_autograd() -> None:
     middle = sum(torch.einsum("n,na,nb->ab", w, g, g) for g in per_sign) / len(signs)
     pairs = torch.cartesian_prod(nodes, nodes)  # Gaussian projections: fourth moments need few nodes
     normal = sum(u * torch.einsum("n,na,nb->ab", w, g, g) for u, g in ((u, gradients(v)) for u, v in zip(w, pairs)))  # noqa: B905
-    theory = covariance.asymptotic_covariances(k)
+    theory = objectives.asymptotic_covariances(k)
     torch.testing.assert_close(theory.sliced(1, gaussian=False), inverse @ middle @ inverse, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(theory.sliced(1, gaussian=True), inverse @ normal @ inverse, rtol=1e-8, atol=1e-8)
 
@@ -199,16 +199,16 @@ def test_exact_estimates_are_maximum_likelihood() -> None:
     x = torch.randn(4, 50, 3, generator=generator(), dtype=torch.float64)
     inverse = torch.linalg.inv(x.transpose(1, 2) @ x / 50)
     row, column = torch.triu_indices(3, 3)
-    torch.testing.assert_close(covariance.exact_estimates(x), inverse[:, row, column], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(objectives.exact_estimates(x), inverse[:, row, column], rtol=1e-9, atol=1e-9)
 
 
 def test_normal_equations_are_the_gradient_of_the_suites_objective() -> None:
     x, v = (torch.randn(2, 20, 3, generator=generator(s), dtype=torch.float64) for s in (0, 1))
     theta = torch.randn(6, generator=generator(2), dtype=torch.float64).requires_grad_(True)
-    k = torch.einsum("a,aij->ij", theta, covariance.symmetric_basis(3))
+    k = torch.einsum("a,aij->ij", theta, objectives.symmetric_basis(3))
     loss = matching.sliced_score_matching(lambda y: -y @ k, x[1], v[1]).mean()
     (gradient,) = torch.autograd.grad(loss, theta)
-    g, h = covariance.normal_equations(x, v)
+    g, h = objectives.normal_equations(x, v)
     torch.testing.assert_close(g[1] @ theta.detach() - h[1], gradient)
 
 
@@ -427,17 +427,17 @@ def test_correlated_columns_go() -> None:
 
 def test_log_z_of_a_gaussian_by_both_estimators() -> None:
     """f = exp(-|x|^2 / 2) has log Z = D / 2 log(2 pi)."""
-    path = partition.GaussianPath(2, 2.0, lambda x: -0.5 * x.square().sum(1), lambda x: -x, 0.5)
+    path = tables.GaussianPath(2, 2.0, lambda x: -0.5 * x.square().sum(1), lambda x: -x, 0.5)
     truth = math.log(2 * math.pi)
     assert ais(path, 500, schedule(50), generator()).log_z.value == pytest.approx(truth, abs=0.05)
-    log_z, ess_share = partition.importance_log_z(path, 20_000, generator())
+    log_z, ess_share = tables.importance_log_z(path, 20_000, generator())
     assert log_z == pytest.approx(truth, abs=0.05)
     # w = exp(-x^2 / 4) under N(0, 2): E[w]^2 / E[w^2] = (1/2) / (1/sqrt 3) a dimension
     assert ess_share == pytest.approx((math.sqrt(3) / 2) ** 2, abs=0.02)
 
 
 def test_mixture_is_white_and_normalised() -> None:
-    density = partition.whitened_mixture(2, 3, generator())
+    density = tables.whitened_mixture(2, 3, generator())
     cov = density.covariance + density.means.T @ (density.weights[:, None] * density.means)
     torch.testing.assert_close(cov, torch.eye(2, dtype=cov.dtype))
     axis = torch.linspace(-6, 6, 601, dtype=torch.float64)

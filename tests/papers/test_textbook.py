@@ -11,8 +11,7 @@ from replicate.ledger.claims import claims_of
 from replicate.likelihood.dequantisation import DequantisedLogit
 from replicate.likelihood.importance import iw_bound
 from replicate.model import DataInfo
-from replicate.papers.textbook import PAPER, estimator
-from replicate.papers.textbook.estimator import cell_noise, uniform_reference
+from replicate.papers.textbook import PAPER, notebooks
 from replicate.papers.textbook.notebooks import (
     ARM,
     HALF_CELL,
@@ -20,10 +19,12 @@ from replicate.papers.textbook.notebooks import (
     WHOLE_CELL,
     Loop,
     RealNVP,
+    cell_noise,
     clamped_log_probability,
     dequantisation,
     early_stopped,
     level_log_probability,
+    uniform_reference,
 )
 from replicate.runs.seeds import Streams
 from replicate.tasks.loading import load_task
@@ -202,7 +203,7 @@ class HalfNoise(DequantisedLogit):
 def test_cell_noise_catches_a_planted_half_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     right = cell_noise.measure(new_run(cell_noise, draws=2000)).estimates["excess_over_entropy"].value
     assert right == pytest.approx(0, abs=0.02)
-    monkeypatch.setattr(estimator, "DequantisedLogit", HalfNoise)
+    monkeypatch.setattr(notebooks, "DequantisedLogit", HalfNoise)
     wrong = cell_noise.measure(new_run(cell_noise, draws=2000)).estimates["excess_over_entropy"].value
     assert wrong == pytest.approx(-math.log(1.5), abs=0.02)
 

@@ -7,7 +7,7 @@ Replicated, by module, with the section of each experiment and the claims that i
   weighted losses from level to level (4.2; N6);
 - langevin: ncsn-langevin and ncsn-passage, the weights that plain Langevin dynamics ends with (3.2.2, Fig 3b; N2), and
   how long a chain takes to change modes; ncsn-annealed, annealed Langevin on the same mixture (4.3, Fig 3c; N3, N4);
-- inpainting, on Gaussians: ncsn-inpainting (Algorithm 2; N7) and ncsn-step (Algorithm 1).
+  on Gaussians ncsn-inpainting (Algorithm 2; N7) and ncsn-step (Algorithm 1).
 
 Deviations: a plane of Gaussian coordinates in 10 dimensions replaces CIFAR-10 in 3.1, with the toy's network; 8x8
 digits replace the images of 4.2; inpainting is that of a Gaussian vector with an image's scale. The main text leaves T
@@ -17,12 +17,8 @@ and eps of the annealed chain open; `langevin.READINGS` lists the values that ar
 from pathlib import Path
 
 from replicate.experiments import Paper
-from replicate.papers.ncsn.inpainting import compare_rules, step_readings
-from replicate.papers.ncsn.langevin import annealed, passage, plain_langevin
+from replicate.papers.ncsn.langevin import annealed, compare_rules, passage, plain_langevin, step_readings
 from replicate.papers.ncsn.networks import manifold, noise_levels, score_error
 
-PAPER = Paper(
-    "ncsn",
-    Path(__file__).with_name("claims.toml"),
-    experiments=(score_error, plain_langevin, passage, annealed, manifold, noise_levels, compare_rules, step_readings),
-)
+EXPERIMENTS = (score_error, plain_langevin, passage, annealed, manifold, noise_levels, compare_rules, step_readings)
+PAPER = Paper("ncsn", Path(__file__).with_name("claims.toml"), EXPERIMENTS)

@@ -14,6 +14,7 @@ from replicate.experiments import Run, experiment, fit
 from replicate.experiments.noise_schedules import geometric_levels
 from replicate.model import Estimate
 from replicate.papers.ncsn.langevin import BOX
+from replicate.sampling.langevin import standard_normal_like
 from replicate.score_based.matching import Score, denoising_score_matching, sliced_score_matching_vr
 from replicate.score_based.ncsn import NCSN
 from replicate.score_based.networks import FreeScore, NoiseNet
@@ -32,22 +33,11 @@ def toy_network(run: Run, dim: int, hidden: int) -> FreeScore:
 
 
 def train_sliced(
-    net: nn.Module,
-    batch: Callable[[], Tensor],
-    steps: int,
-    lr: float,
-    projections: torch.Generator,
-    sources: Mapping[str, torch.Generator],
+    net: nn.Module, batch: Callable[[], Tensor], steps: int, lr: float, sources: Mapping[str, torch.Generator]
 ) -> Tensor:
     """Train with Adam on sliced score matching with variance reduction and Gaussian projections, as the toy code does.
 
-    Args:
-        net: score network, trained in place.
-        batch: draws a fresh batch (n, D).
-        steps: iterations.
-        lr: learning rate.
-        projections: draws v.
-        sources: what `batch` draws from, by name.
+    `sources` are the generators of the "projections" and of all that `batch` draws, fresh examples (n, D).
 
     Returns:
         The loss of each iteration, shape (steps,), float64.
@@ -55,14 +45,9 @@ def train_sliced(
 
     def loss() -> Tensor:
         x = batch()
-        v = torch.randn(x.shape, generator=projections, device=x.device, dtype=x.dtype)
-        return sliced_score_matching_vr(net, x, v).mean()
+        return sliced_score_matching_vr(net, x, standard_normal_like(x, sources["projections"])).mean()
 
-    optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
-    return fit(net, loss, optimizer, steps, {"projections": projections, **sources}).losses
-
-
-# -- sec 3.2.1: where the estimated score is right
+    return fit(net, loss, torch.optim.Adam(net.parameters(), lr=lr, fused=True), steps, sources).losses
 
 
 def log_density_quantile(q: float) -> float:
@@ -91,9 +76,9 @@ def score_error(
     far_quantile: float = 0.001,
 ) -> None:
     """Error of a score from sliced score matching near two modes and away from them."""
-    density, net, data = two_gaussians(), toy_network(run, 2, hidden), run.stream("data")
-    train_sliced(net, lambda: density.sample(batch_size, data), steps, lr, run.stream("projections"), {"data": data})
-
+    density, net = two_gaussians(), toy_network(run, 2, hidden)
+    sources = {"data": run.stream("data"), "projections": run.stream("projections")}
+    train_sliced(net, lambda: density.sample(batch_size, sources["data"]), steps, lr, sources)
     axis = torch.linspace(-BOX, BOX, GRID, device=run.device)
     x = torch.cartesian_prod(axis, axis)
     true, log_p = density.score(x), density.log_prob(x)
@@ -114,9 +99,6 @@ def score_error(
     distance = (math.sqrt(2) * at).tolist()
     curves = {name: (distance, s.sum(1).div(math.sqrt(2)).tolist()) for name, s in on_diagonal.items()}
     run.curves("score-on-the-axis", "Score along the line through both modes", axes, curves)
-
-
-# -- sec 3.1: data on a plane
 
 
 @dataclass(frozen=True)
@@ -156,14 +138,14 @@ def loss_floor(dim: int, plane_dim: int, data_sd: float, noise_sd: float) -> flo
 def manifold_losses(run: Run, s: ManifoldSettings, noise_sd: float) -> Tensor:
     """Return the losses (steps,) of the toy network on data in a plane plus noise; only the noise's size differs."""
     basis = plane(s.dim, s.plane_dim, run.stream("plane"))
-    data, noise = run.stream("data"), run.stream("noise")
+    sources = {name: run.stream(name) for name in ("data", "noise", "projections")}
 
     def batch() -> Tensor:
-        u = torch.randn(s.batch_size, s.plane_dim, generator=data, device=run.device)
-        return s.data_sd * u @ basis.T + noise_sd * torch.randn(s.batch_size, s.dim, generator=noise, device=run.device)
+        u = torch.randn(s.batch_size, s.plane_dim, generator=sources["data"], device=run.device)
+        noise = torch.randn(s.batch_size, s.dim, generator=sources["noise"], device=run.device)
+        return s.data_sd * u @ basis.T + noise_sd * noise
 
-    net, sources = toy_network(run, s.dim, s.hidden), {"data": data, "noise": noise}
-    return train_sliced(net, batch, s.steps, s.lr, run.stream("projections"), sources)
+    return train_sliced(toy_network(run, s.dim, s.hidden), batch, s.steps, s.lr, sources)
 
 
 def fluctuation(curve: np.ndarray) -> float:
@@ -192,9 +174,6 @@ def manifold(run: Run, s: ManifoldSettings) -> None:
     run.curves("loss-curve", title, axes, curves, log="y", levels={"least loss with the noise": -floor})
 
 
-# -- sec 4.2: the weights of the noise levels
-
-
 @dataclass(frozen=True)
 class LevelSettings:
     """Settings of ncsn-noise-levels: first and last noise level, network and training."""
@@ -215,8 +194,7 @@ def optimal_score(train: Tensor, sigma: float) -> GaussianMixture:
 
 def train_ncsn(run: Run, s: LevelSettings, train: Tensor, levels: int) -> NCSN:
     """Train the suite's NCSN on images (n, D) at the experiment's levels; the sampler's settings are not used."""
-    with run.initialisation():
-        net = NoiseNet(train.shape[1], s.hidden, width=s.width)
+    net = run.build(lambda: NoiseNet(train.shape[1], s.hidden, width=s.width))
     model = NCSN(net, train.shape[1], s.first, s.last, levels, 1, 1.0).to(run.device)
     model.initialise(train, run.stream("initialise"))
     batches, noise = run.stream("batches"), run.stream("noise")
@@ -232,7 +210,7 @@ def train_ncsn(run: Run, s: LevelSettings, train: Tensor, levels: int) -> NCSN:
 @torch.no_grad()
 def norm_and_loss(score: Score, x: Tensor, sigma: float, generator: torch.Generator) -> tuple[float, float]:
     """Return (mean |s|, mean 1/2 |sigma s + z|^2) at x + sigma z for images x (n, D)."""
-    z = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    z = standard_normal_like(x, generator)
     return float(score(x + sigma * z).norm(dim=1).mean()), float(denoising_score_matching(score, x, sigma, z).mean())
 
 

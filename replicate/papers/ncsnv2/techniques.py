@@ -31,12 +31,7 @@ from replicate.tasks.images import read_cifar
 class Setting:
     """The paper's settings for one image set (appendix B; the released configurations agree).
 
-    Attributes:
-        dim: D, numbers in an image.
-        begin, end: first and last noise level, for pixels in [0, 1].
-        levels: printed number of levels L.
-        steps: Langevin steps T at each level.
-        step_size: printed eps.
+    D numbers in an image; first and last noise level, for pixels in [0, 1]; L levels, T Langevin steps at each, eps.
     """
 
     dim: int
@@ -57,9 +52,6 @@ SETTINGS: Mapping[str, Setting] = {
     "celeba": Setting(64 * 64 * 3, 90.0, 0.01, 500, 5, 3.3e-6),
     "ffhq": Setting(256 * 256 * 3, 348.0, 0.01, 2311, 3, 0.9e-6),
 }
-
-
-# -- technique 2: the number of noise levels
 
 
 def overlap_of(ratio: float, dim: int) -> float:
@@ -95,9 +87,6 @@ def solve_levels(run: Run, *, overlap: float = 0.5) -> None:
     printed = {f"{name}, printed": float(setting.levels) for name, setting in SETTINGS.items()}
     axes = "C", "number of levels L"
     run.curves("levels", "Noise levels that technique 2 asks for", axes, curves, log="y", levels=printed)
-
-
-# -- technique 4: the step size
 
 
 def variance_ratio(fraction: float, ratio: float, steps: int) -> float:
@@ -144,8 +133,6 @@ def solve_step_size(run: Run) -> None:
     run.curves("variance", title, ("step size (squared pixel units)", "ratio"), curves, log="x")
 
 
-# -- technique 1: the first noise level, with exact scores
-
 IMAGE_FILE = "cifar-10/test_batch.bin"
 
 
@@ -155,8 +142,7 @@ def read_images() -> Tensor:
     Raises:
         UsageError: the folder is not set, the file is not there, or it is another file.
     """
-    images, _ = read_cifar(IMAGE_FILE)
-    return images.float() / 255
+    return read_cifar(IMAGE_FILE)[0].float() / 255
 
 
 def mixture_score(images: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
@@ -185,11 +171,7 @@ def sample_mixture(
 ) -> Tensor:
     """Draw n samples (n, D) of the mixture by annealed Langevin dynamics from uniform noise, denoised at the end.
 
-    Args:
-        images: (N, D), pixels in [0, 1].
-        sigmas: noise levels, decreasing, shape (L,).
-        steps: T at each level.
-        step_size: eps in the paper's convention.
+    `images` (N, D) have pixels in [0, 1]; T = `steps` at each of the decreasing levels, eps in the paper's convention.
     """
     start = torch.rand(n, images.shape[1], generator=generator, device=images.device)
     centre = images.mean(0)  # rounding: logits of centred images are smaller
@@ -240,9 +222,6 @@ def first_level(run: Run, s: FirstLevelSettings) -> None:
     run.curves("distances", "Distances between pairs, by quantile", ("share of pairs", "distance"), curves)
 
 
-# -- table 1: the last denoising step
-
-
 ABOUT = "the last denoising step of annealed Langevin dynamics, on digits"
 SMOKE = {"samples": 200, "training_steps": 25}
 
@@ -264,10 +243,9 @@ def last_step(
     ncsn = model.inner
     assert isinstance(ncsn, NCSN)
     plain, denoised = (list(map(model.transform.inverse, x)) for x in _ends(ncsn, samples, run.stream("sample")))
-    features = digit_features(task)
+    features, chains = digit_features(task), {"plain": plain, "denoised": denoised}
     real = features.features(task.test)
     with torch.no_grad():
-        chains = {"plain": plain, "denoised": denoised}
         distances = {k: [frechet(features.features(x.cpu()), real) for x in ends] for k, ends in chains.items()}
     sigmas = ncsn.sigmas.tolist()
     sigma = visible_steps / float(task.train.var(0).mean().sqrt())

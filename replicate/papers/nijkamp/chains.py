@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from replicate.errors import TrainingError
 from replicate.experiments import Plot, Run, experiment
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.likelihood.estimator import Effort, log_likelihood
-from replicate.metrics.features import FeatureClassifier, feature_quality
+from replicate.metrics.features import feature_quality
 from replicate.model import Estimate, LogLikelihood, Training
 from replicate.runs.evaluate import task_features
 from replicate.runs.experiment import MAX_PIXELS
@@ -48,16 +48,10 @@ STOPS, ROW = 20, 20
 
 @dataclass(frozen=True)
 class Settings:
-    """How the two energies are trained and sampled.
+    """How the two energies, both of `ConvEBM`, are trained and sampled.
 
-    Attributes:
-        width, layers, chains, langevin_sd, temperature, noise, penalty: of `ConvEBM`, for both methods.
-        batch_size, lr, weight_decay, ema: of training.
-        restart: probability that a replayed chain starts again from noise.
-        fresh_updates, replay_updates: of the weights.
-        fresh_steps, replay_steps: K, Langevin steps before each update.
-        samples: of every kind.
-        long_run: further steps of the samples.
+    `restart` is the probability that a replayed chain starts again from noise. The `steps` are K, Langevin steps before
+    each update of the weights; `samples` of every kind take `long_run` further steps.
     """
 
     width: int = 8
@@ -133,36 +127,23 @@ def energies(model: ConvEBM, x: Tensor) -> Tensor:
     return torch.cat([model.energy(part) for part in x.split(1000)])
 
 
-@dataclass(frozen=True)
 class Study:
     """The images of one task, the classifier that judges samples, and the samples and long runs so far.
 
-    Attributes:
-        levels: grey levels of the images.
-        real: features of the test images.
-        images: in levels, by variant.
-        energies: by method, (steps, mean energy minus that of data in nats) along the long run.
+    At first the classifier is trained, and the scores of a perfect sampler and of a Gaussian are measured. `images` are
+    in levels, by variant; `energies` by method, (steps, mean energy minus that of data in nats) along the long run.
     """
 
-    run: Run
-    s: Settings
-    task: Task
-    levels: int
-    judge: FeatureClassifier
-    real: Tensor
-    images: dict[str, Tensor] = field(default_factory=dict)
-    energies: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
-
-    @staticmethod
-    def of(run: Run, s: Settings, task: Task) -> Study:
-        """Train the classifier, and measure the scores of a perfect sampler and of a Gaussian."""
-        judge, levels = task_features(task), task.info.levels
-        assert levels is not None
-        study = Study(run, s, task, levels, judge, judge.features(task.test))
-        run.classifiers[task.name] = judge.sha256
-        study.look("data", task.valid[: s.samples])
-        study.look("gaussian", study.gaussian())
-        return study
+    def __init__(self, run: Run, s: Settings, task: Task) -> None:
+        assert task.info.levels is not None
+        self.run, self.s, self.task, self.levels = run, s, task, task.info.levels
+        self.images: dict[str, Tensor] = {}
+        self.energies: dict[str, tuple[list[float], list[float]]] = {}
+        self.judge = task_features(task)
+        self.real = self.judge.features(task.test)
+        run.classifiers[task.name] = self.judge.sha256
+        self.look("data", task.valid[: s.samples])
+        self.look("gaussian", self.gaussian())
 
     def pixels(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Dequantise integers x (n, D) to [-1, 1]."""
@@ -212,12 +193,9 @@ class Study:
         """
         s, device = self.s, self.run.device
         updates, steps, restart = s.method(name)
-        with self.run.initialisation():
-            chains = (s.chains, steps, s.langevin_sd, restart, s.temperature, s.noise, s.penalty)
-            model = ConvEBM(self.task.info, ConvSettings(s.width, s.layers, *chains)).to(device)
-        settings = Training(
-            steps=updates, batch_size=s.batch_size, lr=s.lr, schedule="constant", weight_decay=s.weight_decay, ema=s.ema
-        )
+        chains = (s.chains, steps, s.langevin_sd, restart, s.temperature, s.noise, s.penalty)
+        model = self.run.build(lambda: ConvEBM(self.task.info, ConvSettings(s.width, s.layers, *chains)))
+        settings = Training(updates, s.batch_size, s.lr, schedule="constant", weight_decay=s.weight_decay, ema=s.ema)
         data, valid = self.task.train.to(device), self.task.valid.to(device)
         train(model, data, valid, settings, self.run.streams, self.pixels)
         return model
@@ -259,8 +237,8 @@ class Study:
         self.run.measure("ais_gap:tilted", Estimate(gap, stderr, "estimate", "nats", low.n))
         if abs(gap) > WIDEST:
             reason = f"the two ends of the bracket of log Z are {gap:.1f} nats apart, more than {WIDEST:.0f}"
-            self.run.omit("nll:tilted", reason)
-            self.run.omit("bits_per_dim:tilted", reason)
+            for metric in ("nll:tilted", "bits_per_dim:tilted"):
+                self.run.omit(metric, reason)
             return
         nll = -log_p.mean()
         self.run.measure("nll:tilted", nll)
@@ -287,7 +265,7 @@ FULL: dict[str, Any] = {"family": "ebm", "seeds": 3, "profiles": ("full",)}
 @experiment("conv-ebm-digits", about=ABOUT_DIGITS, **FULL, tasks=("digits",))
 def on_digits(run: Run, s: Settings) -> None:
     """Measure fresh chains and replayed ones on the 8x8 digits."""
-    study = Study.of(run, s, digits())
+    study = Study(run, s, digits())
     for name in METHODS:
         study.chains(name)
     study.draw()
@@ -296,7 +274,7 @@ def on_digits(run: Run, s: Settings) -> None:
 @experiment("conv-ebm-mnist", about=ABOUT_MNIST, **FULL, files=FILES["mnist"], cuda_minutes=9)
 def on_mnist(run: Run, s: TiltedSettings) -> None:
     """Measure both on MNIST, and the tilted Gaussian with a bracket of log Z."""
-    study = Study.of(run, s, mnist())
+    study = Study(run, s, mnist())
     for name in METHODS:
         study.chains(name)
     study.tilted(s)

@@ -19,7 +19,6 @@ Tubaro 1990 (Stoch. Anal. Appl. 8), the first one in eps.
 from pathlib import Path
 
 from replicate.experiments import Paper
-from replicate.papers.roberts.chains import check_chains
-from replicate.papers.roberts.kernel import kernel_bias
+from replicate.papers.roberts.langevin import check_chains, kernel_bias
 
 PAPER = Paper("roberts", Path(__file__).with_name("claims.toml"), experiments=(kernel_bias, check_chains))

@@ -73,9 +73,7 @@ class Recipe:
 def centred(step: Machine, visible: Tensor, hidden: Tensor) -> Machine:
     """Return the step of the machine whose energy is in v - visible and h - hidden, for the plain machine's parameters.
 
-    Args:
-        step: difference of statistics, minus the weight cost, if any, of its weights.
-        visible, hidden: the offsets mu (D,) and lambda (H,).
+    The step is a difference of statistics, minus any weight cost; the offsets are mu (D,) and lambda (H,).
     """
     weights = step.weights - torch.outer(visible, step.hidden) - torch.outer(step.visible, hidden)
     return Machine(weights, step.visible - weights @ hidden, step.hidden - visible @ weights)
@@ -125,8 +123,7 @@ def anneal(
 ) -> Bracket:
     """Anneal forward and in reverse between the base rates of `rows` and the machine, in float64.
 
-    Args:
-        start: model samples (chains, D) for the reverse run; by default those of a long run of the model's own sampler.
+    The reverse run starts at the model samples `start` (chains, D), by default those of the model's own long run.
     """
     g = run.stream(f"annealing-{len(machine.hidden)}")
     with run.initialisation():

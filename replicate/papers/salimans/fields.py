@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from replicate.likelihood.quadrature import log_z
 from replicate.metrics.divergences import fisher_divergence
 from replicate.model import Estimate
 from replicate.resume import State, resumable
-from replicate.sampling.langevin import ula
+from replicate.sampling.langevin import standard_normal_like, ula
 from replicate.score_based import matching
 from replicate.score_based.matching import Score
 from replicate.score_based.networks import EnergyScore, FreeScore
@@ -103,8 +104,7 @@ def circulation(score: Score, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return line_integral(score, a, b) + line_integral(score, b, c) + line_integral(score, c, a)
 
 
-@dataclass(frozen=True)
-class Trained:
+class Trained(NamedTuple):
     """Fisher divergence and asymmetry at LOOKS `updates` of a training, and processor time of its updates alone."""
 
     updates: list[int]
@@ -122,13 +122,9 @@ def operations(net: nn.Module, x: Tensor, sigma: float) -> Estimate:
 
 
 def train(run: Run, s: Settings, net: nn.Module, data: Tensor, truth: GaussianMixture, watch: Tensor) -> Trained:
-    """Train by denoising score matching and Adam, the rate falling to 0 along half a cosine.
+    """Train a field in place by denoising score matching and Adam, the rate falling to 0 along half a cosine.
 
-    Args:
-        net: the field; trained in place.
-        data: clean, shape (n, D).
-        truth: the noised density.
-        watch: noised points at which the training is looked at, shape (m, D).
+    `data` (n, D) are clean, `truth` is the noised density, and `watch` (m, D) are noised points to look at.
     """
     optimizer = torch.optim.Adam(net.parameters(), lr=s.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, s.updates)
@@ -141,8 +137,7 @@ def train(run: Run, s: Settings, net: nn.Module, data: Tensor, truth: GaussianMi
     for step in resumable("denoising score matching", s.updates, state):
         begin = time.process_time()
         x = next(batches)
-        z = torch.randn(x.shape, generator=noise, device=x.device)
-        loss = matching.denoising_score_matching(net, x, s.sigma, z).mean()
+        loss = matching.denoising_score_matching(net, x, s.sigma, standard_normal_like(x, noise)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -209,7 +204,7 @@ class Scaled(EnergyScore):
 
 def seen(run: Run, net: Scaled, x: Tensor, steps: int, grid: int) -> dict[str, Tensor]:
     """Return all that is compared of a network at the points x (n, 2), by name."""
-    z = torch.randn(x.shape, generator=run.stream("noise"), dtype=x.dtype, device=x.device)
+    z = standard_normal_like(x, run.stream("noise"))
     chain = ula(net, x, steps, 0.05, run.stream("chain"), record_every=1)
     assert chain.path is not None
     v = matching.rademacher(x, run.stream("signs"))

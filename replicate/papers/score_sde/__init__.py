@@ -22,13 +22,9 @@ residuals from the nearest mode to the component that they belong to, which is k
 from pathlib import Path
 
 from replicate.experiments import ModelRuns, Paper
-from replicate.papers.score_sde.exact import identities
 from replicate.papers.score_sde.images import DIFFUSIONS
-from replicate.papers.score_sde.samplers import exact_mixture, trained_digits
+from replicate.papers.score_sde.samplers import exact_mixture, identities, trained_digits
 
-PAPER = Paper(
-    "score_sde",
-    Path(__file__).with_name("claims.toml"),
-    experiments=(exact_mixture, trained_digits, identities, *DIFFUSIONS),
-    model_runs={"full": (ModelRuns(("sde-vp", "sde-subvp"), ("digits",), 3),)},
-)
+EXPERIMENTS = (exact_mixture, trained_digits, identities, *DIFFUSIONS)
+RUNS = {"full": (ModelRuns(("sde-vp", "sde-subvp"), ("digits",), 3),)}
+PAPER = Paper("score_sde", Path(__file__).with_name("claims.toml"), EXPERIMENTS, model_runs=RUNS)

@@ -1,4 +1,4 @@
-"""Tables 1 and 2 and figure 3, with the exact score of a mixture and with one network trained on the 8x8 digits."""
+"""Tables 1 and 2 and figure 3, with the exact score of a mixture and with one network on the 8x8 digits; identities."""
 
 from __future__ import annotations
 
@@ -17,15 +17,113 @@ from replicate.experiments.image_scores import frechet_to_train
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.likelihood.ode import ode_log_prob
 from replicate.metrics.samples import mode_weight_error
-from replicate.model import Estimate
-from replicate.papers.score_sde.exact import MixtureDiffusion
+from replicate.model import Estimate, Model
 from replicate.runs.spec import make_spec
 from replicate.runs.subjects import train_model
 from replicate.sampling.predictor_corrector import Corrector, ScoreAt, predictor_corrector
 from replicate.score_based.bound import variational_bound
 from replicate.score_based.diffusion import DiffusionModel
-from replicate.sde import SDE, VE, VP
-from replicate.tasks.densities import GaussianMixture, mixture
+from replicate.sde import SDE, VE, VP, SubVP
+from replicate.tasks.densities import GaussianMixture, eight_gaussians, mixture
+
+
+class MixtureDiffusion(Model):
+    """A Gaussian mixture noised by an SDE: p_t is a mixture too, sum_k w_k N(s mu_k, s^2 Sigma + sigma^2 I).
+
+    Everything is computed in the eigenbasis of Sigma, in the dtype of x, and is differentiable.
+    """
+
+    family = "score"
+    capabilities = frozenset({"diffusion"})
+
+    def __init__(self, truth: GaussianMixture, sde: SDE, device: torch.device) -> None:
+        super().__init__()
+        self.sde = sde
+        variance, basis = torch.linalg.eigh(truth.covariance)
+        parts = (variance, basis, truth.means @ basis, truth.weights.log())
+        self._parts = {dtype: tuple(p.to(device, dtype) for p in parts) for dtype in (torch.float32, torch.float64)}
+
+    def _joint(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(log w_k N(x; k) (n, K), x in the basis (n, D), s (n or 1, 1), variances (n or 1, D)) at times t (n,)."""
+        own_variance, basis, centres, log_weights = self._parts[x.dtype]
+        t = t[:1] if t.stride(0) == 0 else t  # one time for all rows, expanded: its parameters are computed once
+        scale, std = (v[:, None].to(x.dtype) for v in self.sde.marginal(t.double()))
+        w = x @ basis
+        variance = scale.square() * own_variance + std.square()
+        square = (w.square() / variance).sum(-1, keepdim=True)
+        cross = (w * (scale / variance)) @ centres.T
+        own = (scale.square() / variance) @ centres.square().T
+        log_norm = 0.5 * (2 * math.pi * variance).log().sum(-1, keepdim=True)
+        return log_weights - 0.5 * (square - 2 * cross + own) - log_norm, w, scale, variance
+
+    def log_prob_at(self, x: Tensor, t: Tensor) -> Tensor:
+        """Log p_t(x) in nats (n,) at x (n, D), t (n,)."""
+        return self._joint(x, t)[0].logsumexp(-1)
+
+    def score_at(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return grad log p_t(x), shape (n, D)."""
+        _, basis, centres, _ = self._parts[x.dtype]
+        log_joint, w, scale, variance = self._joint(x, t)
+        return ((scale * (log_joint.softmax(-1) @ centres) - w) / variance) @ basis.T
+
+
+def measure_variances(run: Run, count: int) -> None:
+    """Compare the paper's variance equations (appendix B), integrated, with each other and with the SDE classes.
+
+    dV/dt = beta (1 - V) for VP and dV/dt = beta (1 - exp(-2 B) - V) for sub-VP, from the same V(0); sub-VP <= VP for
+    every V(0), and sub-VP = VP^2 for V(0) = 0.
+    """
+    vp, sub = VP(), SubVP()
+    grid = np.linspace(0, 1, count)
+    beta_min, slope = vp.beta_min, vp.beta_max - vp.beta_min
+
+    def change(t: float, v: np.ndarray) -> np.ndarray:
+        beta, integral = beta_min + slope * t, beta_min * t + 0.5 * slope * t**2
+        half = len(v) // 2
+        return beta * np.concatenate([1 - v[:half], -np.expm1(-2 * integral) - v[half:]])
+
+    first = np.array([0.0, 0.5, 1.0, 4.0])
+    solved = solve_ivp(change, (0, 1), np.tile(first, 2), method="DOP853", t_eval=grid, rtol=1e-12, atol=1e-14)
+    of_vp, of_sub = solved.y[:4], solved.y[4:]
+    t = torch.from_numpy(grid)
+    kernel = [sde.marginal(t)[1].square().numpy() for sde in (vp, sub)]
+    found = {
+        "variance_excess": np.max(of_sub - of_vp),
+        "square_error": np.max(np.abs(of_sub[0] - of_vp[0] ** 2)),
+        "variance_error:vp": np.max(np.abs(kernel[0] - of_vp[0])),
+        "variance_error:subvp": np.max(np.abs(kernel[1] - of_sub[0])),
+    }
+    run.measure_all({k: Estimate.exact(v, "variance", count) for k, v in found.items()})
+    curves = {"VP": (grid.tolist(), of_vp[0].tolist()), "sub-VP": (grid.tolist(), of_sub[0].tolist())}
+    run.curves("variance", "Variance of the perturbation kernel", ("t", "variance"), curves)
+
+
+def measure_flow_errors(run: Run, grid: int, steps: int) -> None:
+    """Measure the largest |log p by the flow - log p| over a grid, with the exact score of eight Gaussians on a circle.
+
+    The horizon is so long that the data are forgotten: what the paper's own horizon leaves is `horizon_error`.
+    """
+    truth, axis = eight_gaussians(), torch.linspace(-6, 6, grid, dtype=torch.float64, device=run.device)
+    x = torch.cartesian_prod(axis, axis)
+    long = {"ve": VE(0.01, 1e6), "vp": VP(beta_max=60.0, t_min=1e-3), "subvp": SubVP(beta_max=60.0, t_min=0.03)}
+    cases = {f"log_prob_error:{k}": v for k, v in long.items()} | {"horizon_error:vp": VP(t_min=1e-3)}
+    for name, sde in cases.items():
+        exact = MixtureDiffusion(truth, sde, run.device)
+        t = torch.full_like(x[:, 0], sde.t_min)
+        scale, _ = sde.marginal(t)
+        answer = exact.log_prob_at(scale[:, None] * x, t) + x.shape[1] * scale.log()
+        flow = ode_log_prob(exact, x, run.stream("unused"), steps=steps)
+        run.measure(name, Estimate.exact((flow.values - answer).abs().max(), "nats", len(x)))
+
+
+@experiment(
+    "score-sde-identities", family="score", seeds=1, precision="float64", smoke={"times": 51, "grid": 5, "steps": 40}
+)
+def identities(run: Run, *, times: int = 501, grid: int = 13, steps: int = 200) -> None:
+    """sub-VP variance below VP's, and the probability flow's exact log p."""
+    measure_variances(run, times)
+    measure_flow_errors(run, grid, steps)
+
 
 #: tolerances of figure 3 (absolute and relative) and the evaluations that it prints for CIFAR-10
 PRINTED_NFE = {"1e-5": 548, "1e-3": 86, "1e-1": 14}
@@ -43,8 +141,7 @@ def sample(
 ) -> Tensor:
     """Draw n samples (n, D) by a row of table 1 with `nfe` evaluations and a last one that denoises."""
     share, corrector_steps, predict = SAMPLERS[name]
-    steps = max(1, int(nfe * share))
-    corrector = Corrector(corrector_steps, snr, predict)
+    steps, corrector = max(1, int(nfe * share)), Corrector(corrector_steps, snr, predict)
     return predictor_corrector(score_at, sde, (n, dim), steps, corrector, generator).samples
 
 
@@ -52,10 +149,7 @@ def sample(
 def adaptive_flow(score_at: ScoreAt, sde: SDE, x: Tensor, tolerance: float) -> tuple[Tensor, int]:
     """Solve the probability flow (eq. 13) from t_max to t_min by RK45, absolute and relative tolerance alike.
 
-    As in the paper the batch is one system, whose error is a mean over it.
-
-    Args:
-        x: draws of the prior, shape (n, D).
+    As in the paper the batch x (n, D) of draws of the prior is one system, whose error is a mean over it.
 
     Returns:
         (states at t_min (n, D) in x's dtype, evaluations of the score).
@@ -83,8 +177,7 @@ def measure_tolerances(run: Run, score_at: ScoreAt, sde: SDE, x: Tensor, quality
         run.measure(f"nfe:{name}", Estimate.exact(nfe, "score evaluations"))
         run.measure(f"frechet:{name}", quality(samples))
         run.measure(f"displacement:{name}", Estimate.mean_of(moved, "estimate", "distance"))
-    ours = [run.estimates[f"nfe:{name}"].value for name in PRINTED_NFE]
-    x_axis = [float(name) for name in PRINTED_NFE]
+    ours, x_axis = [run.estimates[f"nfe:{name}"].value for name in PRINTED_NFE], [float(name) for name in PRINTED_NFE]
     curves = {"ours": (x_axis, ours), "printed, CIFAR-10": (x_axis, [float(nfe) for nfe in PRINTED_NFE.values()])}
     title = "Evaluations of the probability flow by tolerance"
     run.curves("tolerance", title, ("tolerance", "score evaluations"), curves, log="xy")
@@ -97,8 +190,7 @@ def mixture_distance(truth: GaussianMixture, x: Tensor) -> Estimate:
     D / n + D (D + 1) / (8 n). The standard error is that of its first order.
     """
     x = x.double()
-    centres = truth.means.to(x.device)[truth.mode_of(x)]
-    factor = truth.factor.to(x.device)
+    centres, factor = truth.means.to(x.device)[truth.mode_of(x)], truth.factor.to(x.device)
     residual = torch.linalg.solve_triangular(factor, (x - centres).T, upper=False).T
     centred = residual - residual.mean(0)
     values, basis = torch.linalg.eigh(torch.cov(residual.T))
@@ -109,12 +201,6 @@ def mixture_distance(truth: GaussianMixture, x: Tensor) -> Estimate:
     return Estimate(float(distance), stderr, "estimate", "squared standard deviations", len(x))
 
 
-def best_snr(truth: GaussianMixture, draw: Callable[..., Tensor], chains: int) -> float:
-    """Return the r whose samples are nearest; these are chains of their own, not the reported ones."""
-    pilots = {r: draw(chains // len(SNRS), snr=r) for r in SNRS}
-    return min(SNRS, key=lambda r: mixture_distance(truth, pilots[r]).value)
-
-
 def measure_samplers(run: Run, truth: GaussianMixture, nfe: int, chains: int) -> None:
     """Compare P, PC and C on VE and VP with exact scores, at `nfe` evaluations and at a quarter of them."""
     generator = run.stream("samplers")
@@ -122,8 +208,10 @@ def measure_samplers(run: Run, truth: GaussianMixture, nfe: int, chains: int) ->
     for sde_name, sde in EXACT_SDES.items():
         score_at = MixtureDiffusion(truth, sde, run.device).score_at
         for name in SAMPLERS:
-            draw = partial(sample, name, score_at, sde, dim=truth.dim, generator=generator)
-            snr = SNR if name == "p" else best_snr(truth, partial(draw, nfe=nfe), chains)
+            draw, snr = partial(sample, name, score_at, sde, dim=truth.dim, generator=generator), SNR
+            if name != "p":  # the r whose samples are nearest, on chains of their own and not the reported ones
+                pilots = [mixture_distance(truth, draw(chains // len(SNRS), nfe=nfe, snr=r)).value for r in SNRS]
+                snr = SNRS[pilots.index(min(pilots))]
             x = draw(chains, nfe=nfe, snr=snr)
             key, distance = f"{sde_name}-{name}", mixture_distance(truth, x)
             run.measure(f"frechet:{key}", distance)

@@ -18,6 +18,7 @@ from replicate.registry import model_entry
 from replicate.runs.evaluate import digit_features
 from replicate.runs.seeds import Streams
 from replicate.runs.training import train
+from replicate.sampling.langevin import standard_normal_like
 from replicate.score_based.bound import mean_error
 from replicate.score_based.diffusion import DiffusionModel, LevelProposal, UniformTime, Weighting, level_range
 from replicate.score_based.networks import NoiseNet
@@ -56,12 +57,9 @@ def ddpm_levels() -> Tensor:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of training.
+    """One way of training: an SDE, the proposal of its times, as noise levels, and a weighting.
 
-    Attributes:
-        sde: the forward process.
-        times: the proposal of training times on it, as noise levels.
-        weighting: "likelihood" corrects for the proposal; "proposal" leaves every draw with weight 1.
+    "likelihood" corrects for the proposal; "proposal" leaves every draw with weight 1.
     """
 
     sde: SDE
@@ -84,19 +82,16 @@ ARMS: dict[str, Arm] = {
 #: arms whose samples are compared
 SAMPLED = ("plain", "likelihood", "importance")
 
-#: the registered model whose network and optimiser all arms share
-BASE = "sde-vp"
-
 
 def train_arm(
     run: Run, arm: Arm, task: Task, steps: int, batch: int, sample_steps: int
 ) -> tuple[Preprocessed, DiffusionModel]:
-    """Train an arm's model with the settings of the registered one on levels, without selection.
+    """Train an arm's model with the settings of the registered "sde-vp" on levels, without selection.
 
     Every arm has the same first weights, batches and dropout masks.
     """
     streams = Streams(run.streams.task, run.streams.model, run.streams.seed, run.device.type)
-    entry = model_entry(BASE)
+    entry = model_entry("sde-vp")
     overrides = entry.overrides["levels"]
     names = ("hidden", "depth", "features", "max_frequency", "width", "shrinkage", "dropout")
     with streams.initialisation():
@@ -112,18 +107,15 @@ def train_arm(
 def objective_spread(inner: DiffusionModel, z: Tensor, repeats: int, generator: torch.Generator) -> dict[str, Estimate]:
     """Measure the spread of one example's objective over draws of one time and one noise, by how the time is drawn.
 
-    One network serves both, so that their means agree and only the standard deviation differs.
-
-    Args:
-        inner: judged by its likelihood-weighted |eps - noise|^2.
-        z: examples, shape (n, D).
+    It is the likelihood-weighted |eps - noise|^2 at examples z (n, D). One network serves both, so that their means
+    agree and only the standard deviation differs.
     """
     out = {}
     for name in ("likelihood", "importance"):
         proposal, draws = ARMS[name].times(inner.sde), []
         for _ in range(repeats):
             level = proposal.sample(len(z), generator).to(z)
-            noise = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
+            noise = standard_normal_like(z, generator)
             error = (inner.net(z + level.exp()[:, None] * noise, level) - noise).square().sum(-1)
             draws.append(error / proposal.density(level))
         values = torch.cat(draws).double()

@@ -4,9 +4,9 @@ Song and Kingma 2021, "How to train your energy-based models" (2101.03288), is a
 where it fails, and prints no numbers. Here the same network, data, batches, optimizer and number of updates serve every
 method of `replicate.energies.objectives`, on densities whose truth is known:
 
-- `plane`: a crescent whose weight grows along its length is connected, so every consistent method can find it; of two
-  Gaussians of weights 1/5 and 4/5, 14 standard deviations apart, the weights are in log Z, which some methods miss;
-- `components`: linear ICA, where the exact likelihood is known in any dimension;
+- `comparison`: in the plane a crescent, connected, so that every consistent method can find it, and two Gaussians, 14
+  standard deviations apart, whose weights 1/5 and 4/5 are in log Z, which some methods miss; and linear ICA, where the
+  exact likelihood is known in any dimension;
 - `bias`: the fixed point of contrastive divergence for a Gaussian model of data that are not Gaussian, computed exactly
   from the transition matrix of a Metropolis chain on a grid: its bias without any learning rate or sampling error;
 - `bits`, `digits`: a restricted Boltzmann machine with exact log Z and a neural energy with a bracketed one, on images.
@@ -23,9 +23,8 @@ from pathlib import Path
 from replicate.experiments import Paper
 from replicate.papers.song_kingma.bias import cd_bias
 from replicate.papers.song_kingma.bits import trained_on_bits
-from replicate.papers.song_kingma.components import independent_components
+from replicate.papers.song_kingma.comparison import MODES, PLANE, independent_components
 from replicate.papers.song_kingma.digits import trained_on_digits
-from replicate.papers.song_kingma.plane import MODES, PLANE
 
 EXPERIMENTS = (PLANE, MODES, independent_components, cd_bias, trained_on_bits, trained_on_digits)
 PAPER = Paper("song_kingma", Path(__file__).with_name("claims.toml"), EXPERIMENTS)

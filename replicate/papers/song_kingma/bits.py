@@ -60,9 +60,7 @@ class Settings:
 class CentredMachine(nn.Module):
     """A Bernoulli RBM whose units enter the interaction minus the data's rates and 1/2; starts as independent bits.
 
-    Args:
-        train: bits (n, D), for the rates.
-        hidden: number of hidden units H.
+    The rates are those of the bits `train` (n, D); there are `hidden` hidden units.
     """
 
     offset: Tensor
@@ -101,12 +99,13 @@ class CentredMachine(nn.Module):
         return -self(x).double() - self.log_z()
 
 
-class ReferenceNoise(objectives.Noise):
-    """One of the suite's references, which `initialise` fits, as noise: known density, drawn from directly."""
+class MixtureNoise(objectives.Noise):
+    """The suite's mixture of Bernoullis, which `initialise` fits, as noise: known density, drawn from directly."""
 
-    def __init__(self, reference: Model) -> None:
+    def __init__(self, machine: CentredMachine, components: int) -> None:
         super().__init__()
-        self.reference = reference
+        info = DataInfo(len(machine.visible), "bits", 2)
+        self.reference: Model = model_entry("mixture-em").build(info, components=components)
 
     def fit(self, train: Tensor, generator: torch.Generator) -> None:
         self.reference.initialise(train, generator)
@@ -126,16 +125,10 @@ METHODS: dict[str, Callable[[CentredMachine, Settings], objectives.Objective]] =
     "pcd": lambda machine, s: objectives.PersistentCD(block_gibbs(machine), 1, s.batch, FactorisedBernoulli()),
     "short-run": lambda machine, s: objectives.ShortRun(block_gibbs(machine), 10, FactorisedBernoulli()),
     "nce": lambda machine, s: objectives.NoiseContrastive(FactorisedBernoulli(), s.ratio),
-    "nce-mixture": lambda machine, s: objectives.NoiseContrastive(
-        _mixture(len(machine.visible), s.components), s.ratio
-    ),
+    "nce-mixture": lambda machine, s: objectives.NoiseContrastive(MixtureNoise(machine, s.components), s.ratio),
     "cnce": lambda machine, s: BitFlipContrastive(s.flip_rate, s.ratio),
     "ratio-matching": lambda machine, s: RatioMatching(),
 }
-
-
-def _mixture(dim: int, components: int) -> objectives.Noise:
-    return ReferenceNoise(model_entry("mixture-em").build(DataInfo(dim, "bits", 2), components=components))
 
 
 def products(dim: int, s: Settings) -> dict[str, float]:
@@ -194,17 +187,10 @@ def cd_biases(machine: Machine, rows: Tensor, sweeps: int, copies: int, generato
     """Estimate the root mean square of (expected CD-k update - exact gradient) for k = 1, .., `sweeps`.
 
     It is over weights and biases. The difference of the two is the model's E[v h'], E[v], E[h] minus the same of chains
-    of k sweeps from the data. Its square is the product of estimates from two independent sets of chains, which
-    sampling noise does not inflate.
-
-    Args:
-        machine: at which the two are compared; float64.
-        rows: the data (n, D), float64.
-        copies: chains from each row, in each of the two sets.
+    of k sweeps from the data (n, D), float64 as the machine. Its square is the product of estimates from two
+    independent sets of chains, `copies` from each row, which sampling noise does not inflate.
     """
-    exact = flat(model_statistics(machine))
-    v = rows.repeat(2, copies, 1)
-    found = []
+    exact, v, found = flat(model_statistics(machine)), rows.repeat(2, copies, 1), []
     for _ in range(sweeps):
         v = machine.gibbs(v, 1, generator)
         first, second = (flat(machine.statistics(part)) - exact for part in v)

@@ -30,14 +30,8 @@ CHUNK = 500
 class Expansion(NamedTuple):
     """phi(x + t v) around t = 0: first derivatives along K directions v per example, second ones along the last C.
 
-    Only the sum of the second derivatives is needed, and only the sum is carried: layers are linear in them. All
-    networks are evaluated at once, P of them.
-
-    Attributes:
-        value: phi (P, n, H).
-        first: derivatives in t at 0, (P, n, K, H).
-        second: the sum of the second derivatives, (P, n, H).
-        curved: C.
+    Value (P, n, H), first derivatives (P, n, K, H), the sum of the second ones (P, n, H), and C. Only the sum is
+    needed, and only the sum is carried: layers are linear in them. All P networks are evaluated at once.
     """
 
     value: Tensor
@@ -105,13 +99,9 @@ class Features(nn.Module):
 
 
 class Kernels(NamedTuple):
-    """k(x, z_m) = sum_p w_p exp(-|phi_p(x) - c_pm|^2 / (2 l_p)) around the expansion of phi.
+    """k(x, z_m) = sum_p w_p exp(-|phi_p(x) - c_pm|^2 / (2 l_p)) around the expansion of phi, of P networks.
 
-    Attributes:
-        phi: of P networks.
-        centres: c (P, M, H).
-        width: l (P, 1, 1).
-        each: the P terms of k, (P, n, M).
+    The centres are c (P, M, H), the width is l (P, 1, 1), and `each` are the P terms of k, (P, n, M).
     """
 
     phi: Expansion
@@ -152,9 +142,7 @@ class Kernels(NamedTuple):
 class DeepKernelFamily(nn.Module):
     """log p(x) = sum_m alpha_m k(x, z_m) - |x|^2 / 8 up to log Z.
 
-    Args:
-        inducing: z at the start, shape (M, D).
-        hidden: H, units per layer and features per kernel.
+    The z (M, D) start at the `inducing` points; H = `hidden` units per layer and features per kernel.
     """
 
     alpha: Tensor
@@ -183,20 +171,10 @@ class DeepKernelFamily(nn.Module):
         return k @ self.alpha - 0.5 * x.square().sum(1) / BASE_VARIANCE
 
 
-# --- objectives, as quadratic functions of alpha ---------------------------------------------------------------------
-
-
 class Slices(NamedTuple):
     """weight sum_k (v_k's - target_k)^2 / 2 over the first K' directions + sum_k v_k'(ds/dx)v_k over the last C.
 
-    All objectives share this form.
-
-    Attributes:
-        x: points at which the score s is taken, (n, D).
-        v: directions, (n, K, D).
-        target: (n, K').
-        curved: C.
-        weight: of the first sum.
+    All objectives share this form: points x (n, D), directions v (n, K, D), targets (n, K'), and C.
     """
 
     x: Tensor

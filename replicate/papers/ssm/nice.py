@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from replicate.experiments import Check, Run, experiment, fit
 from replicate.experiments.batches import Minibatches
 from replicate.model import Estimate
 from replicate.resume import State, resumable
+from replicate.sampling.langevin import standard_normal_like
 from replicate.score_based import matching
 from replicate.score_based.networks import mlp, score_of
 from replicate.tasks.digits import digits
@@ -35,13 +37,7 @@ CLIP = 1e-3
 
 
 class NICE(nn.Module):
-    """Additive couplings and a diagonal scale to a standard normal.
-
-    Args:
-        dim: D, even.
-        hidden: units per hidden layer.
-        depth: hidden layers per coupling.
-    """
+    """Additive couplings, `depth` hidden layers each, and a diagonal scale to a standard normal of even dimension D."""
 
     order: Tensor
 
@@ -132,36 +128,23 @@ def sliced(objective: Callable[[matching.Score, Tensor, Tensor], Tensor]) -> Obj
     return lambda net, x, draws: objective(net.score, x, matching.rademacher(x, draws))
 
 
-def denoising(sigma: float) -> Objective:
-    """Return denoising score matching with noise of standard deviation sigma, in logits."""
-
-    def objective(net: NICE, x: Tensor, draws: torch.Generator) -> Tensor:
-        z = torch.randn(x.shape, generator=draws, device=x.device)
-        return matching.denoising_score_matching(net.score, x, sigma, z)
-
-    return objective
+def denoising(net: NICE, x: Tensor, draws: torch.Generator, *, sigma: float) -> Tensor:
+    """Return the denoising score matching loss with noise of standard deviation sigma, in logits."""
+    return matching.denoising_score_matching(net.score, x, sigma, standard_normal_like(x, draws))
 
 
 OBJECTIVES: Mapping[str, Objective] = {
     "mle": lambda net, x, draws: -net.log_prob(x),
     "ssm-vr": sliced(matching.sliced_score_matching_vr),
     "ssm": sliced(matching.sliced_score_matching),
-    "dsm-0.10": denoising(0.10),
-    "dsm-1.74": denoising(1.74),
+    "dsm-0.10": partial(denoising, sigma=0.10),
+    "dsm-1.74": partial(denoising, sigma=1.74),
 }
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of both experiments, by default those on the small digits.
-
-    Attributes:
-        data: one of `SOURCES`.
-        hidden, depth: units per hidden layer, and hidden layers per coupling.
-        epochs, batch: of training.
-        validate_every: epochs between two validation losses.
-        test_images: how many are measured.
-    """
+    """Settings of both experiments, by default those on the small digits; they validate every so many epochs."""
 
     data: str = "digits"
     hidden: int = 64
@@ -190,9 +173,7 @@ def train(
 ) -> list[tuple[int, float]]:
     """Train by Adam, keep the weights with the least validation loss, and return (step, validation loss).
 
-    Args:
-        lr: Adam's learning rate.
-        draws: for the order of the examples, dequantisation and the objective.
+    The draws are for the order of the examples, dequantisation and the objective.
     """
     batches = Minibatches(images.train, s.batch, draws)
 
@@ -200,10 +181,8 @@ def train(
         return objective(net, to_logits(levels, images.levels, draws), draws)
 
     def validation_loss() -> float:
-        total = 0.0
-        for part in images.validation.split(s.batch):
-            total += float(loss_of(part).detach().sum())
-        return total / len(images.validation)
+        losses = (float(loss_of(part).detach().sum()) for part in images.validation.split(s.batch))
+        return sum(losses) / len(images.validation)
 
     optimizer = torch.optim.Adam(net.parameters(), lr=lr)
     check = Check(s.validate_every * len(batches), validation_loss)

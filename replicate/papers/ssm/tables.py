@@ -1,10 +1,10 @@
-"""Deep kernel exponential families on tables of the UCI repository, by training objective (Fig. 1).
+"""Deep kernel exponential families on tables of the UCI repository, by training objective (Fig. 1), and their log Z.
 
 Deviations: the table is split so that equal rows stay together, by a permutation of each seed; the ridge is chosen at
 the end on a grid of powers of ten, not by 1000 gradient steps; denoising score matching has one noise level per table,
 from a grid by the exact validation loss on other splits; the validation loss is computed every fifty steps; kernels are
 trained in float32, alpha and the reported losses are computed in float64; the log-likelihood takes log Z from annealed
-importance sampling with the printed proposal N(0, 2 I).
+importance sampling with the printed proposal N(0, 2 I). A known density compares it with plain importance sampling.
 """
 
 from __future__ import annotations
@@ -21,11 +21,113 @@ from torch import Tensor, nn
 
 from replicate.experiments import Check, Experiment, Run, experiment, fit
 from replicate.likelihood.ais import ais, schedule
-from replicate.model import Estimate
+from replicate.model import Estimate, Model
 from replicate.papers.ssm import kernel
 from replicate.papers.ssm.kernel import DeepKernelFamily, Objective, objective_over, quadratic_over
-from replicate.papers.ssm.partition import GaussianPath
+from replicate.sampling.langevin import mala
+from replicate.score_based.matching import Score
 from replicate.tasks import tables
+from replicate.tasks.densities import GaussianMixture
+
+#: log f at points (n, D), up to a constant, (n,)
+LogDensity = Callable[[Tensor], Tensor]
+#: draws of plain importance sampling at a time
+CHUNK = 10_000
+
+
+class GaussianPath(Model):
+    """A geometric path from N(0, variance I) to an unnormalised density, with Metropolis-adjusted Langevin steps.
+
+    Of log f, (n, D) -> (n,), the gradient is given too; eps is the step size in x + eps/2 score + sqrt(eps) z.
+    """
+
+    family = "ebm"
+    capabilities = frozenset({"annealing"})
+
+    def __init__(self, dim: int, variance: float, log_density: LogDensity, gradient: Score, step_size: float) -> None:
+        super().__init__()
+        self.dim, self.variance, self.step_size = dim, variance, step_size
+        self.log_density, self.density_score = log_density, gradient
+
+    def base_log_z(self) -> float:
+        return 0.5 * self.dim * math.log(2 * math.pi * self.variance)
+
+    def base_sample(self, n: int, generator: torch.Generator) -> Tensor:
+        z = torch.randn(n, self.dim, generator=generator, device=generator.device, dtype=torch.float64)
+        return math.sqrt(self.variance) * z
+
+    def base_log_density(self, x: Tensor) -> Tensor:
+        """Return log of the unnormalised proposal, (n,)."""
+        return -0.5 * x.square().sum(1) / self.variance
+
+    def anneal(self, x: Tensor, beta: float, beta_next: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        increment = (beta_next - beta) * (self.log_density(x) - self.base_log_density(x))
+
+        def between(y: Tensor) -> Tensor:
+            return beta_next * self.log_density(y) + (1 - beta_next) * self.base_log_density(y)
+
+        def score(y: Tensor) -> Tensor:
+            return beta_next * self.density_score(y) - (1 - beta_next) * y / self.variance
+
+        return increment, mala(between, score, x, 1, self.step_size, generator).samples
+
+
+@torch.no_grad()
+def importance_log_z(path: GaussianPath, samples: int, draws: torch.Generator) -> tuple[float, float]:
+    """Estimate log Z in nats by sampling from the path's proposal; return it and the effective share of the draws."""
+    parts = []
+    for start in range(0, samples, CHUNK):
+        x = path.base_sample(min(CHUNK, samples - start), draws)
+        parts.append(path.log_density(x) - path.base_log_density(x))
+    log_w = torch.cat(parts)
+    total = torch.logsumexp(log_w, 0)
+    ess = torch.exp(2 * total - torch.logsumexp(2 * log_w, 0))
+    return float(total) - math.log(samples) + path.base_log_z(), float(ess) / samples
+
+
+def whitened_mixture(dim: int, components: int, draws: torch.Generator) -> GaussianMixture:
+    """Draw a normalised mixture of narrow Gaussians with mean 0 and covariance I, like a whitened table with groups.
+
+    Before whitening the means are standard normal and the variances within a component run from 0.01 to 1.
+    """
+    means = torch.randn(components, dim, generator=draws, device=draws.device, dtype=torch.float64).cpu()
+    basis, _ = torch.linalg.qr(torch.randn(dim, dim, generator=draws, device=draws.device, dtype=torch.float64).cpu())
+    within = (basis * torch.logspace(-2, 0, dim, dtype=torch.float64)) @ basis.T
+    means = means - means.mean(0)
+    whitening = torch.linalg.inv(torch.linalg.cholesky(within + means.T @ means / components))
+    weights = torch.full((components,), 1 / components, dtype=torch.float64)
+    return GaussianMixture(means @ whitening.T, whitening @ within @ whitening.T, weights)
+
+
+@experiment("ssm-partition", family="ebm", precision="float64")
+def partition_functions(
+    run: Run,
+    *,
+    dim: int = 11,
+    components: int = 3,
+    log_z: float = 3.0,
+    chains: int = 500,
+    temperatures: int = 400,
+    step_size: float = 0.05,
+) -> None:
+    """Log Z of a known 11-dimensional density by annealing from N(0, 2I) and by importance sampling from N(0, 4I)."""
+    density = whitened_mixture(dim, components, run.stream("density"))
+    evaluations = 5 * chains * temperatures  # an annealing step evaluates the density or its score five times
+    for variance in (2.0, 4.0):
+        path = GaussianPath(dim, variance, lambda x: density.log_prob(x) + log_z, density.score, step_size)
+        draws = run.stream("log-z")
+        annealed = ais(path, chains, schedule(temperatures), draws)
+        found = {
+            "annealed": (annealed.log_z.value, annealed.ess.value / chains, chains),
+            "importance": (*importance_log_z(path, evaluations, draws), evaluations),
+        }
+        for method, (value, ess_share, n) in found.items():
+            errors = {"log_z_error": value - log_z, "log_z_absolute_error": abs(value - log_z)}
+            run.measure_all(
+                {m: Estimate(e, math.nan, "estimate", "nats", n) for m, e in errors.items()}, f"{method}-{variance:.0f}"
+            )
+            run.measure(f"ess_share:{method}-{variance:.0f}", Estimate(ess_share, math.nan, "estimate", "ratio", n))
+
 
 SOURCES = {source.name: source for source in (tables.VOICES, tables.RED, tables.WHITE)}
 #: of 0.02, 0.05, 0.1, 0.2 and 0.4 the noise level of least exact validation loss on two splits that no run uses
@@ -40,16 +142,9 @@ NOISE = 0.05
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of one table.
+    """Settings of one table: the noise of denoising score matching, network, training (to `lr`), annealing (the last).
 
-    Attributes:
-        table: name of the table.
-        sigma: standard deviation of the noise of denoising score matching.
-        inducing, hidden: inducing points, and units per layer.
-        steps, patience: most steps, and steps without a smaller validation loss before training stops.
-        batch, lr: rows per step, and Adam's learning rate.
-        validate_every: steps between two validation losses.
-        chains, temperatures, step_size: of annealed importance sampling.
+    Training stops at `steps`, or after `patience` steps without a smaller validation loss, one per `validate_every`.
     """
 
     table: str
@@ -130,22 +225,16 @@ def train(model: DeepKernelFamily, objective: Objective, table: Table, s: Settin
     fit(model, loss, optimizer, s.steps, {"draws": draws}, check)
 
 
-@torch.no_grad()
-def finish(model: DeepKernelFamily, objective: Objective, table: Table, draws: torch.Generator) -> None:
-    """Compute alpha from all training rows with the ridge of least validation loss of the objective."""
-    whole = quadratic_over(model, objective, table.train, draws)
-    judge = quadratic_over(model, objective, table.validation, draws)
-    ridges = torch.arange(-8.0, 2.0, 0.5, dtype=whole.b.dtype, device=whole.b.device)
-    model.alpha.copy_(min([whole.minimiser(ridge) for ridge in ridges], key=lambda alpha: float(judge(alpha))))
-
-
 def fitted_family(run: Run, s: Settings, table: Table, objective: Objective) -> DeepKernelFamily:
-    """Build a model and train it by an objective."""
+    """Train a model; alpha is that of all training rows with the ridge of least validation loss of the objective."""
     draws = run.stream("training")
     chosen = torch.randperm(len(table.train), generator=draws, device=draws.device)[: s.inducing]
     model = run.build(lambda: DeepKernelFamily(table.train[chosen].float(), s.hidden))
     train(model, objective, Table(*(part.float() for part in table)), s, draws)
-    finish(model.double(), objective, table, draws)
+    model.double()
+    whole, judge = (quadratic_over(model, objective, part, draws) for part in (table.train, table.validation))
+    ridges = torch.arange(-8.0, 2.0, 0.5, dtype=whole.b.dtype, device=whole.b.device)
+    model.alpha.copy_(min([whole.minimiser(ridge) for ridge in ridges], key=lambda alpha: float(judge(alpha))))
     return model
 
 
@@ -156,7 +245,7 @@ class Evaluated:
     of the two, so nothing is computed there.
     """
 
-    def __init__(self, log_density: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, log_density: LogDensity) -> None:
         self._log_density = log_density
         self._known: list[tuple[Tensor, Tensor, Tensor]] = []
 

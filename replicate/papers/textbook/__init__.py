@@ -21,8 +21,7 @@ than the book's 1.7. The book's hierarchical VAE and integer discrete flow are n
 from pathlib import Path
 
 from replicate.experiments import Paper
-from replicate.papers.textbook.estimator import cell_noise, uniform_reference
-from replicate.papers.textbook.notebooks import NOTEBOOKS
+from replicate.papers.textbook.notebooks import NOTEBOOKS, cell_noise, uniform_reference
 
 CLAIMS = Path(__file__).with_name("claims.toml")
 PAPER = Paper("textbook", CLAIMS, experiments=(*NOTEBOOKS, uniform_reference, cell_noise))

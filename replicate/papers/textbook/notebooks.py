@@ -1,4 +1,4 @@
-"""The notebooks' RealNVP, VAE and ARM, trained and scored as they do it and by valid bounds."""
+"""The notebooks' RealNVP, VAE and ARM, trained and scored as they do it and by valid bounds; our own estimator."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from replicate.experiments import Check, Run, experiment, fit
 from replicate.experiments.batches import Minibatches
+from replicate.likelihood.dequantisation import DequantisedLogit, Preprocessed
+from replicate.likelihood.estimator import Effort, log_likelihood
 from replicate.likelihood.importance import iw_bound
 from replicate.model import DataInfo, Estimate, Model
 from replicate.runs.seeds import Streams
@@ -44,15 +47,10 @@ class Loop:
 def early_stopped(
     model: nn.Module, loss: Loss, task: Task, s: Loop, streams: Streams, device: torch.device
 ) -> list[float]:
-    """Train in place by the notebooks' loop and keep the weights of the best validation epoch.
+    """Train all parameters by the notebooks' loop with Adamax and keep the weights of the best validation epoch.
 
     An epoch is a walk through a fresh permutation, its last short batch included. Validation draws fresh noise every
     epoch, as the notebooks do. Training stops after more than `patience` epochs in a row without a better one.
-
-    Args:
-        model: Adamax trains all its parameters.
-        loss: by example, in training and in validation alike.
-        streams: of "batches" and "noise".
 
     Returns:
         Mean validation loss of every epoch in nats; its minimum is the number that the notebooks' figures show.
@@ -60,9 +58,9 @@ def early_stopped(
     train, valid = task.train.to(device), task.valid.to(device)
     batches, noise = Minibatches(train, s.batch_size, streams.fresh("batches")), streams.fresh("noise")
 
+    @torch.no_grad()
     def validation_loss() -> float:
-        with torch.no_grad():
-            return float(loss(valid, noise).mean())
+        return float(loss(valid, noise).mean())
 
     optimizer = torch.optim.Adamax(model.parameters(), lr=s.lr, foreach=True)
     state, check = {"batches": batches, "noise": noise}, Check(len(batches), validation_loss, patience=s.patience)
@@ -97,14 +95,9 @@ class FlowSettings(Loop):
 class RealNVP(Model):
     """The notebook's flow: couplings on halves, exp(-s(a)) (b - t(a)) with s in (-1, 1), and a reversal after each.
 
-    As a `Model` it gives importance weights of the integers x: at y = x + u with u from `width` * U(0, 1],
-    w = q(y) / r(u) averages to the mass that q puts on the part of the cell that u can reach, at most P(x).
-
-    Args:
-        dim: D, even.
-        couplings: how many.
-        hidden: width of the networks s and t.
-        width: of the noise.
+    As a `Model` it gives importance weights of the integers x (n, D), D even: at y = x + u with u from
+    `width` * U(0, 1], w = q(y) / r(u) averages to the mass that q puts on the part of the cell that u can reach, at
+    most P(x). The networks s and t have `hidden` units.
     """
 
     family = "flow"
@@ -146,8 +139,7 @@ def fit_realnvp(run: Run, s: FlowSettings, task: Task, width: float, name: str) 
     own = run.streams
     streams = Streams(own.task, f"{own.model}-{name}", own.seed, run.device.type)
     with streams.initialisation():
-        flow = RealNVP(task.info.dim, s.couplings, s.hidden, width)
-    flow = flow.to(run.device)
+        flow = RealNVP(task.info.dim, s.couplings, s.hidden, width).to(run.device)
     return flow, early_stopped(flow, flow.printed_loss, task, s, streams, run.device)
 
 
@@ -191,10 +183,9 @@ def realnvp(run: Run, s: DigitFlowSettings) -> None:
 _HALF = "the textbook's RealNVP on digits with its noise U(0, 0.5]: as printed, and as a valid bound"
 _WHOLE = "the same code with noise that fills the cell, which makes its loss a bound"
 _BOTH = ("standard", "full")  # in full beside the model with noise over the whole cell
+_WIDE: dict[str, Any] = {"settings": {"width": WHOLE_CELL}, "profiles": ("full",)}
 REALNVP_HALF_CELL = on_digits("textbook-realnvp", family="flow", about=_HALF, profiles=_BOTH)(realnvp)
-REALNVP_WHOLE_CELL = on_digits(
-    "textbook-realnvp-whole-cell", family="flow", about=_WHOLE, settings={"width": WHOLE_CELL}, profiles=("full",)
-)(realnvp)
+REALNVP_WHOLE_CELL = on_digits("textbook-realnvp-whole-cell", family="flow", about=_WHOLE, **_WIDE)(realnvp)
 
 
 @dataclass(frozen=True)
@@ -259,10 +250,7 @@ class VAESettings(Loop):
 class VAE(Model):
     """The notebook's VAE: raw integers in, L latents, a free categorical for each pixel out.
 
-    Args:
-        info: levels.
-        latent, hidden: sizes.
-        entropy_factor: what multiplies the log variance in log q(z | x); 1 is right, an early release has `latent`.
+    `entropy_factor` multiplies the log variance in log q(z | x); 1 is right, an early release has `latent`.
     """
 
     family = "vae"
@@ -308,19 +296,16 @@ def vae(run: Run, s: VAESettings) -> None:
     run.measure("nll_as_printed:test", Estimate.mean_of(printed, "estimate", "nats"))
     run.measure("negative_elbo:test", -bound.details["elbo"])
     run.measure("nll_iw_bound:test", -bound.mean())
-    bound = iw_bound(model, valid, s.draws, run.stream("bound-valid"), chunk=2000)
-    run.measure("nll_iw_bound:valid", -bound.mean())
+    run.measure("nll_iw_bound:valid", -iw_bound(model, valid, s.draws, run.stream("bound-valid"), chunk=2000).mean())
     run.measure("epochs", Estimate.exact(len(history), "epochs"))
     plot_validation(run, "VAE on digits: one-sample negative ELBO", {"VAE": history}, {"author's best": 100.54})
 
 
 _RELEASED = "the textbook's VAE on digits: as printed, its ELBO, and the importance-weighted bound"
 _EARLY = "the VAE notebook's early release, whose log q(z | x) multiplies the log variance by the number of latents"
-_SCALED = {"scaled_entropy": True}
+_SCALED: dict[str, Any] = {"settings": {"scaled_entropy": True}, "profiles": ("full",)}
 VAE_AS_RELEASED = on_digits("textbook-vae", family="vae", about=_RELEASED)(vae)
-VAE_EARLY_RELEASE = on_digits(
-    "textbook-vae-early-release", family="vae", about=_EARLY, settings=_SCALED, profiles=("full",)
-)(vae)
+VAE_EARLY_RELEASE = on_digits("textbook-vae-early-release", family="vae", about=_EARLY, **_SCALED)(vae)
 
 
 @dataclass(frozen=True)
@@ -379,3 +364,71 @@ def arm(run: Run, s: ARMSettings) -> None:
 
 
 NOTEBOOKS = (REALNVP_HALF_CELL, REALNVP_WHOLE_CELL, VAE_AS_RELEASED, VAE_EARLY_RELEASE, arm, dequantisation)
+
+
+class DataDensity(Model):
+    """A density of y = x + u on [0, levels)^D, as the suite's dequantise-logit preprocessing shows it to a model.
+
+    `log_density` maps y (n, D) to log q(y) (n,); the preprocessing is already fitted.
+    """
+
+    family = "reference"
+    capabilities = frozenset({"log_prob"})
+
+    def __init__(self, transform: DequantisedLogit, log_density: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.transform, self.log_density = transform, log_density
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log q(y) + log |dy/dx| of standardised logits x (n, D), shape (n,)."""
+        t = self.transform
+        logit = x * t.std + t.mean
+        y = t.levels * (torch.sigmoid(logit) - t.alpha) / (1 - 2 * t.alpha)
+        log_slope = F.logsigmoid(logit) + F.logsigmoid(-logit) + math.log(t.levels / (1 - 2 * t.alpha)) + t.std.log()
+        return self.log_density(y.clamp(0, t.levels)) + log_slope.sum(-1)
+
+
+def suite_nll(run: Run, log_density: Callable[[Tensor], Tensor], data: Task, x: Tensor, draws: int) -> Tensor:
+    """-log P of integers x (n, D) by the suite's log-mean-exp over noise draws, shape (n,), float64."""
+    assert data.info.levels is not None
+    transform = DequantisedLogit(data.info.dim, data.info.levels).double().to(run.device)
+    noise = run.stream("evaluation")
+    transform.fit(data.train.double().to(run.device), noise)
+    model = Preprocessed(DataDensity(transform, log_density), data.info, "logit").to(run.device)
+    model.transform = transform
+    return -log_likelihood(model, x.double().to(run.device), Effort(dequantisation_draws=draws), noise).values
+
+
+ABOUT = "the uniform distribution on digits through the suite's dequantised estimator"
+ABOUT_CELLS = "the suite's dequantised estimator on a density that varies inside each cell"
+EXACT: dict[str, Any] = {"family": "reference", "precision": "float64"}
+
+
+@experiment("textbook-reference", about=ABOUT, **EXACT, seeds=1, tasks=("digits",))
+def uniform_reference(run: Run, *, draws: int = 2) -> None:
+    """Measure the uniform density over the cube: every image and every draw must give 64 ln 17."""
+    task = load_task("digits")
+    exact = task.info.dim * math.log(17)
+    values = suite_nll(run, lambda y: torch.full_like(y[:, 0], -exact), task, task.test, draws)
+    run.measure("nll_uniform", Estimate.exact(values.mean(), "nats", len(values)))
+    run.measure("nll_uniform_error", Estimate.exact((values - exact).abs().max(), "nats", len(values)))
+
+
+@experiment("textbook-cell-noise", about=ABOUT_CELLS, **EXACT)
+def cell_noise(run: Run, *, draws: int = 5000) -> None:
+    """Measure a density that falls linearly inside each cell: only noise over the whole cell finds its -log P.
+
+    q(y) = 2 P(x) (1 - f) on y = x + f. Its mean over f ~ U[0, 1) is P(x); over U(0, 0.5] it is 1.5 P(x), so that an
+    estimator with half the cell would be -ln 1.5 = -0.41 nats off.
+    """
+    levels = torch.arange(17, dtype=torch.float64, device=run.device)
+    p = (-0.5 * ((levels - 6) / 4).square()).softmax(0)
+    x = levels[:, None]
+    data = Task("ramp", "one pixel of 17 levels", DataInfo(1, "levels", 17), x, x, x)
+
+    def log_density(y: Tensor) -> Tensor:
+        level = y.floor().clamp(max=16).squeeze(1)
+        return p[level.long()].log() + math.log(2) + torch.log((1 - (y.squeeze(1) - level)).clamp_min(1e-12))
+
+    excess = float((p * (suite_nll(run, log_density, data, data.test, draws) + p.log())).sum())
+    run.measure("excess_over_entropy", Estimate(excess, math.nan, "estimate", "nats", draws))

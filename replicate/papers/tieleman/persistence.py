@@ -37,9 +37,7 @@ KEPT = (0.0625, 0.125, 0.25, 0.5, 1.0)
 def learn(
     method: Method, rows: Tensor, rates: list[float], updates: int, hidden: int, batch: int, run: Run
 ) -> tuple[list[Machine], float]:
-    """Train a machine for each learning rate, side by side (leading dimension).
-
-    All methods and rates start from the same weights and see the same minibatches.
+    """Train a machine for each learning rate, side by side (leading dimension), from one start on the same minibatches.
 
     Returns:
         The machines after each share `KEPT` of the updates, and the seconds of learning in all sessions.

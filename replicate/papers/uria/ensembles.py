@@ -12,7 +12,7 @@ from baselines.nade import OrderAgnosticNADE, log_mean_density
 from replicate.experiments import Run
 from replicate.experiments.image_rows import STATIC_BITS, RowSettings, full_row, trained
 from replicate.model import Estimate, LogLikelihood
-from replicate.resume import State, resumable
+from replicate.resume import resumable
 from replicate.tasks.images import mnist_static
 
 
@@ -31,18 +31,16 @@ class Settings(RowSettings):
 @torch.no_grad()
 def by_ordering(model: OrderAgnosticNADE, x: Tensor) -> Tensor:
     """Return log p(x) under each recorded ordering, (n, K)."""
-    state: State = {"log_p": x.new_zeros(len(x), len(model.orderings))}
+    state: dict[str, Tensor] = {"log_p": x.new_zeros(len(x), len(model.orderings))}
     for k in resumable("orderings", len(model.orderings), state):
         state["log_p"][:, k] = model.log_prob_in(x, model.orderings[k])
-    log_p: Tensor = state["log_p"]
-    return log_p
+    return state["log_p"]
 
 
 def ensembles(log_p: Tensor) -> dict[int, Tensor]:
     """Return log p of ensembles of k = 1, 2, 4, .., K orderings by k, averaged over K / k of them, (n,) each.
 
-    Args:
-        log_p: under each of K orderings, shape (n, K), K a power of two.
+    `log_p` (n, K) is that under each of the K orderings, K a power of two.
     """
     sizes = [2**i for i in range(int(math.log2(log_p.shape[1])) + 1)]
     return {k: log_mean_density(log_p.unflatten(1, (-1, k))).mean(1) for k in sizes}
@@ -51,9 +49,8 @@ def ensembles(log_p: Tensor) -> dict[int, Tensor]:
 def score_ensembles(run: Run, s: Settings) -> None:
     """Train on static bits and score the test bits exactly by ensembles of every size."""
     task = mnist_static()
-    model, test, validation = trained(
-        run, task, lambda: OrderAgnosticNADE(task.info, s.hidden, s.layers, s.orderings), s
-    )
+    sizes = (s.hidden, s.layers, s.orderings)
+    model, test, validation = trained(run, task, lambda: OrderAgnosticNADE(task.info, *sizes), s)
     found = ensembles(by_ordering(model, test))
     nll = {k: -Estimate.mean_of(log_p, "exact", "nats") for k, log_p in found.items()}
     run.measure_all({f"nll:{k}": e for k, e in nll.items()})

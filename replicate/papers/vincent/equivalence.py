@@ -20,12 +20,7 @@ REACH = 9.5
 
 @dataclass(frozen=True)
 class Parzen:
-    """q_sigma(y) = 1/m sum_i N(y; x_i, sigma^2 I).
-
-    Attributes:
-        points: x, shape (m, 2), float64.
-        sigma: noise level.
-    """
+    """q_sigma(y) = 1/m sum_i N(y; x_i, sigma^2 I) of the points x (m, 2), float64."""
 
     points: Tensor
     sigma: float
@@ -91,8 +86,7 @@ def check_equivalence(
     expected = 2 / (2 * sigma**2) - 0.5 * float(parzen.score(y).square().sum(1) @ mass)
     errors, constants, objectives = [], [], []
     for network in networks(run, hidden, depth).values():
-        denoising = denoising_objective(network, parzen, nodes)
-        explicit = explicit_objective(network, parzen, y, mass)
+        denoising, explicit = denoising_objective(network, parzen, nodes), explicit_objective(network, parzen, y, mass)
         ours, theirs = gradient(denoising, network), gradient(explicit, network)
         errors.append(float((ours - theirs).abs().max() / theirs.abs().max()))
         constants.append(float(denoising.detach()) - float(explicit.detach()))

@@ -1,4 +1,4 @@
-"""The laws that ULA and MALA converge to, from their transition kernels on a grid.
+"""The laws that ULA and MALA converge to, from their transition kernels on a grid, and the samplers against them.
 
 The kernel's columns are normal densities times the spacing h, and sums replace integrals. For smooth functions that
 decay this is exact but for exp(-2 pi^2 eps / h^2), which is why h is a share of sqrt(eps).
@@ -17,16 +17,14 @@ from torch import Tensor
 
 from replicate.experiments import Run, experiment
 from replicate.model import Estimate
+from replicate.sampling.langevin import Chain, mala, ula
 
 
 @dataclass(frozen=True)
 class Target:
-    """A density on the line.
+    """A density on the line: its log up to a constant and the derivative of that, both (n,) -> (n,).
 
-    Attributes:
-        log_density: up to a constant, (n,) -> (n,).
-        score: its derivative, (n,) -> (n,).
-        half_width: nothing that matters is outside [-half_width, half_width], for any step size that is used.
+    Nothing that matters is outside [-half_width, half_width], for any step size that is used.
     """
 
     log_density: Callable[[Tensor], Tensor]
@@ -55,13 +53,10 @@ COARSEST = 0.1
 
 @dataclass(frozen=True)
 class Gridded:
-    """A density's grid at a step size.
+    """A density's grid at a step size: points x (m,), float64, and the density's mass p (m,) at each, summing to 1.
 
-    Attributes:
-        x: points, shape (m,), float64.
-        p: the density's mass at each, summing to 1, shape (m,).
-        proposal: mass that the Langevin step from each point gives to each, shape (m, m), rows summing to 1.
-        log_ratio: log of the Metropolis ratio of each such step, shape (m, m).
+    The `proposal` (m, m) is the mass that the Langevin step from each point gives to each, its rows summing to 1, and
+    `log_ratio` (m, m) the log of the Metropolis ratio of each such step.
     """
 
     x: Tensor
@@ -96,10 +91,8 @@ class Gridded:
 def stationary(kernel: Tensor) -> Tensor:
     """Solve for the law pi = pi K of a kernel (m, m) with rows that sum to 1, shape (m,)."""
     m = len(kernel)
-    system = kernel.T - torch.eye(m, dtype=kernel.dtype)
-    system[m // 2] = 1.0  # one equation is the sum of the others; the total mass takes its place
-    right = torch.zeros(m, dtype=kernel.dtype)
-    right[m // 2] = 1.0
+    system, right = kernel.T - torch.eye(m, dtype=kernel.dtype), torch.zeros(m, dtype=kernel.dtype)
+    system[m // 2] = right[m // 2] = 1.0  # one equation is the sum of the others; the total mass takes its place
     return torch.linalg.solve(system, right)
 
 
@@ -146,8 +139,7 @@ def gaussian_width(eps: float) -> float:
 def kernel_bias(run: Run, *, spacing: float = 0.35) -> None:
     """Stationary laws of ULA and MALA from their transition kernels on a grid, against step size."""
     sizes = (*SMALL, *LARGE)
-    bias, acceptance = {}, {}
-    variance_errors, mala_biases = [], []
+    bias, acceptance, variance_errors, mala_biases = {}, {}, [], []
     for name, target in TARGETS.items():
         w2, kl, rates = [], [], []
         for eps in sizes:
@@ -167,8 +159,91 @@ def kernel_bias(run: Run, *, spacing: float = 0.35) -> None:
     run.measure("largest_mala_bias", Estimate.exact(max(mala_biases), "total variation"))
     fine = tuple(np.geomspace(sizes[0], sizes[-1], 60).tolist())
     bias["gaussian, closed form"] = fine, [gaussian_width(eps) - 1 for eps in fine]
-    x_label = "step size eps, squared units of x"
-    axes = x_label, "2-Wasserstein distance to the density"
-    run.curves("bias", "Bias of ULA's stationary law, from its kernel on a grid", axes, bias, log="xy")
+    title, x_label = "Bias of ULA's stationary law, from its kernel on a grid", "step size eps, squared units of x"
+    run.curves("bias", title, (x_label, "2-Wasserstein distance to the density"), bias, log="xy")
     title = "MALA has no bias at any step size and pays in acceptance"
     run.curves("acceptance", title, (x_label, "mean acceptance"), acceptance, log="x")
+
+
+#: step sizes of the chains on N(0, 1); ULA has a law below 4, MALA at any
+ULA_SIZES = (0.5, 1.0, 2.0, 3.0)
+MALA_SIZES = (0.5, 1.0, 2.0, 4.0, 8.0)
+#: p ~ exp(-x^4 / 4), whose tails are lighter than a Gaussian's
+LIGHT = Target(lambda x: -0.25 * x.square().square(), lambda x: -(x**3), half_width=4.0)
+#: a start from which ULA's next step on `LIGHT` goes further out at once
+FAR = 6.0
+
+
+def accepted(target: Target, start: Tensor, steps: int, eps: float, draws: torch.Generator) -> tuple[Chain, float]:
+    """Run MALA from `start`, shape (n, 1); return the chain with every state, and its acceptance."""
+    chain = mala(lambda x: target.log_density(x).squeeze(-1), target.score, start, steps, eps, draws, record_every=1)
+    assert chain.acceptance is not None
+    return chain, chain.acceptance
+
+
+def settled_variance(chain: Chain) -> float:
+    """Return the second moment of a chain's path after its first tenth, when every chain here has lost its start."""
+    assert chain.path is not None
+    return float(chain.path[len(chain.path) // 10 :].square().mean())
+
+
+def gaussian_chains(run: Run, start: Tensor, steps: int, spacing: float) -> None:
+    """Measure ULA and MALA on N(0, 1): variance against the closed forms, MALA's acceptance against its kernel's."""
+    gaussian, n = TARGETS["gaussian"], start.numel()
+    ula_errors, mala_errors, rate_errors, rates = [], [], [], []
+    for eps in ULA_SIZES:
+        chain = ula(gaussian.score, start, steps, eps, run.stream(f"ula-{eps:g}"), record_every=1)
+        ula_errors.append(abs(settled_variance(chain) / gaussian_width(eps) ** 2 - 1))
+    for eps in MALA_SIZES:
+        chain, rate = accepted(gaussian, start, steps, eps, run.stream(f"mala-{eps:g}"))
+        mala_errors.append(abs(settled_variance(chain) - 1))
+        rate_errors.append(abs(rate - Gridded.of(gaussian, eps, spacing).acceptance()))
+        rates.append(rate)
+    found = {"largest_variance_error:ula": max(ula_errors), "largest_variance_error:mala": max(mala_errors)}
+    run.measure_all({m: Estimate(v, math.nan, "estimate", "ratio", n) for m, v in found.items()})
+    found = {"largest_acceptance_error": max(rate_errors)}
+    found |= {"acceptance:smallest_step": rates[0], "acceptance:largest_step": rates[-1]}
+    run.measure_all({m: Estimate(v, math.nan, "estimate", "probability", n) for m, v in found.items()})
+
+
+def diverging_chains(run: Run, start: Tensor) -> None:
+    """Measure ULA on N(0, 1) at the edge eps = 4, where the variance grows by eps per step, and at 5, by 9 / 4."""
+    steps, n = 200, start.numel()
+    ends = (ula(lambda x: -x, start, steps, eps, run.stream(f"ula-{eps:g}")).samples for eps in (4.0, 5.0))
+    edge, beyond = (float(x.square().mean()) for x in ends)
+    at_edge = Estimate((edge - 1) / steps, edge / steps * math.sqrt(2 / n), "estimate", "squared units", n)
+    past = Estimate(math.log(beyond) / steps, math.sqrt(2 / n) / steps, "estimate", "nats per step", n)
+    run.measure_all({"growth:edge": at_edge, "growth:beyond": past})
+
+
+def light_tails(run: Run, n: int, steps: int) -> None:
+    """Measure ULA and MALA at eps = 1/2 on p ~ exp(-x^4 / 4), from the mode and from far out."""
+    for place, x in (("mode", 0.0), ("far", FAR)):
+        start = torch.full((n, 1), x, dtype=torch.float64, device=run.device)
+        plain = ula(LIGHT.score, start, steps, 0.5, run.stream(f"ula-{place}"))
+        adjusted, rate = accepted(LIGHT, start, steps, 0.5, run.stream(f"mala-{place}"))
+        # a chain beyond 20 has left for good: its next step multiplies it by more than 100
+        for name, chain in (("ula", plain), ("mala", adjusted)):
+            left = ~(chain.samples.flatten().abs() < 20)  # true for nan
+            run.measure(f"left_share:{name}_{place}", Estimate.mean_of(left.double(), "estimate", "probability"))
+        run.measure(f"acceptance:{place}", Estimate(rate, math.nan, "estimate", "probability", n * steps))
+
+
+SMOKE = {"chains": 200, "steps": 50, "light_chains": 50, "light_steps": 50, "spacing": 0.7}
+
+
+@experiment("roberts-chains", family="score", seeds=3, smoke=SMOKE, precision="float64")
+def check_chains(
+    run: Run,
+    *,
+    chains: int = 4000,
+    steps: int = 400,
+    light_chains: int = 1000,
+    light_steps: int = 2000,
+    spacing: float = 0.35,
+) -> None:
+    """ULA and MALA on a Gaussian against the closed forms, ULA where it diverges, both under light tails."""
+    start = torch.randn(chains, 1, generator=run.stream("start"), dtype=torch.float64, device=run.device)
+    gaussian_chains(run, start, steps, spacing)
+    diverging_chains(run, start)
+    light_tails(run, light_chains, light_steps)
