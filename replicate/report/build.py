@@ -75,9 +75,8 @@ def results_files(folder: Path) -> list[str]:
 def write_manifest(folder: Path) -> Path:
     """Write MANIFEST.json with the sha256 of every other file below a results folder."""
     digests = {name: sha256(folder / name) for name in results_files(folder)}
-    path = folder / MANIFEST
-    path.write_text(json.dumps(digests, indent=1, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
-    return path
+    _write(folder / MANIFEST, json.dumps(digests, indent=1, sort_keys=True) + "\n")
+    return folder / MANIFEST
 
 
 def _write(path: Path, text: str) -> None:
@@ -104,8 +103,7 @@ def _write_all(runs: RecordedRuns, profile: str, folder: Path, claims: Claims, e
     old = carried(earlier, runs, [f.name for f in drawn])
     write_index(drawn, old, folder)
     figures += [carry(name, entry, runs, earlier, folder / "figures") for name, entry in old.items()]
-    page = render(runs, results, summary(compared), tables, figures, profile, ledger, printed)
-    _write(folder / "report.html", page)
+    _write(folder / "report.html", render(runs, results, summary(compared), tables, figures, profile, ledger, printed))
 
 
 def _printed(frame: pd.DataFrame, runs: Iterable[RecordedRun], claims: Claims, profile: str) -> list[TextTable]:
@@ -232,16 +230,15 @@ def remarks(out_folder: Path) -> list[str]:
         ReportError: records.jsonl cannot be read.
     """
     done = [_provenance(r) for r in read_records(out_folder / "records.jsonl") if "error" not in r]
-    counts = {
-        "were made with uncommitted changes: the commit that they name does not reproduce them": sum(
-            p.get("dirty") not in ("", None, "unknown") for p in done
-        ),
-        "were made outside a repository and name no commit": sum(
-            p.get("commit") in ("", None, "unknown") for p in done
-        ),
-        "were made before records named their libraries and kernels in full": sum("format" not in p for p in done),
+    none = ("", None, "unknown")
+    found = {
+        "were made with uncommitted changes: the commit that they name does not reproduce them": [
+            p.get("dirty") not in none for p in done
+        ],
+        "were made outside a repository and name no commit": [p.get("commit") in none for p in done],
+        "were made before records named their libraries and kernels in full": ["format" not in p for p in done],
     }
-    return [f"{n} of {len(done)} runs {what}" for what, n in counts.items() if n]
+    return [f"{sum(those)} of {len(done)} runs {what}" for what, those in found.items() if any(those)]
 
 
 def _table_problems(folder: Path, frame: pd.DataFrame, records: list[dict[str, Any]], claims: Claims) -> list[str]:
@@ -274,29 +271,20 @@ def _manifest_problems(folder: Path) -> list[str]:
 
 
 def _summary_problems(computed: pd.DataFrame, written: pd.DataFrame) -> list[str]:
-    right, found = _by_key(computed), _by_key(written)
+    names = [f[list(SUMMARY_COLUMNS)].itertuples(index=False, name=None) for f in (computed, written)]
+    right, found = ({row[:6]: row[6:] for row in rows} for rows in names)
     problems = [] if len(found) == len(written) else ["summary.csv has the same row twice"]
-    for key in dict.fromkeys([*right, *found]):
+    for key in right | found:
         name = f"summary.csv: {key[0]} / {key[1]} / {key[3]}"
         if key not in found or key not in right:
             where = "summary.csv" if key not in found else "measurements.csv"
             problems.append(f"{name} ({key[4]}) is missing from {where}")
             continue
         for column, a, b in zip(SUMMARY_COLUMNS[len(key) :], right[key], found[key], strict=True):
-            if not _agree(a, b):
+            number = isinstance(a, float)
+            if not (np.isclose(a, float(b), rtol=PRECISION, atol=1e-300, equal_nan=True) if number else a == b):
                 problems.append(f"{name}: {column} is {b}, measurements.csv gives {a}")
     return problems
-
-
-def _by_key(frame: pd.DataFrame) -> dict[tuple[Any, ...], tuple[Any, ...]]:
-    """Return the numbers of each row of a summary by its six names."""
-    return {row[:6]: row[6:] for row in frame[list(SUMMARY_COLUMNS)].itertuples(index=False, name=None)}
-
-
-def _agree(a: Any, b: Any) -> bool:
-    if isinstance(a, float):
-        return bool(np.isclose(a, float(b), rtol=PRECISION, atol=1e-300, equal_nan=True))
-    return bool(a == b)
 
 
 def _figure_problems(folder: Path, known: set[str]) -> list[str]:

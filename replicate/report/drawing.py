@@ -26,7 +26,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from replicate.report.labels import FAMILY_COLOURS, FAMILY_LABELS, family_key
+from replicate.report.text_table import csv_text
 
+Array = NDArray[np.float64]
 DPI = 100
 #: a picture above MAX_FULL bytes is reduced to a palette; one that is still above MAX_PNG is drawn smaller
 MAX_FULL, MAX_PNG = 180_000, 250_000
@@ -234,11 +236,11 @@ def png_bytes(canvas: Canvas, dpi: int = DPI) -> bytes:
     return png_bytes(canvas, dpi * 3 // 4) if small.tell() > MAX_PNG and dpi > 40 else small.getvalue()
 
 
-def fitting(make: Callable[[int], str], sizes: Iterable[int]) -> tuple[int, str]:
-    """Return the first of the sizes whose CSV is small enough to ship, or the last; with its CSV."""
+def fitting(rows: Callable[[int], Iterable[Sequence[object]]], sizes: Iterable[int]) -> tuple[int, str]:
+    """Return the first of the sizes whose CSV, of its rows with their head, is small enough to ship, or the last."""
     size, text = 0, ""
     for size in sizes:
-        text = make(size)
+        text = csv_text(*rows(size))
         if len(text.encode()) <= MAX_CSV:
             break
     return size, text

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -37,13 +38,8 @@ from replicate.report.records import RecordedRun, RecordedRuns
 from replicate.report.tables import Results, data_tasks, density_tasks, dimensions, planar
 from replicate.report.text_table import Number, csv_text
 
-
-@dataclass(frozen=True)
-class Look:
-    """The colour and marker of one model in every figure of numbers."""
-
-    colour: str
-    marker: str
+#: the colour and marker of one model in every figure of numbers, as arguments of matplotlib
+Look = dict[str, Any]
 
 
 def looks(results: Results) -> dict[str, Look]:
@@ -53,7 +49,7 @@ def looks(results: Results) -> dict[str, Look]:
     for family in {results.family[m] for m in models}:
         members = [m for m in models if results.family[m] == family]
         for i, m in enumerate(members):
-            out[m] = Look(shade(family, i, len(members)), MARKERS[i % len(MARKERS)])
+            out[m] = {"color": shade(family, i, len(members)), "marker": MARKERS[i % len(MARKERS)]}
     return out
 
 
@@ -66,12 +62,25 @@ def _number_csv(results: Results, wanted: Iterable[tuple[str, str, str]]) -> str
             numbers = (f"{v:.8g}" if math.isfinite(v) else "" for v in (n.mean, n.low, n.high))
             rows.append([task, model, results.family[model], metric, n.kind, n.unit, *numbers, len(n.seeds)])
     head = ("task", "model", "family", "metric", "kind", "unit", "mean", "ci_low", "ci_high", "n_seeds")
-    return csv_text(head, rows)
+    return csv_text(head, *rows)
 
 
 def _error(n: Number) -> list[list[float]] | None:
     """Return the interval in matplotlib's form, distances from the mean."""
     return [[n.mean - n.low], [n.high - n.mean]] if math.isfinite(n.low) and math.isfinite(n.high) else None
+
+
+def _mark(ax: Axes, n: Number, edge: float, look: Look, at: dict[str, float], **sizes: float) -> None:
+    """Draw a number with its interval, across or up, as `at` has the other place: {"y": 3} or {"x": 3}.
+
+    It is hollow where it is not exact, and a caret without an interval at the `edge` that it is beyond.
+    """
+    (where, place), off = next(iter(at.items())), n.mean > edge
+    along, caret = ("x", CARETRIGHT) if where == "y" else ("y", CARETUP)
+    look = look | ({"marker": caret} if off else {f"{along}err": _error(n)})
+    face = look["color"] if n.kind == "exact" else "white"
+    places = {where: [place], along: [min(n.mean, edge)]}
+    ax.errorbar(**places, **look, markerfacecolor=face, markeredgewidth=1.2, **sizes)
 
 
 def model_legend(canvas: Canvas, results: Results, models: Sequence[str], x: float, lines: bool = True) -> None:
@@ -82,10 +91,7 @@ def model_legend(canvas: Canvas, results: Results, models: Sequence[str], x: flo
         for m in models:
             if results.family[m] == family:
                 name = plain(m if len(m) <= 22 else m[:21] + "…")
-                look, width = style[m], 1.2 if lines else 0
-                handles.append(
-                    Line2D([], [], color=look.colour, marker=look.marker, markersize=5, linewidth=width, label=name)
-                )
+                handles.append(Line2D([], [], markersize=5, linewidth=1.2 if lines else 0, label=name, **style[m]))
     anchor = (x, 1 - 0.12 / canvas.get_size_inches()[1])
     canvas.legend(handles=handles, loc="upper left", bbox_to_anchor=anchor, handlelength=1.8, labelspacing=0.28)
 
@@ -136,9 +142,9 @@ def _edge(results: Results, task: str, metric: str, models: Iterable[str]) -> fl
     return math.inf if metric == "kl" else _far([n.mean for n in numbers if n is not None])
 
 
-def _axis_title(metric: str, label: str = "") -> str:
+def _axis_title(metric: str) -> str:
     info = metric_info(metric)
-    return f"{label or info.label} [{info.unit}]"
+    return f"{info.label} [{info.unit}]"
 
 
 def dimension_figure(results: Results) -> Figure | None:
@@ -176,9 +182,9 @@ def dimension_figure(results: Results) -> Figure | None:
 
 def _line(ax: Axes, points: Sequence[tuple[int, Number]], look: Look) -> None:
     x, y = [d for d, _ in points], [n.mean for _, n in points]
-    ax.plot(x, y, color=look.colour, marker=look.marker, markersize=4, linewidth=1.1)
+    ax.plot(x, y, markersize=4, linewidth=1.1, **look)
     for d, n in points:
-        ax.errorbar([d], [n.mean], yerr=_error(n), color=look.colour, elinewidth=0.9, capsize=2)
+        ax.errorbar([d], [n.mean], yerr=_error(n), color=look["color"], elinewidth=0.9, capsize=2)
 
 
 def cost_figure(results: Results, tasks: Sequence[str], metric: str, name: str, title: str) -> Figure | None:
@@ -229,19 +235,7 @@ def _cost_panel(ax: Axes, results: Results, of: tuple[str, str, str], style: dic
             continue
         values.append(y.mean)
         spent.append(x.mean)
-        off = y.mean > edge
-        ax.errorbar(
-            [x.mean],
-            [edge if off else y.mean],
-            yerr=None if off else _error(y),
-            color=look.colour,
-            marker=CARETUP if off else look.marker,
-            markersize=5.5,
-            markerfacecolor=look.colour if y.kind == "exact" else "white",
-            markeredgewidth=1.2,
-            elinewidth=0.9,
-            capsize=2,
-        )
+        _mark(ax, y, edge, look, {"x": x.mean}, markersize=5.5, elinewidth=0.9, capsize=2)
     _log_axis(ax, "x", spent)
     if metric == "kl":
         _kl_axis(ax, "y", values)
@@ -265,9 +259,7 @@ def comparison_figure(results: Results, tasks: Sequence[str], metric: str, name:
     width, height = max(7.2, left + len(tasks) * (size + room)), foot + 0.34 + row * rows[-1][1] + row
     canvas = new_canvas(width, height)
     for i, task in enumerate(tasks):
-        ax = canvas.add_axes(
-            ((left + i * (size + room)) / width, foot / height, size / width, 1 - (foot + 0.34) / height)
-        )
+        ax = add_axes(canvas, left + i * (size + room), foot, size, height - foot - 0.34)
         _comparison_panel(ax, results, (task, metric), rows, write)
         ax.set_title(plain(task), loc="left", weight="bold")
         ax.set_xlabel(_axis_title(metric))
@@ -308,22 +300,10 @@ def _comparison_panel(
         if n is not None:
             values += [v for v in (n.mean, n.low, n.high) if math.isfinite(v)]
             seeds = [v for _, v, _ in n.seeds if math.isfinite(v)]
-            face, off = colour(results.family[m]), n.mean > edge
-            if not off:
-                ax.plot(seeds, [at] * len(seeds), "o", color=face, markersize=2.4, alpha=0.45, zorder=2)
-            ax.errorbar(
-                [edge if off else n.mean],
-                [at],
-                xerr=None if off else _error(n),
-                color=face,
-                marker=CARETRIGHT if off else "o",
-                markersize=5,
-                markerfacecolor=face if n.kind == "exact" else "white",
-                markeredgewidth=1.2,
-                elinewidth=1.3,
-                capsize=2.5,
-                zorder=3,
-            )
+            look = {"color": colour(results.family[m]), "marker": "o"}
+            if n.mean <= edge:
+                ax.plot(seeds, [at] * len(seeds), linestyle="", markersize=2.4, alpha=0.45, zorder=2, **look)
+            _mark(ax, n, edge, look, {"y": at}, markersize=5, elinewidth=1.3, capsize=2.5, zorder=3)
         if write or n is None:
             text, place = (cell.text(), 1.02) if write else (cell.remark(), 0.02)
             ink = INK if n is not None else QUIET
@@ -362,7 +342,12 @@ def training_figure(results: Results, runs: RecordedRuns, task: str) -> Figure |
         ax.set_title(plain(m[:26]), loc="left", fontsize=8, weight="bold", color=darker(results.family[m]), pad=3)
         ax.set_xlabel("step" if i + columns >= len(models) else "", fontsize=7, labelpad=1)
         ax.set_ylabel("loss" if c == 0 else "", fontsize=7, labelpad=2)
-    _curve_legend(canvas)
+    handles = [
+        Line2D([], [], color=QUIET, linewidth=1.2, label="training loss"),
+        Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (3, 1.5)), label="validation loss"),
+        Line2D([], [], color=INK, marker="o", linestyle="", markersize=3.5, label="weights kept"),
+    ]
+    canvas.legend(handles=handles, loc="lower center", ncol=3, bbox_to_anchor=(0.5, 0.0))
     caption = (
         f"Losses on {task}, one thin line a seed. Objectives differ between models, so only the shape compares. Where "
         "validation measures another quantity it is drawn on a scale of its own, without ticks. The first steps may "
@@ -381,9 +366,9 @@ def _curve_csv(runs: Sequence[RecordedRun]) -> str:
         for split in ("train", "valid"):
             for step, loss in run.history.get(split) or []:
                 rows.append([run.model, run.seed, split, step, significant(float(loss), 6), int(step == kept)])
-    text = csv_text(head, rows)
+    text = csv_text(head, *rows)
     size = len(text.encode())
-    return csv_text(head, rows[:: 1 + size // MAX_CSV]) if size > MAX_CSV else text
+    return csv_text(head, *rows[:: 1 + size // MAX_CSV]) if size > MAX_CSV else text
 
 
 def _curves(ax: Axes, runs: Sequence[RecordedRun]) -> None:
@@ -422,15 +407,6 @@ def _loss_axis(ax: Axes, span: tuple[float, float]) -> None:
     ax.yaxis.set_major_locator(MaxNLocator(4))
     ax.ticklabel_format(axis="y", useOffset=False)
     ax.tick_params(labelsize=6.3, length=0, pad=1.5)
-
-
-def _curve_legend(canvas: Canvas) -> None:
-    handles = [
-        Line2D([], [], color=QUIET, linewidth=1.2, label="training loss"),
-        Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (3, 1.5)), label="validation loss"),
-        Line2D([], [], color=INK, marker="o", linestyle="", markersize=3.5, label="weights kept"),
-    ]
-    canvas.legend(handles=handles, loc="lower center", ncol=3, bbox_to_anchor=(0.5, 0.0))
 
 
 def all_figures(results: Results, runs: RecordedRuns) -> list[Figure]:

@@ -56,11 +56,6 @@ class Entry:
         j = self.judgement
         return _number_text(j.number_kind, j.mean, j.ci_low, j.ci_high)
 
-    def row(self, profile: str) -> Row:
-        """Return the claim as a row of claims.csv."""
-        stated = stated_columns(self.paper, self.claim)
-        return {**stated, "says": self.claim.says, "profile": profile, **judged_columns(self.judgement)}
-
 
 def stated_columns(paper: PaperClaims, claim: Claim) -> Row:
     """Return the columns of claims.csv that a paper's file states."""
@@ -84,20 +79,10 @@ def _text(value: object) -> str:
 
 def criterion_of(claim: Claim, key: str) -> Criterion:
     """Return what decides a claim's verdict, its measures written out."""
-    return Criterion(
-        target=float(claim.target),
-        relation=claim.relation,
-        tolerance=float(claim.tolerance),
-        seed_sd=float(claim.seed_sd),
-        measure=resolved(claim.measure, claim, key),
-        minus=resolved(claim.minus, claim, key),
-        over=resolved(claim.over, claim, key),
-        deterministic=claim.deterministic,
-        kind=claim.kind,
-        judged_at=claim.profile,
-        not_comparable=claim.not_comparable,
-        needs=claim.needs,
-    )
+    band = (float(claim.target), claim.relation, float(claim.tolerance), float(claim.seed_sd))
+    measures = (resolved(m, claim, key) for m in (claim.measure, claim.minus, claim.over))
+    rest = (claim.deterministic, claim.kind, claim.profile, claim.not_comparable, claim.needs)
+    return Criterion(*band, *measures, *rest)
 
 
 def entries(papers: Iterable[PaperClaims], frame: pd.DataFrame, profile: str) -> list[Entry]:
@@ -109,8 +94,12 @@ def entries(papers: Iterable[PaperClaims], frame: pd.DataFrame, profile: str) ->
 
 def to_csv(ledger: Iterable[Entry], profile: str) -> str:
     """Write claims.csv."""
-    rows = (e.row(profile) for e in ledger)
-    return csv_text(CLAIM_COLUMNS, ([row[c] for c in CLAIM_COLUMNS] for row in rows))
+    rows = []
+    for e in ledger:
+        row = stated_columns(e.paper, e.claim) | judged_columns(e.judgement)
+        row |= {"says": e.claim.says, "profile": profile}
+        rows.append([row[c] for c in CLAIM_COLUMNS])
+    return csv_text(CLAIM_COLUMNS, *rows)
 
 
 def read_claims_csv(path: Path) -> list[Row]:
@@ -162,10 +151,8 @@ def problems(rows: Sequence[Row], frame: pd.DataFrame) -> list[str]:
 
 
 def _agree(a: str, b: str) -> bool:
-    if a == b:
-        return True
     try:
-        return math.isclose(float(a), float(b), rel_tol=1e-8)
+        return a == b or math.isclose(float(a), float(b), rel_tol=1e-8)
     except ValueError:
         return False
 
@@ -179,11 +166,9 @@ def definition_problems(rows: Sequence[Row], papers: Iterable[PaperClaims]) -> l
             if row is None:
                 out.append(f"claims.csv has no claim {claim.id}; {paper.key}.toml has")
                 continue
-            out += (
-                f"claims.csv: claim {claim.id}: {k} is {row[k]!r}, {paper.key}.toml says {v!r}"
-                for k, v in stated_columns(paper, claim).items()
-                if row[k] != v
-            )
+            stated = stated_columns(paper, claim).items()
+            wrong = ((k, v) for k, v in stated if row[k] != v)
+            out += (f"claims.csv: claim {claim.id}: {k} is {row[k]!r}, {paper.key}.toml says {v!r}" for k, v in wrong)
     return out + [f"claims.csv has claim {name}, which no paper's file has" for name in written]
 
 
@@ -194,8 +179,8 @@ def summary_line(rows: Sequence[Row]) -> str:
     """Count the claims by verdict in one sentence of Markdown."""
     papers = len({row["paper"] for row in rows})
     counts = ", ".join(f"{n} {v}" for v, n in by_verdict(row["verdict"] for row in rows).items())
-    sources = f"{papers} paper" + ("" if papers == 1 else "s")
-    text = f"**The ledger: {len(rows)} claims of {sources}: {counts}** (profile {rows[0]['profile']})."
+    head = f"{len(rows)} claims of {papers} paper{'' if papers == 1 else 's'}"
+    text = f"**The ledger: {head}: {counts}** (profile {rows[0]['profile']})."
     lost = [markdown(row["claim_id"]) for row in rows if row["verdict"] == "not reproduced"]
     return text + (f" Not reproduced: {', '.join(lost)}." if lost else "")
 
@@ -286,11 +271,10 @@ def _owners(claim: Claim, key: str) -> set[str]:
 
 def _measured_text(cell: MeasureCell, measured: Measured, reasons: Mapping[str, str]) -> str:
     values, kind, _ = measured.values(cell.measure, cell.minus)
-    if not values:
-        why = reasons.get(cell.measure.rpartition("/")[0])
-        return measured.why_none([cell.measure]) or (f"not run: {why}" if why else "not run")
-    x = list(values.values())
-    return _number_text(kind, mean(x), *interval(x))
+    if x := list(values.values()):
+        return _number_text(kind, mean(x), *interval(x))
+    why = reasons.get(cell.measure.rpartition("/")[0])
+    return measured.why_none([cell.measure]) or (f"not run: {why}" if why else "not run")
 
 
 def by_verdict(verdicts: Iterable[str]) -> dict[str, int]:

@@ -140,12 +140,10 @@ class Row:
         return [c for c in self.cells if isinstance(c, Cell)]
 
 
-def csv_text(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Write CSV with Unix line ends."""
+def csv_text(*rows: Sequence[object]) -> str:
+    """Write rows, the head first, as CSV with Unix line ends."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
+    csv.writer(out, lineterminator="\n").writerows(rows)
     return out.getvalue()
 
 
@@ -185,7 +183,7 @@ class TextTable:
         """Write CSV: text as it is, and plain numbers with their interval, kind, number of seeds and a note."""
         head = [f for c in self.columns for f in ([c.key + f for f in FIELDS] if c.measured else [c.key])]
         rows = ([f for c in row.cells for f in ([c] if isinstance(c, str) else c.fields())] for row in self.rows)
-        return csv_text(head, rows)
+        return csv_text(head, *rows)
 
     def markdown(self) -> str:
         """Write Markdown, caption first; reasons for "n/a" are numbered and listed below."""

@@ -157,7 +157,11 @@ def judge(criterion: Criterion, measured: Measured, profile: str) -> Judgement:
     values, number_kind, ids = measured.values(*measures_of)
     failed = measured.failed(measures)
     if not values:
-        return _without_numbers(criterion, measured, measures, failed, profile)
+        if criterion.not_comparable:
+            return Judgement("not comparable", criterion.not_comparable)
+        lost = f"{failed} runs failed" if failed else measured.why_none(measures)
+        elsewhere = away(criterion.needs, criterion.judged_at, profile)
+        return Judgement("not run", lost or elsewhere or f"the {profile} profile did not measure it")
     x = list(values.values())
     low, high = map(float, (x[0], x[0]) if criterion.deterministic else t_interval(x, LEVEL))
     fits = band(criterion, x)
@@ -165,20 +169,6 @@ def judge(criterion: Criterion, measured: Measured, profile: str) -> Judgement:
     probability = _probability(x, fits) if criterion.kind == "ordering" else math.nan
     seeds = tuple(values.items())
     return Judgement(verdict, reason, mean(x), low, high, seeds, number_kind, probability, ";".join(ids))
-
-
-def _without_numbers(
-    criterion: Criterion, measured: Measured, measures: list[str], failed: int, profile: str
-) -> Judgement:
-    if criterion.not_comparable:
-        return Judgement("not comparable", criterion.not_comparable)
-    if failed:
-        return Judgement("not run", f"{failed} runs failed")
-    if none := measured.why_none(measures):
-        return Judgement("not run", none)
-    return Judgement(
-        "not run", away(criterion.needs, criterion.judged_at, profile) or f"the {profile} profile did not measure it"
-    )
 
 
 def away(needs: str, judged_at: str, profile: str) -> str:
@@ -191,18 +181,13 @@ def away(needs: str, judged_at: str, profile: str) -> str:
 
 
 def _verdict(
-    criterion: Criterion,
-    fits: tuple[float, float],
-    interval: tuple[float, float],
-    seeds: int,
-    failed: int,
-    profile: str,
+    criterion: Criterion, fits: tuple[float, float], found: tuple[float, float], seeds: int, failed: int, profile: str
 ) -> tuple[str, str]:
     if criterion.not_comparable:
         return "not comparable", criterion.not_comparable
     if _RANK[profile] < _RANK[criterion.judged_at]:
         return "not comparable", f"a {profile} run is reduced; it is judged at the {criterion.judged_at} profile"
-    low, high = interval
+    low, high = found
     if math.isnan(low):
         return "not comparable", f"{seeds} seeds; an interval needs {FEWEST}"
     if failed:
