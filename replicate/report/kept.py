@@ -122,14 +122,9 @@ def carried(earlier: Path, runs: RecordedRuns, drawn: Iterable[str]) -> dict[str
         ReportError: there is a kept run, and figures.json cannot be read.
     """
     kept = {r.run_id for r in runs.done if r.folder is None}
-    if not kept:
-        return {}
-    known = set(drawn)
-    return {
-        name: entry
-        for name, entry in read_index(earlier).items()
-        if name not in known and entry["runs"] and kept.issuperset(entry["runs"])
-    }
+    index, known = read_index(earlier) if kept else {}, set(drawn)
+    fit = (name for name, entry in index.items() if entry["runs"] and kept.issuperset(entry["runs"]))
+    return {name: index[name] for name in fit if name not in known}
 
 
 def carry(name: str, entry: dict[str, Any], runs: RecordedRuns, earlier: Path, folder: Path) -> Figure:

@@ -118,9 +118,7 @@ def drawn(text: str) -> str:
     """Replace every formula of Markdown outside code by SVG."""
 
     def replaced(match: re.Match[str]) -> str:
-        if match["code"]:
-            return match[0]
-        return formula(match["display"] or match["inline"], bool(match["display"]))
+        return match["code"] or formula(match["display"] or match["inline"], bool(match["display"]))
 
     return MATH.sub(replaced, text)
 

@@ -74,11 +74,8 @@ def resampled_means(values: np.ndarray, name: str) -> np.ndarray:
     """
     seed = int.from_bytes(hashlib.sha256(f"paired/{name}".encode()).digest()[:8], "big")
     generator, n = np.random.default_rng(seed), len(values)
-    out = []
-    for _ in range(RESAMPLES // CHUNK):
-        counts = generator.multinomial(n, np.full(n, 1 / n), size=CHUNK)
-        out.append(counts @ values / n)
-    return np.concatenate(out)
+    draws = (generator.multinomial(n, np.full(n, 1 / n), size=CHUNK) for _ in range(RESAMPLES // CHUNK))
+    return np.concatenate([counts @ values / n for counts in draws])
 
 
 def _difference(a: Scored, b: Scored, means: np.ndarray) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import pandas as pd
@@ -128,12 +128,11 @@ def mark_best(rows: Sequence[Row]) -> tuple[Row, ...]:
     ranks = list(zip(*([_rank(cell, row.family) for cell in row.cells] for row in rows), strict=True))
     best = {c: ranks.index(min(ranks)) for c, ranks in enumerate(ranks) if sum(map(math.isfinite, ranks)) > 1}
 
-    def marked(r: int, c: int, cell: str | Cell) -> str | Cell:
-        return replace(cell, best=True) if isinstance(cell, Cell) and best.get(c) == r else cell
+    def marked(r: int, row: Row) -> Iterator[str | Cell]:
+        for c, cell in enumerate(row.cells):
+            yield replace(cell, best=True) if isinstance(cell, Cell) and best.get(c) == r else cell
 
-    return tuple(
-        replace(row, cells=tuple(marked(r, c, cell) for c, cell in enumerate(row.cells))) for r, row in enumerate(rows)
-    )
+    return tuple(replace(row, cells=tuple(marked(r, row))) for r, row in enumerate(rows))
 
 
 FAMILY, MODEL, TASK, SAMPLER = (Column(name, name) for name in ("family", "model", "task", "sampler"))
@@ -141,22 +140,17 @@ FAMILY, MODEL, TASK, SAMPLER = (Column(name, name) for name in ("family", "model
 MetricColumn = tuple[str, str, Column]
 
 
-def _by_family(results: Results, tasks: Iterable[str], columns: Sequence[MetricColumn]) -> tuple[Row, ...]:
-    """Return one row per model of the tasks, grouped by family, with the best of each column marked."""
+def _models_table(
+    results: Results, name: str, title: str, caption: str, columns: Sequence[MetricColumn], *tasks: str
+) -> TextTable:
+    """Make a table with one row per model of the columns' tasks, or of `tasks`, with the best of each column marked."""
     rows = []
-    for model in results.models(*tasks):
+    for model in results.models(*(tasks or [task for task, *_ in columns])):
         family = results.family[model]
         cells = (results.cell(task, model, metric) for task, metric, _ in columns)
         rows.append(Row((FAMILY_LABELS.get(family, family), model, *cells), family))
-    return mark_best(rows)
-
-
-def _overview(
-    results: Results, name: str, title: str, caption: str, columns: Sequence[MetricColumn]
-) -> list[TextTable]:
-    rows = _by_family(results, [task for task, *_ in columns], columns) if columns else ()
     heads = (FAMILY, MODEL, *(c for *_, c in columns))
-    return [TextTable(name, title, caption, heads, rows, grouped=True)] if rows else []
+    return TextTable(name, title, caption, heads, mark_best(rows), grouped=True)
 
 
 def task_table(results: Results, task: str) -> TextTable:
@@ -174,35 +168,28 @@ def task_table(results: Results, task: str) -> TextTable:
     columns = [(task, m, column(m, results, [task])) for m in metrics]
     caption = f"{task}: mean over seeds with its 95 % t-interval on the test split."
     caption += "".join(f" No {', '.join(labels)}: {reason}." for reason, labels in without.items())
-    heads = (FAMILY, MODEL, *(c for *_, c in columns))
-    rows = _by_family(results, [task], columns)
-    return TextTable(f"task-{slug(task)}", task, caption, heads, rows, grouped=True)
+    return _models_table(results, f"task-{slug(task)}", task, caption, columns, task)
 
 
 def model_tables(results: Results) -> list[TextTable]:
     """Make the tables with one row per model: its likelihood on data, its KL in two dimensions, both as D grows."""
-    infos = {m: metric_info(m) for m in ("nll", "bits_per_dim")}
-    likelihood = [
-        (t, m, Column(f"{t}:{m}", f"{t}: {info.label}", info.unit, measured=True))
-        for t in data_tasks(results)
-        for m, info in infos.items()
-    ]
+    pairs = [(t, m, metric_info(m)) for t in data_tasks(results) for m in ("nll", "bits_per_dim")]
+    likelihood = [(t, m, Column(f"{t}:{m}", f"{t}: {i.label}", i.unit, measured=True)) for t, m, i in pairs]
     kl = [(t, "kl", Column(t, t, "nats", measured=True)) for t in planar(density_tasks(results))]
     dimension = [
         (t, m, Column(f"{t}:{m}", f"{label}, D = {d}", metric_info(m).unit, measured=True))
         for m, label in (("kl", "KL"), ("train_seconds", "training"))
         for t, d in dimensions(density_tasks(results)).items()
     ]
-    captions = {
-        "likelihood": "Negative log-likelihood of the test split; a bound (<=) may only overstate it.",
-        "kl": "KL(truth || model) in nats on densities in two dimensions; 0 is perfect.",
-        "dimension": "Error and cost against the dimension D of a mixture whose truth is known.",
-    }
-    return [
-        *_overview(results, "likelihood", "Likelihood of data", captions["likelihood"], likelihood),
-        *_overview(results, "kl", "KL on two-dimensional densities", captions["kl"], kl),
-        *_overview(results, "dimension", "Error against dimension", captions["dimension"], dimension),
-    ]
+    bound = "Negative log-likelihood of the test split; a bound (<=) may only overstate it."
+    known = "KL(truth || model) in nats on densities in two dimensions; 0 is perfect."
+    series = "Error and cost against the dimension D of a mixture whose truth is known."
+    tables = (
+        ("likelihood", "Likelihood of data", bound, likelihood),
+        ("kl", "KL on two-dimensional densities", known, kl),
+        ("dimension", "Error against dimension", series, dimension),
+    )
+    return [_models_table(results, *head, columns) for *head, columns in tables if columns]
 
 
 def samplers_table(results: Results) -> list[TextTable]:
@@ -225,9 +212,8 @@ def samplers_table(results: Results) -> list[TextTable]:
     return [TextTable("samplers", "Samplers", caption, columns, tuple(rows), grouped=True)] if rows else []
 
 
-def _long_table(results: Results, name: str, title: str, caption: str, shows: Callable[[str], bool]) -> list[TextTable]:
-    """Make a table with one row per task and model and one column per metric that it shows."""
-    metrics = [m for m in results.metrics() if shows(m)]
+def _long_table(results: Results, name: str, title: str, caption: str, metrics: Sequence[str]) -> list[TextTable]:
+    """Make a table with one row per task and model and one column per metric."""
     rows = []
     for task in results.tasks:
         for model in results.models(task):
@@ -240,15 +226,12 @@ def _long_table(results: Results, name: str, title: str, caption: str, shows: Ca
 
 def cost_tables(results: Results) -> list[TextTable]:
     """Make the tables with one row per task and model: its cost, and the estimators' checks of themselves."""
-
-    def is_check(metric: str) -> bool:
-        return base_metric(metric) not in METRICS and not sampler_of(metric)
-
-    costs = "What each model costs: one process, one thread or one device a run."
-    checks = "What the likelihood estimators report of themselves."
+    costs = [m for m in results.metrics() if m in METRICS and METRICS[m].cost]
+    checks = [m for m in results.metrics() if base_metric(m) not in METRICS and not sampler_of(m)]
+    paid, own = "What each model costs: one process, one thread or one device a run.", "Estimators' own checks"
     return [
-        *_long_table(results, "cost", "Cost", costs, lambda m: m in METRICS and METRICS[m].cost),
-        *_long_table(results, "estimator-checks", "Estimators' own checks", checks, is_check),
+        *_long_table(results, "cost", "Cost", paid, costs),
+        *_long_table(results, "estimator-checks", own, "What the likelihood estimators report of themselves.", checks),
     ]
 
 

@@ -9,6 +9,7 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import rich.table
 
@@ -67,9 +68,8 @@ class Cell:
     def parts(self) -> list[tuple[str, str]]:
         """Return (sign of the kind, number with its interval) of each number."""
         decimals = decimals_for(self.metric, [v for n in self.numbers for v in (n.mean, n.low, n.high)])
-        return [
-            (symbol(n.kind), with_interval(lambda v: fixed(v, decimals), n.mean, n.low, n.high)) for n in self.numbers
-        ]
+        write = partial(fixed, decimals=decimals)
+        return [(symbol(n.kind), with_interval(write, n.mean, n.low, n.high)) for n in self.numbers]
 
     def remark(self) -> str:
         """Return the words beside or instead of a number."""
@@ -86,22 +86,17 @@ class Cell:
 
     def tip(self) -> str:
         """Return every seed's value with its run id, or the reason."""
-        lines = [
-            f"seed {seed}: {value:.6g} (run {short(run_id)})" for n in self.numbers for seed, value, run_id in n.seeds
-        ]
-        if self.lost:
-            lines.append(f"{self.lost} of {self.tried} runs failed")
-        if self.reason:
-            lines.append(self.reason)
-        return "\n".join(lines)
+        values = (each for n in self.numbers for each in n.seeds)
+        lines = [f"seed {seed}: {value:.6g} (run {short(run_id)})" for seed, value, run_id in values]
+        lost = f"{self.lost} of {self.tried} runs failed" if self.lost else ""
+        return "\n".join(line for line in (*lines, lost, self.reason) if line)
 
     def fields(self) -> list[str]:
         """Return the cell's fields in CSV, as named in `FIELDS`; several kinds share each field in the same order."""
-        numbers = [
-            (*(significant(v, 10) for v in (n.mean, n.low, n.high)), n.kind, str(len(n.seeds))) for n in self.numbers
-        ]
+        ends = [[significant(v, 10) for v in (getattr(n, k) for n in self.numbers)] for k in ("mean", "low", "high")]
+        others = [[n.kind for n in self.numbers], [str(len(n.seeds)) for n in self.numbers]]
         note = self.reason if self.remark() == "n/a" else self.remark()
-        return [*(";".join(v) for v in (zip(*numbers, strict=True) if numbers else [("",)] * 5)), note]
+        return [*map(";".join, [*ends, *others]), note]
 
 
 #: endings of the heads of a measured column in CSV: its mean, interval, kind, number of seeds, and a note
@@ -219,8 +214,8 @@ class TextTable:
                 lines += [r"\midrule", rf"\multicolumn{{{width}}}{{l}}{{\emph{{{latex(group)}}}}} \\"]
             lines.append(" & ".join(_latex_cell(c, notes) for c in row.cells[1:]) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}"]
-        for i, note in enumerate(notes, 1):
-            lines.append(rf"\par\smallskip{{\footnotesize\textsuperscript{{{i}}} {latex(note)}}}")
+        small = r"\par\smallskip{\footnotesize\textsuperscript"
+        lines += [rf"{small}{{{i}}} {latex(note)}}}" for i, note in enumerate(notes, 1)]
         return "\n".join([*lines, r"\end{table}"]) + "\n"
 
     def _long_latex(self) -> str:
@@ -228,9 +223,8 @@ class TextTable:
         lines = ["% needs longtable and booktabs", rf"\begin{{longtable}}{{{shares}}}"]
         lines += [rf"\caption{{{latex(self.caption)}}} \\", r"\toprule"]
         lines += [" & ".join(latex(c.title) for c in self.columns) + r" \\", r"\midrule \endhead"]
-        lines += [
-            " & ".join(_latex_cell(c, []).replace("±", r"$\pm$") for c in row.cells) + r" \\" for row in self.rows
-        ]
+        rows = ([_latex_cell(c, []).replace("±", r"$\pm$") for c in row.cells] for row in self.rows)
+        lines += [" & ".join(row) + r" \\" for row in rows]
         return "\n".join([*lines, r"\bottomrule", r"\end{longtable}"]) + "\n"
 
     def rich(self) -> rich.table.Table:
