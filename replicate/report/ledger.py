@@ -192,10 +192,8 @@ def ours_text(row: Row) -> str:
 
 
 def _number_text(kind: str, mean: float, low: float, high: float) -> str:
-    if math.isnan(mean):
-        return "-"
     low = math.nan if low == high else low
-    return f"{symbol(kind)} {with_interval(significant, mean, low, high)}"
+    return "-" if math.isnan(mean) else f"{symbol(kind)} {with_interval(significant, mean, low, high)}"
 
 
 def wanted(criterion: Criterion) -> str:
@@ -213,11 +211,9 @@ def ledger_table(ledger: Sequence[Entry]) -> TextTable:
     rows = []
     for e in ledger:
         c, j = e.claim, e.judgement
+        line = (c.id, f"{e.paper.cite}, {c.place}", c.quantity, c.unit, e.printed, c.source_quality, e.band, e.ours)
         p = "" if math.isnan(j.probability) else f"{j.probability:.2f}"
-        source = f"{e.paper.cite}, {c.place}"
-        verdict = j.verdict if j.verdict not in ("not comparable", "not run") else f"{j.verdict}: {j.reason}"
-        line = (c.id, source, c.quantity, c.unit, e.printed, c.source_quality, e.band, e.ours, p)
-        rows.append((*line, str(len(j.seeds) or ""), verdict))
+        rows.append((*line, p, str(len(j.seeds) or ""), _with_reason(j.verdict, j.reason)))
     marks = "; ".join(f"{k}: {v}" for k, v in SOURCES.items())
     caption = (
         "Claims as printed and as found. Ours: mean over seeds with the 90 % t-interval of two one-sided tests; "
@@ -227,15 +223,19 @@ def ledger_table(ledger: Sequence[Entry]) -> TextTable:
     return TextTable.of_text("ledger", "The ledger", caption, heads, rows)
 
 
+def _with_reason(verdict: str, reason: str) -> str:
+    return f"{verdict}: {reason}" if verdict in ("not comparable", "not run") else verdict
+
+
 def claims_table(rows: Sequence[Row]) -> TextTable:
     """Make a text table of rows of claims.csv, for a terminal."""
     heads = ("claim", "paper", "quantity", "as printed", "band", "ours, 90 % interval", "verdict")
     lines = []
     for row in rows:
-        why = f": {row['reason']}" if row["verdict"] in ("not run", "not comparable") else ""
+        verdict = _with_reason(row["verdict"], row["reason"])
         quantity, published = f"{row['quantity']} [{row['unit']}]", f"{row['published']} ({row['source_quality']})"
         band = wanted(criterion_from(row))
-        lines.append((row["claim_id"], row["paper"], quantity, published, band, ours_text(row), row["verdict"] + why))
+        lines.append((row["claim_id"], row["paper"], quantity, published, band, ours_text(row), verdict))
     return TextTable.of_text("claims", "Claims", "", heads, lines)
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,18 +18,8 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from replicate.report.drawing import (
-    DENSITY,
-    QUIET,
-    Array,
-    Figure,
-    colour,
-    darker,
-    family_legend,
-    fitting,
-    panel_title,
-    panels,
-)
+from replicate.report import drawing
+from replicate.report.drawing import Array, Figure
 from replicate.report.labels import family_key, significant, slug, symbol
 from replicate.report.records import RecordedRun, RecordedRuns
 from replicate.report.tables import Results, info_of
@@ -58,9 +48,8 @@ class Picture:
 def pictures(runs: RecordedRuns, task: str) -> list[Picture]:
     """Return the pictures of a task: the truth, then the models by family, then the references."""
     chosen: dict[str, RecordedRun] = {}
-    for run in runs.done:
-        if run.task == task and run.model not in chosen and run.arrays_file:
-            chosen[run.model] = run
+    for run in (r for r in runs.done if r.task == task and r.arrays_file):
+        chosen.setdefault(run.model, run)
     order = sorted(chosen.values(), key=lambda r: (r.model != "truth", family_key(r.family), r.model))
     return [Picture(r.model, r.family, r.arrays()) for r in order]
 
@@ -136,7 +125,7 @@ def _map_rows(full: Sequence[Map], floor: float, points: int) -> Iterator[list[s
 
 def _squares(shown: Sequence[Picture], half: float, notes: Sequence[str]) -> tuple[Canvas, list[Axes]]:
     """Make a panel of half width `half` per model with its note; the one at the lower left has ticks and labels."""
-    canvas, axes = panels(len(shown), COLUMNS, SIDE, foot=0.66)
+    canvas, axes = drawing.panels(len(shown), COLUMNS, SIDE, foot=0.66)
     corner = axes[(len(shown) - 1) // COLUMNS * COLUMNS]
     ticks = [t for t in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(-half, half) if abs(t) <= half]
     for ax, p, note in zip(axes, shown, notes, strict=True):
@@ -144,11 +133,11 @@ def _squares(shown: Sequence[Picture], half: float, notes: Sequence[str]) -> tup
         ax.grid(False)
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(FixedLocator(ticks if ax is corner else []))
-        panel_title(ax, p.model, note, p.family)
+        drawing.panel_title(ax, p.model, note, p.family)
     corner.tick_params(length=2, pad=1.5, labelsize=6.5)
     corner.set_xlabel("x1", fontsize=7, labelpad=0)
     corner.set_ylabel("x2", fontsize=7, labelpad=-2)
-    family_legend(canvas, [p.family for p in shown])
+    drawing.family_legend(canvas, [p.family for p in shown])
     return canvas, axes
 
 
@@ -159,7 +148,7 @@ def _show(ax: Axes, m: Map, peak: float, alpha: float = 1.0) -> None:
         m.values,
         origin="lower",
         extent=(low, high, low, high),
-        cmap=DENSITY,
+        cmap=drawing.DENSITY,
         norm=PowerNorm(0.5, 0, peak, clip=True),
         interpolation="bilinear" if m.source == "density" else "nearest",
         aspect="auto",
@@ -182,7 +171,7 @@ def density_figure(results: Results, task: str, pictured: Sequence[Picture]) -> 
     full = density_maps(pictured)
     if not any(m.source == "density" for m in full):
         return None
-    points, text = fitting(partial(_map_rows, full, FLOOR * _peak(full)), (120, 100, 80, 60, 50, 40, 30))
+    points, text = drawing.fitting(partial(_map_rows, full, FLOOR * _peak(full)), (120, 100, 80, 60, 50, 40, 30))
     maps = [pooled(m, points) for m in full]
     peak, half = _peak(maps), _half_width(maps)
     notes = []
@@ -203,30 +192,27 @@ def density_figure(results: Results, task: str, pictured: Sequence[Picture]) -> 
 
 
 def _colour_bar(canvas: Canvas, peak: float) -> None:
-    width, height = canvas.get_size_inches()
-    bar = canvas.add_axes((1 - (0.08 + SIDE) / width, 0.44 / height, SIDE / width, 0.08 / height))
+    width, _ = canvas.get_size_inches()
+    bar = drawing.add_axes(canvas, width - 0.08 - SIDE, 0.44, SIDE, 0.08)
     ramp = np.linspace(0, peak, 128)[None]
-    bar.imshow(ramp, cmap=DENSITY, norm=PowerNorm(0.5, 0, peak), aspect="auto", extent=(0, peak, 0, 1))
+    bar.imshow(ramp, cmap=drawing.DENSITY, norm=PowerNorm(0.5, 0, peak), aspect="auto", extent=(0, peak, 0, 1))
     bar.grid(False)
     bar.set_yticks([])
     bar.set_xticks([0, peak], ["0", f"{peak:.2g} per unit area"])
     bar.tick_params(length=0, pad=1.5, labelsize=6.5)
-    first, last = bar.get_xticklabels()
-    first.set_horizontalalignment("left")
-    last.set_horizontalalignment("right")
+    for label, side in zip(bar.get_xticklabels(), ("left", "right"), strict=True):
+        label.set_horizontalalignment(side)
 
 
 def score_figure(results: Results, task: str, pictured: Sequence[Picture]) -> Figure | None:
     """Draw every model's score field over its density."""
-    fields = []
-    for p in pictured:
-        score, axis = p.get("grid_score"), p.get("score_axis")
-        if score is not None and axis is not None and score.shape == (len(axis), len(axis), 2):
-            fields.append((p, axis, score))
+    found = ((p, p.get("score_axis"), p.get("grid_score")) for p in pictured)
+    have = ((p, a, score) for p, a, score in found if a is not None and score is not None)
+    fields = [(p, axis, score) for p, axis, score in have if score.shape == (len(axis), len(axis), 2)]
     maps = {m.picture.model: m for m in density_maps(pictured) if m.source == "density"}
     if not fields:
         return None
-    stride, text = fitting(partial(_field_rows, fields), (1, 2, 3, 4))
+    stride, text = drawing.fitting(partial(_field_rows, fields), (1, 2, 3, 4))
     shown = maps.get("truth") or next(iter(maps.values()), None)
     peak = _peak(list(maps.values())) if maps else 1.0
     half = _half_width(list(maps.values())) if maps else float(np.abs(fields[0][1]).max())
@@ -276,7 +262,7 @@ def _quiver(ax: Axes, axis: Array, score: Array, typical: float, family: str) ->
         headlength=3.6,
         headaxislength=3.3,
         minlength=0,
-        color=darker(family),
+        color=drawing.darker(family),
         rasterized=True,
     )
 
@@ -288,7 +274,7 @@ def path_figure(results: Results, task: str, pictured: Sequence[Picture]) -> Fig
     maps = [m for m in density_maps(pictured) if m.source == "density"]
     if not walks or not maps:
         return None
-    chains, text = fitting(partial(_path_rows, walks), (12, 8, 6, 4, 2))
+    chains, text = drawing.fitting(partial(_path_rows, walks), (12, 8, 6, 4, 2))
     truth = next((m for m in maps if m.picture.model == "truth"), maps[0])
     numbers = (results.number(task, p.model, "w2:ula") for p, _ in walks)
     notes = [_note(n, "2-Wasserstein", ".3g", "unadjusted Langevin") for n in numbers]
@@ -315,9 +301,9 @@ def _path_rows(walks: Sequence[tuple[Picture, Array]], chains: int) -> Iterator[
 def _draw_paths(ax: Axes, path: Array, family: str) -> None:
     path = np.clip(np.nan_to_num(path, nan=1e6, posinf=1e6, neginf=-1e6), -1e6, 1e6)
     lines = [path[:, c] for c in range(path.shape[1])]
-    ax.add_collection(LineCollection(lines, colors=darker(family), linewidths=0.7, alpha=0.65, rasterized=True))
-    ax.plot(*path[0].T, "o", ms=2.6, mfc="white", mec=QUIET, mew=0.6)
-    ax.plot(*path[-1].T, "o", ms=3.0, mfc=colour(family), mec="white", mew=0.5)
+    ax.add_collection(LineCollection(lines, colors=drawing.darker(family), linewidths=0.7, alpha=0.65, rasterized=True))
+    ax.plot(*path[0].T, "o", ms=2.6, mfc="white", mec=drawing.QUIET, mew=0.6)
+    ax.plot(*path[-1].T, "o", ms=3.0, mfc=drawing.colour(family), mec="white", mew=0.5)
 
 
 # -- samples
@@ -325,8 +311,7 @@ def _draw_paths(ax: Axes, path: Array, family: str) -> None:
 TILES = 6
 
 
-@dataclass(frozen=True)
-class Sheet:
+class Sheet(NamedTuple):
     """Samples of one model, or rows of the test split: (n, D)."""
 
     name: str
@@ -354,7 +339,7 @@ def samples_figure(results: Results, task: str, pictured: Sequence[Picture]) -> 
         return None
     dim, info = sheets[0].rows.shape[1], info_of(task)
     shown, what = TILES**2, "of the test split"
-    canvas, axes = panels(len(sheets), COLUMNS, SIDE)
+    canvas, axes = drawing.panels(len(sheets), COLUMNS, SIDE)
     for ax in axes:
         ax.grid(False)
         ax.set(xticks=[], yticks=[])
@@ -368,9 +353,9 @@ def samples_figure(results: Results, task: str, pictured: Sequence[Picture]) -> 
         for ax, sheet in zip(axes, sheets, strict=True):
             _grey(ax, sheet.rows[:shown], levels, aspect="auto")
         what += f"; a line is one of them, a column one of {dim} bits"
-    for ax, sheet in zip(axes, sheets, strict=True):
-        panel_title(ax, sheet.name, sheet.note, sheet.family)
-    family_legend(canvas, [s.family for s in sheets])
+    for ax, (name, family, note, _) in zip(axes, sheets, strict=True):
+        drawing.panel_title(ax, name, note, family)
+    drawing.family_legend(canvas, [s.family for s in sheets])
     rows = ([s.name, i, *(significant(float(v)) for v in row)] for s in sheets for i, row in enumerate(s.rows[:shown]))
     text = csv_text(["model", "sample", *(f"x_{i}" for i in range(dim))], *rows)
     caption = f"The first {shown} samples of every model on {task}, seed 0, unselected, beside as many {what}."
@@ -389,7 +374,7 @@ def _scatters(axes: Sequence[Axes], sheets: Sequence[Sheet]) -> tuple[int, int]:
     low, high = first[:, [i, j]].min(0), first[:, [i, j]].max(0)
     room = 0.15 * (high - low) + 1e-6
     for ax, sheet in zip(axes, sheets, strict=True):
-        ax.scatter(sheet.rows[:, i], sheet.rows[:, j], s=4, color=colour(sheet.family), alpha=0.6, linewidths=0)
+        ax.scatter(sheet.rows[:, i], sheet.rows[:, j], s=4, color=drawing.colour(sheet.family), alpha=0.6, linewidths=0)
         ax.set(xlim=(low[0] - room[0], high[0] + room[0]), ylim=(low[1] - room[1], high[1] + room[1]))
     return i, j
 

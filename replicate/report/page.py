@@ -108,8 +108,7 @@ def headline(results: Results, summary: pd.DataFrame) -> list[dict[str, Any]]:
     for task, metric in headline_rows(summary):
         best = headline_best(summary, task, metric)
         label, unit = row_label(metric)
-        tips = {f: results.cell(task, b.model, metric).tip() for f, b in best.items()}
-        cells = [(best.get(f), tips.get(f, "")) for f in FAMILIES]
+        cells = [(b := best.get(f), results.cell(task, b.model, metric).tip() if b else "") for f in FAMILIES]
         rows.append({"task": task, "label": label, "unit": unit, "cells": cells, "first": winner(best)})
     return rows
 
@@ -233,12 +232,8 @@ def render(
     """Return the whole page as HTML text.
 
     Args:
-        runs: for failures, models and provenance.
-        results: the measurements behind `tables`.
-        summary: for the headline.
+        results, summary: the measurements behind `tables`, and the numbers behind the headline.
         tables, figures: as written beside the page.
-        profile: named in the title.
-        ledger: every claim with its verdict.
         printed: tables of print beside our numbers.
     """
     pictures = shrunk(figures)

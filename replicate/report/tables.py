@@ -10,18 +10,7 @@ from dataclasses import replace
 import pandas as pd
 
 from replicate.model import DataInfo
-from replicate.report.labels import (
-    FAMILY_LABELS,
-    METRICS,
-    SAMPLERS,
-    base_metric,
-    family_key,
-    metric_info,
-    metric_key,
-    sampler_of,
-    slug,
-    task_key,
-)
+from replicate.report import labels
 from replicate.report.records import FAILED, grouped
 from replicate.report.text_table import Cell, Column, Number, Row, TextTable
 from replicate.tasks.loading import tasks
@@ -45,17 +34,17 @@ class Results:
         self._lost = Counter(zip(lost["task"], lost["model"], strict=True))
         self._tried = Counter(zip(runs["task"], runs["model"], strict=True))
         self.family: dict[str, str] = dict(zip(frame["model"], frame["family"], strict=True))
-        self.tasks: list[str] = sorted(set(frame["task"]), key=task_key)
+        self.tasks: list[str] = sorted(set(frame["task"]), key=labels.task_key)
 
     def models(self, *tasks: str) -> list[str]:
         """Return the models tried on any of the tasks (all tasks where none is named), by family and name."""
         names = {model for task, model in self._tried if not tasks or task in tasks}
-        return sorted(names, key=lambda m: (family_key(self.family[m]), m != "truth", m))
+        return sorted(names, key=lambda m: (labels.family_key(self.family[m]), m != "truth", m))
 
     def metrics(self, *tasks: str) -> list[str]:
         """Return the metrics of any model on any of the tasks, measured or not, in the report's order."""
         names = {m for t, _, m in [*self._numbers, *self._reasons] if not tasks or t in tasks}
-        return sorted(names, key=metric_key)
+        return sorted(names, key=labels.metric_key)
 
     def cell(self, task: str, model: str, metric: str) -> Cell:
         """Return the cell of one metric of one model on one task."""
@@ -72,7 +61,7 @@ class Results:
 
 def flatters(metric: str, kind: str) -> bool:
     """Return whether a number of this kind may look better than the truth, so that it must not be called the best."""
-    info = metric_info(metric)
+    info = labels.metric_info(metric)
     if info.likelihood and kind == "estimate":
         return True
     return kind == {"lower": "lower_bound", "higher": "upper_bound"}.get(info.better or "", "")
@@ -107,7 +96,7 @@ def dimensions(names: Iterable[str]) -> dict[str, int]:
 
 def column(metric: str, results: Results, tasks: Iterable[str]) -> Column:
     """Return a metric's column; its unit is the measured one where all tasks agree."""
-    info = metric_info(metric)
+    info = labels.metric_info(metric)
     measured = {n.unit for t in tasks for m in results.models(t) for n in results.cell(t, m, metric).numbers}
     unit = info.unit or (measured.pop() if len(measured) == 1 else "")
     return Column(metric, info.label, "" if unit in info.label else unit, measured=True)
@@ -117,7 +106,7 @@ def _rank(cell: str | Cell, family: str) -> float:
     """Return a number that is smaller for a better cell; infinity where the cell cannot be the best."""
     if isinstance(cell, str) or family == "reference" or len(cell.numbers) != 1:
         return math.inf
-    number, better = cell.numbers[0], metric_info(cell.metric).better
+    number, better = cell.numbers[0], labels.metric_info(cell.metric).better
     if better is None or not math.isfinite(number.mean) or flatters(cell.metric, number.kind):
         return math.inf
     return number.mean if better == "lower" else -number.mean
@@ -148,7 +137,7 @@ def _models_table(
     for model in results.models(*(tasks or [task for task, *_ in columns])):
         family = results.family[model]
         cells = (results.cell(task, model, metric) for task, metric, _ in columns)
-        rows.append(Row((FAMILY_LABELS.get(family, family), model, *cells), family))
+        rows.append(Row((labels.FAMILY_LABELS.get(family, family), model, *cells), family))
     heads = (FAMILY, MODEL, *(c for *_, c in columns))
     return TextTable(name, title, caption, heads, mark_best(rows), grouped=True)
 
@@ -158,26 +147,26 @@ def task_table(results: Results, task: str) -> TextTable:
     models = results.models(task)
     metrics: list[str] = []
     without: dict[str, list[str]] = {}  # labels by reasons
-    for m in (m for m in results.metrics(task) if m in METRICS and not METRICS[m].cost):
+    for m in (m for m in results.metrics(task) if m in labels.METRICS and not labels.METRICS[m].cost):
         cells = [results.cell(task, model, m) for model in models]
         if any(c.numbers or not c.reason for c in cells):
             metrics.append(m)
         else:
             reasons = "; ".join(dict.fromkeys(c.reason for c in cells))
-            without.setdefault(reasons, []).append(metric_info(m).label)
+            without.setdefault(reasons, []).append(labels.metric_info(m).label)
     columns = [(task, m, column(m, results, [task])) for m in metrics]
     caption = f"{task}: mean over seeds with its 95 % t-interval on the test split."
-    caption += "".join(f" No {', '.join(labels)}: {reason}." for reason, labels in without.items())
-    return _models_table(results, f"task-{slug(task)}", task, caption, columns, task)
+    caption += "".join(f" No {', '.join(heads)}: {reason}." for reason, heads in without.items())
+    return _models_table(results, f"task-{labels.slug(task)}", task, caption, columns, task)
 
 
 def model_tables(results: Results) -> list[TextTable]:
     """Make the tables with one row per model: its likelihood on data, its KL in two dimensions, both as D grows."""
-    pairs = [(t, m, metric_info(m)) for t in data_tasks(results) for m in ("nll", "bits_per_dim")]
+    pairs = [(t, m, labels.metric_info(m)) for t in data_tasks(results) for m in ("nll", "bits_per_dim")]
     likelihood = [(t, m, Column(f"{t}:{m}", f"{t}: {i.label}", i.unit, measured=True)) for t, m, i in pairs]
     kl = [(t, "kl", Column(t, t, "nats", measured=True)) for t in planar(density_tasks(results))]
     dimension = [
-        (t, m, Column(f"{t}:{m}", f"{label}, D = {d}", metric_info(m).unit, measured=True))
+        (t, m, Column(f"{t}:{m}", f"{label}, D = {d}", labels.metric_info(m).unit, measured=True))
         for m, label in (("kl", "KL"), ("train_seconds", "training"))
         for t, d in dimensions(density_tasks(results)).items()
     ]
@@ -194,19 +183,19 @@ def model_tables(results: Results) -> list[TextTable]:
 
 def samplers_table(results: Results) -> list[TextTable]:
     """Make the table of each model under each sampler that drew from it."""
-    pairs = {(t, m) for t, m, k in results._numbers if sampler_of(k)}
+    pairs = {(t, m) for t, m, k in results._numbers if labels.sampler_of(k)}
     tasks = [t for t in results.tasks if t in {t for t, _ in pairs}]
-    variants = [m for m in results.metrics(*tasks) if sampler_of(m)] if tasks else []
-    order = list(SAMPLERS)
-    names = sorted({sampler_of(m) for m in variants}, key=lambda s: (order.index(s) if s in order else 99, s))
-    metrics = list(dict.fromkeys(base_metric(m) for m in variants))
+    variants = [m for m in results.metrics(*tasks) if labels.sampler_of(m)] if tasks else []
+    order = list(labels.SAMPLERS)
+    names = sorted({labels.sampler_of(m) for m in variants}, key=lambda s: (order.index(s) if s in order else 99, s))
+    metrics = list(dict.fromkeys(labels.base_metric(m) for m in variants))
     rows = []
     for task in tasks:
         for model in (m for m in results.models(task) if (task, m) in pairs):
             for name in ["", *names]:
                 cells = tuple(results.cell(task, model, f"{m}:{name}" if name else m) for m in metrics)
                 if any(c.numbers or c.reason for c in cells):
-                    rows.append(Row((task, model, SAMPLERS.get(name, name), *cells), results.family[model]))
+                    rows.append(Row((task, model, labels.SAMPLERS.get(name, name), *cells), results.family[model]))
     caption = "One model under several samplers; its own sampler first. The score is the model's throughout."
     columns = (TASK, MODEL, SAMPLER, *(column(m, results, tasks) for m in metrics))
     return [TextTable("samplers", "Samplers", caption, columns, tuple(rows), grouped=True)] if rows else []
@@ -226,8 +215,8 @@ def _long_table(results: Results, name: str, title: str, caption: str, metrics: 
 
 def cost_tables(results: Results) -> list[TextTable]:
     """Make the tables with one row per task and model: its cost, and the estimators' checks of themselves."""
-    costs = [m for m in results.metrics() if m in METRICS and METRICS[m].cost]
-    checks = [m for m in results.metrics() if base_metric(m) not in METRICS and not sampler_of(m)]
+    costs = [m for m in results.metrics() if m in labels.METRICS and labels.METRICS[m].cost]
+    checks = [m for m in results.metrics() if labels.base_metric(m) not in labels.METRICS and not labels.sampler_of(m)]
     paid, own = "What each model costs: one process, one thread or one device a run.", "Estimators' own checks"
     return [
         *_long_table(results, "cost", "Cost", paid, costs),
