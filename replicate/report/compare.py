@@ -71,22 +71,16 @@ def compare_models(measurements: pd.DataFrame, models: Sequence[str], metric: st
         for a, b in combinations(dict.fromkeys(models), 2):
             sides = (here[here["model"] == m].groupby("kind") for m in (a, b))
             for (kind_a, left), (kind_b, right) in product(*sides):
-                pair = left[_PAIR].merge(right[_PAIR], on=["seed", "unit"], suffixes=("_a", "_b")).sort_values("seed")
-                if len(pair):
-                    kind = kind_of_difference(str(kind_a), str(kind_b))
-                    out.append((task, metric, a, b, *_comparison(metric, a, b, kind, pair)))
+                left, right = (side[["seed", "unit", "value"]] for side in (left, right))
+                pair = left.merge(right, on=["seed", "unit"], suffixes=("_a", "_b")).sort_values("seed")
+                if pair.empty:
+                    continue
+                kind, difference = kind_of_difference(str(kind_a), str(kind_b)), pair["value_a"] - pair["value_b"]
+                low, high = interval(difference)
+                means, unit = (float(pair[f"value_{side}"].mean()) for side in "ab"), str(pair["unit"].iat[0])
+                numbers = (*means, symbol(kind), float(difference.to_numpy().mean()), low, high, unit, len(pair))
+                out.append((task, metric, a, b, *numbers, _verdict(metric, a, b, kind, low, high)))
     return pd.DataFrame(out, columns=list(COMPARISON_COLUMNS))
-
-
-_PAIR = ["seed", "unit", "value"]
-
-
-def _comparison(metric: str, a: str, b: str, kind: str, pair: pd.DataFrame) -> tuple[object, ...]:
-    difference = (pair["value_a"] - pair["value_b"]).to_numpy(dtype=np.float64)
-    low, high = interval(difference)
-    means, unit = (float(pair[f"value_{side}"].mean()) for side in "ab"), str(pair["unit"].iat[0])
-    verdict = _verdict(metric, a, b, kind, low, high)
-    return (*means, symbol(kind), float(difference.mean()), low, high, unit, len(pair), verdict)
 
 
 def comparison_table(frame: pd.DataFrame) -> TextTable:

@@ -192,8 +192,8 @@ def density_figure(results: Results, task: str, pictured: Sequence[Picture]) -> 
 
 
 def _colour_bar(canvas: Canvas, peak: float) -> None:
-    width, _ = canvas.get_size_inches()
-    bar = drawing.add_axes(canvas, width - 0.08 - SIDE, 0.44, SIDE, 0.08)
+    width, height = canvas.get_size_inches()
+    bar = canvas.add_axes((1 - (0.08 + SIDE) / width, 0.44 / height, SIDE / width, 0.08 / height))
     ramp = np.linspace(0, peak, 128)[None]
     bar.imshow(ramp, cmap=drawing.DENSITY, norm=PowerNorm(0.5, 0, peak), aspect="auto", extent=(0, peak, 0, 1))
     bar.grid(False)

@@ -67,8 +67,6 @@ def show_density(ax: Axes, log_density: Callable[[Tensor], Tensor], half_width: 
 
     Args:
         log_density: (n, 2) -> (n,), up to a constant.
-        half_width: of the square.
-        title: over the panel.
     """
     x, axis = plane(half_width, PIXELS, torch.device("cpu"))
     with torch.no_grad():

@@ -8,6 +8,7 @@ give is `reproduced`, wholly outside is `not reproduced`, anything else `inconcl
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import stdev
@@ -85,10 +86,9 @@ class Measured:
         for task, model, metric, *rest in zip(*columns, strict=True):
             self.rows.setdefault((task, model, metric), []).append((int(rest[0]), float(rest[1]), *rest[2:]))
         lost = frame[frame["metric"] == FAILED]
-        self.lost = {(t, m): int(n) for (t, m), n in lost.groupby(["task", "model"]).size().items()}
+        self.lost = Counter(zip(lost["task"], lost["model"], strict=True))
         none = frame[frame["status"].str.startswith("n/a")]
-        keys = zip(none["task"], none["model"], none["metric"], strict=True)
-        self.none = dict(zip(keys, none["status"], strict=True))
+        self.none = none.set_index(["task", "model", "metric"])["status"].to_dict()
 
     def seeds(self, measure: str) -> dict[int, tuple[float, str, str]]:
         """Return (value, kind, run id) by seed.
@@ -128,12 +128,12 @@ class Measured:
 
     def failed(self, measures: Iterable[str]) -> int:
         """Count the failed runs behind these measures."""
-        return sum(self.lost.get((m.split("/")[0], m.split("/")[1]), 0) for m in measures)
+        return sum(self.lost[task, model] for task, model, _ in (m.split("/") for m in measures))
 
     def why_none(self, measures: Iterable[str]) -> str:
         """Return the reason that a record gives for having no such number; "" where there is none."""
-        keys = [(a, b, c) for a, b, c in (m.split("/") for m in measures)]
-        return next((self.none[k] for k in keys if k in self.none), "")
+        keys = (tuple(m.split("/")) for m in measures)
+        return next((str(self.none[k]) for k in keys if k in self.none), "")
 
 
 def band(criterion: Criterion, values: Sequence[float]) -> tuple[float, float]:
@@ -152,9 +152,8 @@ def band(criterion: Criterion, values: Sequence[float]) -> tuple[float, float]:
 
 def judge(criterion: Criterion, measured: Measured, profile: str) -> Judgement:
     """Judge one claim on a profile's measurements."""
-    measures_of = criterion.measure, criterion.minus, criterion.over
-    measures = [m for m in measures_of if m]
-    values, number_kind, ids = measured.values(*measures_of)
+    measures = [m for m in (criterion.measure, criterion.minus, criterion.over) if m]
+    values, number_kind, ids = measured.values(criterion.measure, criterion.minus, criterion.over)
     failed = measured.failed(measures)
     if not values:
         if criterion.not_comparable:
