@@ -25,6 +25,7 @@ import pandas as pd
 from replicate.errors import ReportError
 from replicate.ledger.tables import NO_CLAIMS, Claims
 from replicate.report import ledger as claims_ledger
+from replicate.report import records
 from replicate.report.drawing import Figure, save, style
 from replicate.report.figures import all_figures
 from replicate.report.kept import carried, carry, combined, kept_runs, read_index, write_index
@@ -32,22 +33,7 @@ from replicate.report.labels import TIMING_METRICS, short
 from replicate.report.page import render
 from replicate.report.pairs import paired_table
 from replicate.report.plots import experiment_figures
-from replicate.report.records import (
-    SUMMARY_COLUMNS,
-    RecordedRun,
-    RecordedRuns,
-    commit_of,
-    load_runs,
-    measurements,
-    read_measurements,
-    read_records,
-    read_summary,
-    record_problems,
-    recorded_line,
-    summary,
-    write_measurements,
-    write_summary,
-)
+from replicate.report.records import RecordedRun, RecordedRuns
 from replicate.report.tables import Results, all_tables
 from replicate.report.text_table import TextTable
 from replicate.runs.orphan import die_with_parent
@@ -75,9 +61,8 @@ def results_files(folder: Path) -> list[str]:
 def write_manifest(folder: Path) -> Path:
     """Write MANIFEST.json with the sha256 of every other file below a results folder."""
     digests = {name: sha256(folder / name) for name in results_files(folder)}
-    path = folder / MANIFEST
-    path.write_text(json.dumps(digests, indent=1, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
-    return path
+    _write(folder / MANIFEST, json.dumps(digests, indent=1, sort_keys=True) + "\n")
+    return folder / MANIFEST
 
 
 def _write(path: Path, text: str) -> None:
@@ -85,10 +70,10 @@ def _write(path: Path, text: str) -> None:
 
 
 def _write_all(runs: RecordedRuns, profile: str, folder: Path, claims: Claims, earlier: Path) -> None:
-    frame, compared = measurements(runs), measurements(runs.comparison)
+    frame, compared = records.measurements(runs), records.measurements(runs.comparison)
     results, tables = Results(compared), all_tables(Results(compared))
-    write_measurements(frame, folder / "measurements.csv")
-    write_summary(summary(frame), folder / "summary.csv")
+    records.write_measurements(frame, folder / "measurements.csv")
+    records.write_summary(records.summary(frame), folder / "summary.csv")
     lines = (json.dumps(run.as_record(), sort_keys=True, allow_nan=False) + "\n" for run in runs.runs)
     _write(folder / "records.jsonl", "".join(lines))
     ledger = claims_ledger.entries(claims.papers, frame, profile)
@@ -104,8 +89,10 @@ def _write_all(runs: RecordedRuns, profile: str, folder: Path, claims: Claims, e
     old = carried(earlier, runs, [f.name for f in drawn])
     write_index(drawn, old, folder)
     figures += [carry(name, entry, runs, earlier, folder / "figures") for name, entry in old.items()]
-    page = render(runs, results, summary(compared), tables, figures, profile, ledger, printed)
-    _write(folder / "report.html", page)
+    _write(
+        folder / "report.html",
+        render(runs, results, records.summary(compared), tables, figures, profile, ledger, printed),
+    )
 
 
 def _printed(frame: pd.DataFrame, runs: Iterable[RecordedRun], claims: Claims, profile: str) -> list[TextTable]:
@@ -172,7 +159,7 @@ def build(
         ReportError: there are no runs, one cannot be read, or a new one cannot be added to those kept.
     """
     earlier = kept_runs(out_folder, keep)
-    new = RecordedRuns(()) if earlier.runs and not runs_folder.is_dir() else load_runs(runs_folder, run_ids)
+    new = RecordedRuns(()) if earlier.runs and not runs_folder.is_dir() else records.load_runs(runs_folder, run_ids)
     runs = combined(new, earlier)
     if not runs.runs:
         raise ReportError(f"there are no finished runs in {runs_folder}; `replicate reproduce` makes them")
@@ -208,18 +195,18 @@ def verify(out_folder: Path, claims: Claims = NO_CLAIMS) -> list[str]:
     """
     problems = _manifest_problems(out_folder)
     try:
-        frame = read_measurements(out_folder / "measurements.csv")
-        records = read_records(out_folder / "records.jsonl")
-        problems += _summary_problems(summary(frame), read_summary(out_folder / "summary.csv"))
+        frame = records.read_measurements(out_folder / "measurements.csv")
+        lines = records.read_records(out_folder / "records.jsonl")
+        problems += _summary_problems(records.summary(frame), records.read_summary(out_folder / "summary.csv"))
         if claims.papers or (out_folder / "claims.csv").exists():
             rows = claims_ledger.read_claims_csv(out_folder / "claims.csv")
             problems += claims_ledger.problems(rows, frame)
             problems += claims_ledger.definition_problems(rows, claims.papers) if claims.papers else []
     except ReportError as error:
         return [*problems, str(error)]
-    problems += record_problems(records, frame) + _provenance_problems(records, frame)
-    problems += _figure_problems(out_folder, {str(r.get("run_id")) for r in records})
-    return problems or _table_problems(out_folder, frame, records, claims)
+    problems += records.record_problems(lines, frame) + _provenance_problems(lines, frame)
+    problems += _figure_problems(out_folder, {str(r.get("run_id")) for r in lines})
+    return problems or _table_problems(out_folder, frame, lines, claims)
 
 
 def remarks(out_folder: Path) -> list[str]:
@@ -231,21 +218,20 @@ def remarks(out_folder: Path) -> list[str]:
     Raises:
         ReportError: records.jsonl cannot be read.
     """
-    done = [_provenance(r) for r in read_records(out_folder / "records.jsonl") if "error" not in r]
-    counts = {
-        "were made with uncommitted changes: the commit that they name does not reproduce them": sum(
-            p.get("dirty") not in ("", None, "unknown") for p in done
-        ),
-        "were made outside a repository and name no commit": sum(
-            p.get("commit") in ("", None, "unknown") for p in done
-        ),
-        "were made before records named their libraries and kernels in full": sum("format" not in p for p in done),
+    done = [_provenance(r) for r in records.read_records(out_folder / "records.jsonl") if "error" not in r]
+    none = ("", None, "unknown")
+    found = {
+        "were made with uncommitted changes: the commit that they name does not reproduce them": [
+            p.get("dirty") not in none for p in done
+        ],
+        "were made outside a repository and name no commit": [p.get("commit") in none for p in done],
+        "were made before records named their libraries and kernels in full": ["format" not in p for p in done],
     }
-    return [f"{n} of {len(done)} runs {what}" for what, n in counts.items() if n]
+    return [f"{sum(those)} of {len(done)} runs {what}" for what, those in found.items() if any(those)]
 
 
-def _table_problems(folder: Path, frame: pd.DataFrame, records: list[dict[str, Any]], claims: Claims) -> list[str]:
-    runs = RecordedRuns(tuple(map(recorded_line, records)))
+def _table_problems(folder: Path, frame: pd.DataFrame, lines: list[dict[str, Any]], claims: Claims) -> list[str]:
+    runs = RecordedRuns(tuple(map(records.recorded_line, lines)))
     compared = frame[frame["run_id"].isin([r.run_id for r in runs.comparison.runs])]
     ledger: list[claims_ledger.Entry] = []
     profile = ""  # of claims, where there are any
@@ -274,29 +260,20 @@ def _manifest_problems(folder: Path) -> list[str]:
 
 
 def _summary_problems(computed: pd.DataFrame, written: pd.DataFrame) -> list[str]:
-    right, found = _by_key(computed), _by_key(written)
+    names = [f[list(records.SUMMARY_COLUMNS)].itertuples(index=False, name=None) for f in (computed, written)]
+    right, found = ({row[:6]: row[6:] for row in rows} for rows in names)
     problems = [] if len(found) == len(written) else ["summary.csv has the same row twice"]
-    for key in dict.fromkeys([*right, *found]):
+    for key in right | found:
         name = f"summary.csv: {key[0]} / {key[1]} / {key[3]}"
         if key not in found or key not in right:
             where = "summary.csv" if key not in found else "measurements.csv"
             problems.append(f"{name} ({key[4]}) is missing from {where}")
             continue
-        for column, a, b in zip(SUMMARY_COLUMNS[len(key) :], right[key], found[key], strict=True):
-            if not _agree(a, b):
+        for column, a, b in zip(records.SUMMARY_COLUMNS[len(key) :], right[key], found[key], strict=True):
+            number = isinstance(a, float)
+            if not (np.isclose(a, float(b), rtol=PRECISION, atol=1e-300, equal_nan=True) if number else a == b):
                 problems.append(f"{name}: {column} is {b}, measurements.csv gives {a}")
     return problems
-
-
-def _by_key(frame: pd.DataFrame) -> dict[tuple[Any, ...], tuple[Any, ...]]:
-    """Return the numbers of each row of a summary by its six names."""
-    return {row[:6]: row[6:] for row in frame[list(SUMMARY_COLUMNS)].itertuples(index=False, name=None)}
-
-
-def _agree(a: Any, b: Any) -> bool:
-    if isinstance(a, float):
-        return bool(np.isclose(a, float(b), rtol=PRECISION, atol=1e-300, equal_nan=True))
-    return bool(a == b)
 
 
 def _figure_problems(folder: Path, known: set[str]) -> list[str]:
@@ -330,13 +307,13 @@ def _provenance(record: Mapping[str, Any]) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _provenance_problems(records: list[dict[str, Any]], frame: pd.DataFrame) -> list[str]:
+def _provenance_problems(lines: list[dict[str, Any]], frame: pd.DataFrame) -> list[str]:
     """List what records lack of their provenance, and where measurements.csv contradicts it.
 
     Results from before provenance had a format need not have its keys (`remarks` lists them). As soon as one record has
     a format, all must have the keys.
     """
-    done = [r for r in records if "error" not in r]
+    done = [r for r in lines if "error" not in r]
     required = PROVENANCE if any("format" in _provenance(r) for r in done) else frozenset()
     written = {row[0]: row[1:] for row in frame[["run_id", "device", "commit"]].itertuples(index=False, name=None)}
     weighed = set(frame.loc[frame["metric"] == "peak_memory_mb", "run_id"])
@@ -348,7 +325,7 @@ def _provenance_problems(records: list[dict[str, Any]], frame: pd.DataFrame) -> 
             problems.append(f"{name} does not say its {', '.join(sorted(required - set(found)))}")
         if required and run_id not in weighed:
             problems.append(f"{name} has no peak memory among its measurements")
-        here = str(found.get("device") or ""), commit_of(found)
+        here = str(found.get("device") or ""), records.commit_of(found)
         if written.get(run_id, here) != here:
             problems.append(f"{name} was made on {here[0]!r} at {here[1]!r}, measurements.csv says {written[run_id]}")
     return problems

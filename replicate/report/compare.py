@@ -71,31 +71,22 @@ def compare_models(measurements: pd.DataFrame, models: Sequence[str], metric: st
         for a, b in combinations(dict.fromkeys(models), 2):
             sides = (here[here["model"] == m].groupby("kind") for m in (a, b))
             for (kind_a, left), (kind_b, right) in product(*sides):
-                pair = left[_PAIR].merge(right[_PAIR], on=["seed", "unit"], suffixes=("_a", "_b")).sort_values("seed")
-                if len(pair):
-                    kind = kind_of_difference(str(kind_a), str(kind_b))
-                    out.append((task, metric, a, b, *_comparison(metric, a, b, kind, pair)))
+                left, right = (side[["seed", "unit", "value"]] for side in (left, right))
+                pair = left.merge(right, on=["seed", "unit"], suffixes=("_a", "_b")).sort_values("seed")
+                if pair.empty:
+                    continue
+                kind, difference = kind_of_difference(str(kind_a), str(kind_b)), pair["value_a"] - pair["value_b"]
+                low, high = interval(difference)
+                means, unit = (float(pair[f"value_{side}"].mean()) for side in "ab"), str(pair["unit"].iat[0])
+                numbers = (*means, symbol(kind), float(difference.to_numpy().mean()), low, high, unit, len(pair))
+                out.append((task, metric, a, b, *numbers, _verdict(metric, a, b, kind, low, high)))
     return pd.DataFrame(out, columns=list(COMPARISON_COLUMNS))
-
-
-_PAIR = ["seed", "unit", "value"]
-
-
-def _comparison(metric: str, a: str, b: str, kind: str, pair: pd.DataFrame) -> tuple[object, ...]:
-    difference = (pair["value_a"] - pair["value_b"]).to_numpy(dtype=np.float64)
-    low, high = interval(difference)
-    means = float(pair["value_a"].mean()), float(pair["value_b"].mean())
-    verdict = _verdict(metric, a, b, kind, low, high)
-    unit = str(pair["unit"].iat[0])
-    return (*means, symbol(kind), float(difference.mean()), low, high, unit, len(pair), verdict)
 
 
 def comparison_table(frame: pd.DataFrame) -> TextTable:
     """Make a text table of what `compare_models` returns."""
-    rows = (
-        [f"{v:.4g}" if isinstance(v, float) else str(v) for v in row]
-        for row in frame.itertuples(index=False, name=None)
-    )
+    found = frame.itertuples(index=False, name=None)
+    rows = ([f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in found)
     return TextTable.of_text("comparison", "Models compared", "", frame.columns, rows)
 
 
@@ -134,15 +125,6 @@ def _comparable(frame: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
-def _tolerances(rows: pd.DataFrame) -> dict[tuple[str, str, str], float]:
-    """Return the seed-to-seed standard deviation of each number of the reference that has two seeds or more."""
-    values: dict[tuple[str, str, str], list[float]] = {}
-    for task, model, metric, value in zip(rows["task"], rows["model"], rows["metric"], rows["value"], strict=True):
-        if math.isfinite(value):
-            values.setdefault((task, model, metric), []).append(value)
-    return {key: float(np.std(x, ddof=1)) for key, x in values.items() if len(x) > 1}
-
-
 def differences(new: pd.DataFrame, reference: pd.DataFrame) -> list[Difference]:
     """Return every number whose bits differ from the reference, times and memory left out.
 
@@ -152,7 +134,8 @@ def differences(new: pd.DataFrame, reference: pd.DataFrame) -> list[Difference]:
         new, reference: as in measurements.csv.
     """
     old = _comparable(reference)
-    spread = _tolerances(old)
+    # the seed-to-seed standard deviation of each number, nan below two seeds
+    spread = old[np.isfinite(old["value"])].groupby(["task", "model", "metric"])["value"].std().to_dict()
     both = _comparable(new).merge(old, on=[*_KEY, "kind", "nth"], how="outer", suffixes=("", "_old"), indicator=True)
     both = both.sort_values([*_KEY, "kind", "nth"])
     out = []
@@ -166,18 +149,17 @@ def differences(new: pd.DataFrame, reference: pd.DataFrame) -> list[Difference]:
     return out
 
 
-def _label(row: Mapping[Any, Any], spread: dict[tuple[str, str, str], float]) -> str:
+def _label(row: Mapping[Any, Any], spread: Mapping[Any, float]) -> str:
     """Return the class of a pair of values; "" where they are the same bits."""
     a, b = float(row["value"]), float(row["value_old"])
-    if math.isnan(a) or math.isnan(b):
-        return "" if math.isnan(a) and math.isnan(b) else "status"
-    if a == b:
+    if math.isnan(a) != math.isnan(b):
+        return "status"
+    if a == b or math.isnan(a):
         return ""
     if abs(a - b) <= ROUNDING * max(abs(a), abs(b)):
         return "rounding"
-    errors = [float(row[k]) for k in ("stderr", "stderr_old")]
-    deviation = math.sqrt(2) * spread.get((str(row["task"]), str(row["model"]), str(row["metric"])), 0.0)
-    scale = math.hypot(*(e for e in errors if math.isfinite(e)), deviation)
+    deviation = math.sqrt(2) * spread.get((row["task"], row["model"], row["metric"]), 0.0)
+    scale = math.hypot(*(e for e in (row["stderr"], row["stderr_old"], deviation) if math.isfinite(e)))
     return "within error" if abs(a - b) <= SIGMAS * scale else "differs"
 
 
@@ -204,8 +186,6 @@ def compare_with_reference(new: pd.DataFrame, reference: pd.DataFrame) -> list[s
         "new": "are new",
     }
     lines += [f"{counts[label]} {meaning}" for label, meaning in meanings.items() if counts[label]]
-    serious = [d for d in found if d.label in ("differs", "status")]
-    lines += [f"  {d}" for d in serious[:SHOWN]]
-    if len(serious) > SHOWN:
-        lines.append(f"  and {len(serious) - SHOWN} more")
-    return lines
+    serious = [f"  {d}" for d in found if d.label in ("differs", "status")]
+    more = [f"  and {len(serious) - SHOWN} more"] if len(serious) > SHOWN else []
+    return [*lines, *serious[:SHOWN], *more]

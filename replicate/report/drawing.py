@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -26,7 +27,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from replicate.report.labels import FAMILY_COLOURS, FAMILY_LABELS, family_key
+from replicate.report.text_table import csv_text
 
+Array = NDArray[np.float64]
 DPI = 100
 #: a picture above MAX_FULL bytes is reduced to a palette; one that is still above MAX_PNG is drawn smaller
 MAX_FULL, MAX_PNG = 180_000, 250_000
@@ -144,36 +147,31 @@ def add_axes(canvas: Canvas, x: float, y: float, width: float, height: float) ->
 
 
 def panels(count: int, columns: int, size: float, foot: float = 0.42) -> tuple[Canvas, list[Axes]]:
-    """Make square panels in reading order, with room for two title lines above each and a legend below all.
+    """Make `count` square panels in reading order, with room for two title lines above each and a legend below all.
 
     Args:
-        count: number of panels.
         columns: the most panels side by side.
-        size: side of a panel in inches.
-        foot: inches below all.
+        size, foot: the side of a panel and the room below all, in inches.
     """
     title_room = 0.44
     columns = max(1, min(columns, count))
     rows = max(1, math.ceil(count / columns))
     gap, left, right = 0.1, 0.4, 0.08
-    width = left + columns * size + (columns - 1) * gap + right
     height = rows * (size + title_room) + foot + 0.06
-    canvas = new_canvas(width, height)
-    places = (divmod(i, columns) for i in range(count))
-    return canvas, [
-        add_axes(canvas, left + c * (size + gap), height - 0.06 - (r + 1) * (size + title_room), size, size)
-        for r, c in places
-    ]
+    canvas, axes = new_canvas(left + columns * size + (columns - 1) * gap + right, height), []
+    for r, c in (divmod(i, columns) for i in range(count)):
+        up = height - 0.06 - (r + 1) * (size + title_room)
+        axes.append(add_axes(canvas, left + c * (size + gap), up, size, size))
+    return canvas, axes
 
 
 def panel_title(ax: Axes, name: str, note: str, family: str) -> None:
     """Write a model's name in its family's colour, and a quiet second line."""
     name = name if len(name) <= 24 else name[:23] + "…"
     small = 8.0 if len(name) <= 18 else 6.6
-    ax.text(
-        0, 1.115, plain(name), transform=ax.transAxes, fontsize=small, weight="bold", color=darker(family), va="bottom"
-    )
-    ax.text(0, 1.025, plain(note), transform=ax.transAxes, fontsize=6.8, color=QUIET, va="bottom")
+    write = partial(ax.text, 0, transform=ax.transAxes, va="bottom")
+    write(1.115, plain(name), fontsize=small, weight="bold", color=darker(family))
+    write(1.025, plain(note), fontsize=6.8, color=QUIET)
 
 
 def plain(text: str) -> str:
@@ -192,14 +190,8 @@ def family_legend(canvas: Canvas, families: Sequence[str], y: float = 0.0) -> No
         Line2D([], [], color=colour(f), marker="s", linestyle="", markersize=6, label=FAMILY_LABELS.get(f, f))
         for f in sorted(set(families), key=family_key)
     ]
-    canvas.legend(
-        handles=handles,
-        loc="lower center",
-        bbox_to_anchor=(0.5, y),
-        ncol=len(handles),
-        handletextpad=0.3,
-        columnspacing=1.4,
-    )
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, y), "ncol": len(handles)}
+    canvas.legend(handles=handles, handletextpad=0.3, columnspacing=1.4, **place)
 
 
 def palette() -> NDArray[np.int64]:
@@ -234,11 +226,11 @@ def png_bytes(canvas: Canvas, dpi: int = DPI) -> bytes:
     return png_bytes(canvas, dpi * 3 // 4) if small.tell() > MAX_PNG and dpi > 40 else small.getvalue()
 
 
-def fitting(make: Callable[[int], str], sizes: Iterable[int]) -> tuple[int, str]:
-    """Return the first of the sizes whose CSV is small enough to ship, or the last; with its CSV."""
+def fitting(rows: Callable[[int], Iterable[Sequence[object]]], sizes: Iterable[int]) -> tuple[int, str]:
+    """Return the first of the sizes whose CSV, of its rows with their head, is small enough to ship, or the last."""
     size, text = 0, ""
     for size in sizes:
-        text = make(size)
+        text = csv_text(*rows(size))
         if len(text.encode()) <= MAX_CSV:
             break
     return size, text

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import product
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,33 +19,16 @@ from matplotlib.lines import Line2D
 from matplotlib.markers import CARETRIGHT, CARETUP
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from replicate.report.drawing import (
-    INK,
-    MARKERS,
-    MAX_CSV,
-    QUIET,
-    Figure,
-    add_axes,
-    colour,
-    darker,
-    family_legend,
-    new_canvas,
-    plain,
-    shade,
-)
+from replicate.report import drawing
+from replicate.report.drawing import Figure
 from replicate.report.labels import FAMILY_LABELS, family_key, metric_info, significant, slug
 from replicate.report.maps import Array, density_figure, path_figure, pictures, samples_figure, score_figure
 from replicate.report.records import RecordedRun, RecordedRuns
 from replicate.report.tables import Results, data_tasks, density_tasks, dimensions, planar
 from replicate.report.text_table import Number, csv_text
 
-
-@dataclass(frozen=True)
-class Look:
-    """The colour and marker of one model in every figure of numbers."""
-
-    colour: str
-    marker: str
+#: the colour and marker of one model in every figure of numbers, as arguments of matplotlib
+Look = dict[str, Any]
 
 
 def looks(results: Results) -> dict[str, Look]:
@@ -53,7 +38,8 @@ def looks(results: Results) -> dict[str, Look]:
     for family in {results.family[m] for m in models}:
         members = [m for m in models if results.family[m] == family]
         for i, m in enumerate(members):
-            out[m] = Look(shade(family, i, len(members)), MARKERS[i % len(MARKERS)])
+            marker = drawing.MARKERS[i % len(drawing.MARKERS)]
+            out[m] = {"color": drawing.shade(family, i, len(members)), "marker": marker}
     return out
 
 
@@ -66,12 +52,25 @@ def _number_csv(results: Results, wanted: Iterable[tuple[str, str, str]]) -> str
             numbers = (f"{v:.8g}" if math.isfinite(v) else "" for v in (n.mean, n.low, n.high))
             rows.append([task, model, results.family[model], metric, n.kind, n.unit, *numbers, len(n.seeds)])
     head = ("task", "model", "family", "metric", "kind", "unit", "mean", "ci_low", "ci_high", "n_seeds")
-    return csv_text(head, rows)
+    return csv_text(head, *rows)
 
 
 def _error(n: Number) -> list[list[float]] | None:
     """Return the interval in matplotlib's form, distances from the mean."""
     return [[n.mean - n.low], [n.high - n.mean]] if math.isfinite(n.low) and math.isfinite(n.high) else None
+
+
+def _mark(ax: Axes, n: Number, edge: float, look: Look, at: dict[str, float], **sizes: float) -> None:
+    """Draw a number with its interval, across or up, as `at` has the other place: {"y": 3} or {"x": 3}.
+
+    It is hollow where it is not exact, and a caret without an interval at the `edge` that it is beyond.
+    """
+    (where, place), off = next(iter(at.items())), n.mean > edge
+    along, caret = ("x", CARETRIGHT) if where == "y" else ("y", CARETUP)
+    look = look | ({"marker": caret} if off else {f"{along}err": _error(n)})
+    face = look["color"] if n.kind == "exact" else "white"
+    places = {where: [place], along: [min(n.mean, edge)]}
+    ax.errorbar(**places, **look, markerfacecolor=face, markeredgewidth=1.2, **sizes)
 
 
 def model_legend(canvas: Canvas, results: Results, models: Sequence[str], x: float, lines: bool = True) -> None:
@@ -81,11 +80,8 @@ def model_legend(canvas: Canvas, results: Results, models: Sequence[str], x: flo
         handles.append(Line2D([], [], linestyle="", label=rf"$\bf{{{_bold(FAMILY_LABELS.get(family, family))}}}$"))
         for m in models:
             if results.family[m] == family:
-                name = plain(m if len(m) <= 22 else m[:21] + "…")
-                look, width = style[m], 1.2 if lines else 0
-                handles.append(
-                    Line2D([], [], color=look.colour, marker=look.marker, markersize=5, linewidth=width, label=name)
-                )
+                name = drawing.plain(m if len(m) <= 22 else m[:21] + "…")
+                handles.append(Line2D([], [], markersize=5, linewidth=1.2 if lines else 0, label=name, **style[m]))
     anchor = (x, 1 - 0.12 / canvas.get_size_inches()[1])
     canvas.legend(handles=handles, loc="upper left", bbox_to_anchor=anchor, handlelength=1.8, labelspacing=0.28)
 
@@ -136,9 +132,9 @@ def _edge(results: Results, task: str, metric: str, models: Iterable[str]) -> fl
     return math.inf if metric == "kl" else _far([n.mean for n in numbers if n is not None])
 
 
-def _axis_title(metric: str, label: str = "") -> str:
+def _axis_title(metric: str) -> str:
     info = metric_info(metric)
-    return f"{label or info.label} [{info.unit}]"
+    return f"{info.label} [{info.unit}]"
 
 
 def dimension_figure(results: Results) -> Figure | None:
@@ -149,15 +145,17 @@ def dimension_figure(results: Results) -> Figure | None:
         return None
     titles = {"kl": metric_info("kl").label, "train_seconds": "Training", "sample_ms": "One sample"}
     height = max(3.4, 0.8 + 0.19 * (len(models) + 6))
-    canvas, style = new_canvas(11.2, height), looks(results)
+    canvas, style = drawing.new_canvas(11.2, height), looks(results)
     for i, (metric, title) in enumerate(titles.items()):
         ax = canvas.add_axes((0.055 + i * 0.262, 0.55 / height, 0.205, 1 - 0.9 / height))
         values: list[float] = []
         for m in models:
-            points = [(d, n) for t, d in tasks.items() if (n := results.number(t, m, metric)) is not None]
-            points = [(d, n) for d, n in points if metric == "kl" or n.mean > 0]
+            found = ((d, results.number(t, m, metric)) for t, d in tasks.items())
+            points = [(d, n) for d, n in found if n is not None and (metric == "kl" or n.mean > 0)]
             values += [n.mean for _, n in points]
-            _line(ax, points, style[m])
+            ax.plot([d for d, _ in points], [n.mean for _, n in points], markersize=4, linewidth=1.1, **style[m])
+            for d, n in points:
+                ax.errorbar([d], [n.mean], yerr=_error(n), color=style[m]["color"], elinewidth=0.9, capsize=2)
         ax.set_xscale("log", base=2)
         ax.set_xticks(list(tasks.values()), [str(d) for d in tasks.values()])
         ax.xaxis.set_minor_locator(NullLocator())
@@ -172,13 +170,6 @@ def dimension_figure(results: Results) -> Figure | None:
         "Error and cost on mixture-D as D grows: means over seeds with 95 % t-intervals. KL is linear below 0.01 nats."
     )
     return Figure("dimension", "Error against dimension", caption, canvas, text)
-
-
-def _line(ax: Axes, points: Sequence[tuple[int, Number]], look: Look) -> None:
-    x, y = [d for d, _ in points], [n.mean for _, n in points]
-    ax.plot(x, y, color=look.colour, marker=look.marker, markersize=4, linewidth=1.1)
-    for d, n in points:
-        ax.errorbar([d], [n.mean], yerr=_error(n), color=look.colour, elinewidth=0.9, capsize=2)
 
 
 def cost_figure(results: Results, tasks: Sequence[str], metric: str, name: str, title: str) -> Figure | None:
@@ -196,15 +187,15 @@ def cost_figure(results: Results, tasks: Sequence[str], metric: str, name: str, 
     band_height = 2 * (size + 0.55) + 0.3
     width = left + columns * (size + gap) + legend
     height = max(bands * band_height, 0.4 + 0.175 * (len(models) + 6))
-    canvas, style = new_canvas(width, height), looks(results)
+    canvas, style = drawing.new_canvas(width, height), looks(results)
     for i, task in enumerate(tasks):
         band, at = divmod(i, columns)
         for k, cost in enumerate(costs):
             bottom = height - band * band_height - 0.3 - size - k * (size + 0.55)
-            ax = add_axes(canvas, left + at * (size + gap), bottom, size, size)
+            ax = drawing.add_axes(canvas, left + at * (size + gap), bottom, size, size)
             _cost_panel(ax, results, (task, metric, cost), {m: style[m] for m in models})
             if k == 0:
-                ax.set_title(plain(task), loc="left", weight="bold")
+                ax.set_title(drawing.plain(task), loc="left", weight="bold")
             if at == 0:
                 ax.set_ylabel(_axis_title(metric))
     model_legend(canvas, results, models, (left + columns * (size + gap) - 0.4) / width, lines=False)
@@ -220,31 +211,14 @@ def cost_figure(results: Results, tasks: Sequence[str], metric: str, name: str, 
 def _cost_panel(ax: Axes, results: Results, of: tuple[str, str, str], style: dict[str, Look]) -> None:
     """Draw the metric against the cost on the task that `of` names, every model in its look."""
     task, metric, cost = of
-    values: list[float] = []
-    spent: list[float] = []
     edge = _edge(results, task, metric, style)
-    for m, look in style.items():
-        y, x = results.number(task, m, metric), results.number(task, m, cost)
-        if y is None or x is None or x.mean <= 0:
-            continue
-        values.append(y.mean)
-        spent.append(x.mean)
-        off = y.mean > edge
-        ax.errorbar(
-            [x.mean],
-            [edge if off else y.mean],
-            yerr=None if off else _error(y),
-            color=look.colour,
-            marker=CARETUP if off else look.marker,
-            markersize=5.5,
-            markerfacecolor=look.colour if y.kind == "exact" else "white",
-            markeredgewidth=1.2,
-            elinewidth=0.9,
-            capsize=2,
-        )
-    _log_axis(ax, "x", spent)
+    found = ((look, results.number(task, m, metric), results.number(task, m, cost)) for m, look in style.items())
+    points = [(look, y, x.mean) for look, y, x in found if y and x and x.mean > 0]
+    for look, y, spent in points:
+        _mark(ax, y, edge, look, {"x": spent}, markersize=5.5, elinewidth=0.9, capsize=2)
+    _log_axis(ax, "x", [spent for *_, spent in points])
     if metric == "kl":
-        _kl_axis(ax, "y", values)
+        _kl_axis(ax, "y", [y.mean for _, y, _ in points])
     else:
         ax.yaxis.set_major_locator(MaxNLocator(6))
         ax.margins(y=0.1)
@@ -263,18 +237,16 @@ def comparison_figure(results: Results, tasks: Sequence[str], metric: str, name:
     rows = _family_rows(results, models)
     left, foot = 1.85, 0.78
     width, height = max(7.2, left + len(tasks) * (size + room)), foot + 0.34 + row * rows[-1][1] + row
-    canvas = new_canvas(width, height)
+    canvas = drawing.new_canvas(width, height)
     for i, task in enumerate(tasks):
-        ax = canvas.add_axes(
-            ((left + i * (size + room)) / width, foot / height, size / width, 1 - (foot + 0.34) / height)
-        )
+        ax = drawing.add_axes(canvas, left + i * (size + room), foot, size, height - foot - 0.34)
         _comparison_panel(ax, results, (task, metric), rows, write)
-        ax.set_title(plain(task), loc="left", weight="bold")
+        ax.set_title(drawing.plain(task), loc="left", weight="bold")
         ax.set_xlabel(_axis_title(metric))
-        ax.set_yticks([at for _, at in rows], [plain(m[:30]) if i == 0 else "" for m, _ in rows])
+        ax.set_yticks([at for _, at in rows], [drawing.plain(m[:30]) if i == 0 else "" for m, _ in rows])
         for label, (m, _) in zip(ax.get_yticklabels() if i == 0 else [], rows, strict=False):
-            label.set_color(darker(results.family[m]))
-    family_legend(canvas, [results.family[m] for m in models])
+            label.set_color(drawing.darker(results.family[m]))
+    drawing.family_legend(canvas, [results.family[m] for m in models])
     text = _number_csv(results, [(t, m, metric) for t in tasks for m in models])
     caption = (
         f"{metric_info(metric).label}, lower is better: mean over seeds with its 95 % t-interval, and each seed as a "
@@ -308,26 +280,16 @@ def _comparison_panel(
         if n is not None:
             values += [v for v in (n.mean, n.low, n.high) if math.isfinite(v)]
             seeds = [v for _, v, _ in n.seeds if math.isfinite(v)]
-            face, off = colour(results.family[m]), n.mean > edge
-            if not off:
-                ax.plot(seeds, [at] * len(seeds), "o", color=face, markersize=2.4, alpha=0.45, zorder=2)
-            ax.errorbar(
-                [edge if off else n.mean],
-                [at],
-                xerr=None if off else _error(n),
-                color=face,
-                marker=CARETRIGHT if off else "o",
-                markersize=5,
-                markerfacecolor=face if n.kind == "exact" else "white",
-                markeredgewidth=1.2,
-                elinewidth=1.3,
-                capsize=2.5,
-                zorder=3,
-            )
+            look = {"color": drawing.colour(results.family[m]), "marker": "o"}
+            if n.mean <= edge:
+                ax.plot(seeds, [at] * len(seeds), linestyle="", markersize=2.4, alpha=0.45, zorder=2, **look)
+            _mark(ax, n, edge, look, {"y": at}, markersize=5, elinewidth=1.3, capsize=2.5, zorder=3)
         if write or n is None:
             text, place = (cell.text(), 1.02) if write else (cell.remark(), 0.02)
-            ink = INK if n is not None else QUIET
-            ax.text(place, at, plain(text), transform=ax.get_yaxis_transform(), fontsize=6.8, va="center", color=ink)
+            ink = drawing.INK if n is not None else drawing.QUIET
+            ax.text(
+                place, at, drawing.plain(text), transform=ax.get_yaxis_transform(), fontsize=6.8, va="center", color=ink
+            )
     if metric == "kl":
         _kl_axis(ax, "x", values)
         ax.tick_params(axis="x", labelsize=6.8)
@@ -354,15 +316,22 @@ def training_figure(results: Results, runs: RecordedRuns, task: str) -> Figure |
     columns = min(5, len(models))
     size, tall, gap, high = 1.7, 1.05, 0.52, 0.56
     height = math.ceil(len(models) / columns) * (tall + high) + 0.42
-    canvas = new_canvas(0.25 + columns * (size + gap), height)
+    canvas = drawing.new_canvas(0.25 + columns * (size + gap), height)
     for i, m in enumerate(models):
         r, c = divmod(i, columns)
-        ax = add_axes(canvas, 0.45 + c * (size + gap), height - (r + 1) * (tall + high) + 0.22, size, tall)
+        ax = drawing.add_axes(canvas, 0.45 + c * (size + gap), height - (r + 1) * (tall + high) + 0.22, size, tall)
         _curves(ax, trained[m])
-        ax.set_title(plain(m[:26]), loc="left", fontsize=8, weight="bold", color=darker(results.family[m]), pad=3)
+        ax.set_title(
+            drawing.plain(m[:26]), loc="left", fontsize=8, weight="bold", color=drawing.darker(results.family[m]), pad=3
+        )
         ax.set_xlabel("step" if i + columns >= len(models) else "", fontsize=7, labelpad=1)
         ax.set_ylabel("loss" if c == 0 else "", fontsize=7, labelpad=2)
-    _curve_legend(canvas)
+    handles = [
+        Line2D([], [], color=drawing.QUIET, linewidth=1.2, label="training loss"),
+        Line2D([], [], color=drawing.INK, linewidth=0.9, linestyle=(0, (3, 1.5)), label="validation loss"),
+        Line2D([], [], color=drawing.INK, marker="o", linestyle="", markersize=3.5, label="weights kept"),
+    ]
+    canvas.legend(handles=handles, loc="lower center", ncol=3, bbox_to_anchor=(0.5, 0.0))
     caption = (
         f"Losses on {task}, one thin line a seed. Objectives differ between models, so only the shape compares. Where "
         "validation measures another quantity it is drawn on a scale of its own, without ticks. The first steps may "
@@ -374,16 +343,15 @@ def training_figure(results: Results, runs: RecordedRuns, task: str) -> Figure |
 
 def _curve_csv(runs: Sequence[RecordedRun]) -> str:
     """Write the losses of runs as CSV, without most steps where all would be too large a file."""
-    head = ("model", "seed", "split", "step", "loss", "kept")
-    rows: list[list[object]] = []
-    for run in runs:
-        kept = run.history.get("best_step")
-        for split in ("train", "valid"):
-            for step, loss in run.history.get(split) or []:
-                rows.append([run.model, run.seed, split, step, significant(float(loss), 6), int(step == kept)])
-    text = csv_text(head, rows)
+    rows: list[tuple[object, ...]] = []
+    for run, split in product(runs, ("train", "valid")):
+        head, kept = (run.model, run.seed, split), run.history.get("best_step")
+        curve = run.history.get(split) or []
+        rows += [(*head, step, significant(float(loss), 6), int(step == kept)) for step, loss in curve]
+    names = ("model", "seed", "split", "step", "loss", "kept")
+    text = csv_text(names, *rows)
     size = len(text.encode())
-    return csv_text(head, rows[:: 1 + size // MAX_CSV]) if size > MAX_CSV else text
+    return csv_text(names, *rows[:: 1 + size // drawing.MAX_CSV]) if size > drawing.MAX_CSV else text
 
 
 def _curves(ax: Axes, runs: Sequence[RecordedRun]) -> None:
@@ -394,11 +362,11 @@ def _curves(ax: Axes, runs: Sequence[RecordedRun]) -> None:
     apart = max(spans[0][0] - spans[1][1], spans[1][0] - spans[0][1])  # nan where there is no validation
     other = ax.twinx() if apart > 3 * max(spans[0][1] - spans[0][0], spans[1][1] - spans[1][0]) else ax
     for run, a, b in zip(runs, train, valid, strict=True):
-        ax.plot(a[:, 0], a[:, 1], color=colour(run.family), linewidth=0.8, alpha=0.75)
-        other.plot(b[:, 0], b[:, 1], color=INK, linewidth=0.7, alpha=0.6, linestyle=(0, (3, 1.5)))
+        ax.plot(a[:, 0], a[:, 1], color=drawing.colour(run.family), linewidth=0.8, alpha=0.75)
+        other.plot(b[:, 0], b[:, 1], color=drawing.INK, linewidth=0.7, alpha=0.6, linestyle=(0, (3, 1.5)))
         curve = b if len(b) else a
         kept = curve[curve[:, 0] == run.history.get("best_step")]
-        (other if len(b) else ax).plot(kept[:, 0], kept[:, 1], "o", color=INK, markersize=2.4, zorder=4)
+        (other if len(b) else ax).plot(kept[:, 0], kept[:, 1], "o", color=drawing.INK, markersize=2.4, zorder=4)
     _loss_axis(ax, spans[0] if other is not ax else _span([*train, *valid]))
     if other is not ax:
         _loss_axis(other, spans[1])
@@ -422,15 +390,6 @@ def _loss_axis(ax: Axes, span: tuple[float, float]) -> None:
     ax.yaxis.set_major_locator(MaxNLocator(4))
     ax.ticklabel_format(axis="y", useOffset=False)
     ax.tick_params(labelsize=6.3, length=0, pad=1.5)
-
-
-def _curve_legend(canvas: Canvas) -> None:
-    handles = [
-        Line2D([], [], color=QUIET, linewidth=1.2, label="training loss"),
-        Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (3, 1.5)), label="validation loss"),
-        Line2D([], [], color=INK, marker="o", linestyle="", markersize=3.5, label="weights kept"),
-    ]
-    canvas.legend(handles=handles, loc="lower center", ncol=3, bbox_to_anchor=(0.5, 0.0))
 
 
 def all_figures(results: Results, runs: RecordedRuns) -> list[Figure]:

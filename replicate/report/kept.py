@@ -18,6 +18,7 @@ from replicate.errors import ReportError
 from replicate.report.drawing import ENDINGS, Figure
 from replicate.report.records import (
     FAILED,
+    RecordedRun,
     RecordedRuns,
     read_measurements,
     read_records,
@@ -121,14 +122,9 @@ def carried(earlier: Path, runs: RecordedRuns, drawn: Iterable[str]) -> dict[str
         ReportError: there is a kept run, and figures.json cannot be read.
     """
     kept = {r.run_id for r in runs.done if r.folder is None}
-    if not kept:
-        return {}
-    known = set(drawn)
-    return {
-        name: entry
-        for name, entry in read_index(earlier).items()
-        if name not in known and entry["runs"] and kept.issuperset(entry["runs"])
-    }
+    index, known = read_index(earlier) if kept else {}, set(drawn)
+    fit = (name for name, entry in index.items() if entry["runs"] and kept.issuperset(entry["runs"]))
+    return {name: index[name] for name in fit if name not in known}
 
 
 def carry(name: str, entry: dict[str, Any], runs: RecordedRuns, earlier: Path, folder: Path) -> Figure:
@@ -136,8 +132,14 @@ def carry(name: str, entry: dict[str, Any], runs: RecordedRuns, earlier: Path, f
     for ending in ENDINGS:
         shutil.copyfile(earlier / "figures" / f"{name}.{ending}", folder / f"{name}.{ending}")
     shows = set(entry["runs"])
-    groups = {r.group for r in runs.done if r.run_id in shows}
-    later = {r.label_in_group for r in runs.done if r.group in groups and r.run_id not in shows}
+    subjects = {_subject(r) for r in runs.done if r.run_id in shows}
+    newer = [r for r in runs.done if _subject(r) in subjects and r.run_id not in shows]
+    later = {r.model if r.compared else f"seed {r.seed}" for r in newer}
     note = f" Drawn before {', '.join(sorted(later))} joined." if later else ""
     png = (folder / f"{name}.png").read_bytes()
     return Figure(name, entry["title"], entry["caption"] + note, also=tuple(entry["also"]), png=png)
+
+
+def _subject(run: RecordedRun) -> tuple[str, str]:
+    """Return what a run's pictures show: every model of a task, or every seed of an experiment."""
+    return run.task, "" if run.compared else run.model

@@ -56,11 +56,6 @@ class Entry:
         j = self.judgement
         return _number_text(j.number_kind, j.mean, j.ci_low, j.ci_high)
 
-    def row(self, profile: str) -> Row:
-        """Return the claim as a row of claims.csv."""
-        stated = stated_columns(self.paper, self.claim)
-        return {**stated, "says": self.claim.says, "profile": profile, **judged_columns(self.judgement)}
-
 
 def stated_columns(paper: PaperClaims, claim: Claim) -> Row:
     """Return the columns of claims.csv that a paper's file states."""
@@ -84,20 +79,10 @@ def _text(value: object) -> str:
 
 def criterion_of(claim: Claim, key: str) -> Criterion:
     """Return what decides a claim's verdict, its measures written out."""
-    return Criterion(
-        target=float(claim.target),
-        relation=claim.relation,
-        tolerance=float(claim.tolerance),
-        seed_sd=float(claim.seed_sd),
-        measure=resolved(claim.measure, claim, key),
-        minus=resolved(claim.minus, claim, key),
-        over=resolved(claim.over, claim, key),
-        deterministic=claim.deterministic,
-        kind=claim.kind,
-        judged_at=claim.profile,
-        not_comparable=claim.not_comparable,
-        needs=claim.needs,
-    )
+    band = (float(claim.target), claim.relation, float(claim.tolerance), float(claim.seed_sd))
+    measures = (resolved(m, claim, key) for m in (claim.measure, claim.minus, claim.over))
+    rest = (claim.deterministic, claim.kind, claim.profile, claim.not_comparable, claim.needs)
+    return Criterion(*band, *measures, *rest)
 
 
 def entries(papers: Iterable[PaperClaims], frame: pd.DataFrame, profile: str) -> list[Entry]:
@@ -109,8 +94,12 @@ def entries(papers: Iterable[PaperClaims], frame: pd.DataFrame, profile: str) ->
 
 def to_csv(ledger: Iterable[Entry], profile: str) -> str:
     """Write claims.csv."""
-    rows = (e.row(profile) for e in ledger)
-    return csv_text(CLAIM_COLUMNS, ([row[c] for c in CLAIM_COLUMNS] for row in rows))
+    rows = []
+    for e in ledger:
+        row = stated_columns(e.paper, e.claim) | judged_columns(e.judgement)
+        row |= {"says": e.claim.says, "profile": profile}
+        rows.append([row[c] for c in CLAIM_COLUMNS])
+    return csv_text(CLAIM_COLUMNS, *rows)
 
 
 def read_claims_csv(path: Path) -> list[Row]:
@@ -162,10 +151,8 @@ def problems(rows: Sequence[Row], frame: pd.DataFrame) -> list[str]:
 
 
 def _agree(a: str, b: str) -> bool:
-    if a == b:
-        return True
     try:
-        return math.isclose(float(a), float(b), rel_tol=1e-8)
+        return a == b or math.isclose(float(a), float(b), rel_tol=1e-8)
     except ValueError:
         return False
 
@@ -179,11 +166,9 @@ def definition_problems(rows: Sequence[Row], papers: Iterable[PaperClaims]) -> l
             if row is None:
                 out.append(f"claims.csv has no claim {claim.id}; {paper.key}.toml has")
                 continue
-            out += (
-                f"claims.csv: claim {claim.id}: {k} is {row[k]!r}, {paper.key}.toml says {v!r}"
-                for k, v in stated_columns(paper, claim).items()
-                if row[k] != v
-            )
+            stated = stated_columns(paper, claim).items()
+            wrong = ((k, v) for k, v in stated if row[k] != v)
+            out += (f"claims.csv: claim {claim.id}: {k} is {row[k]!r}, {paper.key}.toml says {v!r}" for k, v in wrong)
     return out + [f"claims.csv has claim {name}, which no paper's file has" for name in written]
 
 
@@ -194,8 +179,8 @@ def summary_line(rows: Sequence[Row]) -> str:
     """Count the claims by verdict in one sentence of Markdown."""
     papers = len({row["paper"] for row in rows})
     counts = ", ".join(f"{n} {v}" for v, n in by_verdict(row["verdict"] for row in rows).items())
-    sources = f"{papers} paper" + ("" if papers == 1 else "s")
-    text = f"**The ledger: {len(rows)} claims of {sources}: {counts}** (profile {rows[0]['profile']})."
+    head = f"{len(rows)} claims of {papers} paper{'' if papers == 1 else 's'}"
+    text = f"**The ledger: {head}: {counts}** (profile {rows[0]['profile']})."
     lost = [markdown(row["claim_id"]) for row in rows if row["verdict"] == "not reproduced"]
     return text + (f" Not reproduced: {', '.join(lost)}." if lost else "")
 
@@ -207,10 +192,8 @@ def ours_text(row: Row) -> str:
 
 
 def _number_text(kind: str, mean: float, low: float, high: float) -> str:
-    if math.isnan(mean):
-        return "-"
     low = math.nan if low == high else low
-    return f"{symbol(kind)} {with_interval(significant, mean, low, high)}"
+    return "-" if math.isnan(mean) else f"{symbol(kind)} {with_interval(significant, mean, low, high)}"
 
 
 def wanted(criterion: Criterion) -> str:
@@ -228,11 +211,9 @@ def ledger_table(ledger: Sequence[Entry]) -> TextTable:
     rows = []
     for e in ledger:
         c, j = e.claim, e.judgement
+        line = (c.id, f"{e.paper.cite}, {c.place}", c.quantity, c.unit, e.printed, c.source_quality, e.band, e.ours)
         p = "" if math.isnan(j.probability) else f"{j.probability:.2f}"
-        source = f"{e.paper.cite}, {c.place}"
-        verdict = j.verdict if j.verdict not in ("not comparable", "not run") else f"{j.verdict}: {j.reason}"
-        line = (c.id, source, c.quantity, c.unit, e.printed, c.source_quality, e.band, e.ours, p)
-        rows.append((*line, str(len(j.seeds) or ""), verdict))
+        rows.append((*line, p, str(len(j.seeds) or ""), _with_reason(j.verdict, j.reason)))
     marks = "; ".join(f"{k}: {v}" for k, v in SOURCES.items())
     caption = (
         "Claims as printed and as found. Ours: mean over seeds with the 90 % t-interval of two one-sided tests; "
@@ -242,15 +223,19 @@ def ledger_table(ledger: Sequence[Entry]) -> TextTable:
     return TextTable.of_text("ledger", "The ledger", caption, heads, rows)
 
 
+def _with_reason(verdict: str, reason: str) -> str:
+    return f"{verdict}: {reason}" if verdict in ("not comparable", "not run") else verdict
+
+
 def claims_table(rows: Sequence[Row]) -> TextTable:
     """Make a text table of rows of claims.csv, for a terminal."""
     heads = ("claim", "paper", "quantity", "as printed", "band", "ours, 90 % interval", "verdict")
     lines = []
     for row in rows:
-        why = f": {row['reason']}" if row["verdict"] in ("not run", "not comparable") else ""
+        verdict = _with_reason(row["verdict"], row["reason"])
         quantity, published = f"{row['quantity']} [{row['unit']}]", f"{row['published']} ({row['source_quality']})"
         band = wanted(criterion_from(row))
-        lines.append((row["claim_id"], row["paper"], quantity, published, band, ours_text(row), row["verdict"] + why))
+        lines.append((row["claim_id"], row["paper"], quantity, published, band, ours_text(row), verdict))
     return TextTable.of_text("claims", "Claims", "", heads, lines)
 
 
@@ -286,11 +271,10 @@ def _owners(claim: Claim, key: str) -> set[str]:
 
 def _measured_text(cell: MeasureCell, measured: Measured, reasons: Mapping[str, str]) -> str:
     values, kind, _ = measured.values(cell.measure, cell.minus)
-    if not values:
-        why = reasons.get(cell.measure.rpartition("/")[0])
-        return measured.why_none([cell.measure]) or (f"not run: {why}" if why else "not run")
-    x = list(values.values())
-    return _number_text(kind, mean(x), *interval(x))
+    if x := list(values.values()):
+        return _number_text(kind, mean(x), *interval(x))
+    why = reasons.get(cell.measure.rpartition("/")[0])
+    return measured.why_none([cell.measure]) or (f"not run: {why}" if why else "not run")
 
 
 def by_verdict(verdicts: Iterable[str]) -> dict[str, int]:

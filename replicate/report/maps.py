@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,25 +17,14 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FixedLocator, MaxNLocator
-from numpy.typing import NDArray
 
-from replicate.report.drawing import (
-    DENSITY,
-    QUIET,
-    Figure,
-    colour,
-    darker,
-    family_legend,
-    fitting,
-    panel_title,
-    panels,
-)
+from replicate.report import drawing
+from replicate.report.drawing import Array, Figure
 from replicate.report.labels import family_key, significant, slug, symbol
 from replicate.report.records import RecordedRun, RecordedRuns
 from replicate.report.tables import Results, info_of
 from replicate.report.text_table import Number, csv_text
 
-Array = NDArray[np.float64]
 #: panels side by side, and the side of each in inches
 COLUMNS, SIDE = 6, 1.62
 #: densities below this share of the peak are written as 0 beside a map: the eye cannot see them
@@ -58,9 +48,8 @@ class Picture:
 def pictures(runs: RecordedRuns, task: str) -> list[Picture]:
     """Return the pictures of a task: the truth, then the models by family, then the references."""
     chosen: dict[str, RecordedRun] = {}
-    for run in runs.done:
-        if run.task == task and run.model not in chosen and run.arrays_file:
-            chosen[run.model] = run
+    for run in (r for r in runs.done if r.task == task and r.arrays_file):
+        chosen.setdefault(run.model, run)
     order = sorted(chosen.values(), key=lambda r: (r.model != "truth", family_key(r.family), r.model))
     return [Picture(r.model, r.family, r.arrays()) for r in order]
 
@@ -123,8 +112,10 @@ def _peak(maps: Sequence[Map]) -> float:
     return float(max((m.values.max() for m in truth or maps), default=1.0)) or 1.0
 
 
-def _map_rows(maps: Sequence[Map], floor: float) -> Iterator[list[str]]:
-    """Return each model's rows of values, and before them one with its x1 axis."""
+def _map_rows(full: Sequence[Map], floor: float, points: int) -> Iterator[list[str]]:
+    """Return the head, and each model's rows of values, before them one with its x1 axis."""
+    maps = [pooled(m, points) for m in full]
+    yield ["model", "source", "x2", *(f"x1_{i}" for i in range(max(len(m.axis) for m in maps)))]
     for m in maps:
         yield [m.picture.model, "x1", "", *(significant(float(x)) for x in m.axis)]
         for y, line in zip(m.axis, m.values, strict=True):
@@ -132,22 +123,22 @@ def _map_rows(maps: Sequence[Map], floor: float) -> Iterator[list[str]]:
             yield [m.picture.model, m.source, significant(float(y)), *numbers]
 
 
-def _square(ax: Axes, half: float, corner: bool) -> None:
-    """Set a square view; only the panel in the lower left corner of a figure has ticks and labels."""
-    ax.set(xlim=(-half, half), ylim=(-half, half))
-    ax.grid(False)
+def _squares(shown: Sequence[Picture], half: float, notes: Sequence[str]) -> tuple[Canvas, list[Axes]]:
+    """Make a panel of half width `half` per model with its note; the one at the lower left has ticks and labels."""
+    canvas, axes = drawing.panels(len(shown), COLUMNS, SIDE, foot=0.66)
+    corner = axes[(len(shown) - 1) // COLUMNS * COLUMNS]
     ticks = [t for t in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(-half, half) if abs(t) <= half]
-    ax.xaxis.set_major_locator(FixedLocator(ticks if corner else []))
-    ax.yaxis.set_major_locator(FixedLocator(ticks if corner else []))
-    if corner:
-        ax.tick_params(length=2, pad=1.5, labelsize=6.5)
-        ax.set_xlabel("x1", fontsize=7, labelpad=0)
-        ax.set_ylabel("x2", fontsize=7, labelpad=-2)
-
-
-def _corner(count: int) -> int:
-    """Return the index of the panel in the lower left corner."""
-    return (count - 1) // COLUMNS * COLUMNS
+    for ax, p, note in zip(axes, shown, notes, strict=True):
+        ax.set(xlim=(-half, half), ylim=(-half, half))
+        ax.grid(False)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(FixedLocator(ticks if ax is corner else []))
+        drawing.panel_title(ax, p.model, note, p.family)
+    corner.tick_params(length=2, pad=1.5, labelsize=6.5)
+    corner.set_xlabel("x1", fontsize=7, labelpad=0)
+    corner.set_ylabel("x2", fontsize=7, labelpad=-2)
+    drawing.family_legend(canvas, [p.family for p in shown])
+    return canvas, axes
 
 
 def _show(ax: Axes, m: Map, peak: float, alpha: float = 1.0) -> None:
@@ -157,7 +148,7 @@ def _show(ax: Axes, m: Map, peak: float, alpha: float = 1.0) -> None:
         m.values,
         origin="lower",
         extent=(low, high, low, high),
-        cmap=DENSITY,
+        cmap=drawing.DENSITY,
         norm=PowerNorm(0.5, 0, peak, clip=True),
         interpolation="bilinear" if m.source == "density" else "nearest",
         aspect="auto",
@@ -180,26 +171,18 @@ def density_figure(results: Results, task: str, pictured: Sequence[Picture]) -> 
     full = density_maps(pictured)
     if not any(m.source == "density" for m in full):
         return None
-    floor = FLOOR * _peak(full)
-
-    def make(points: int) -> str:
-        maps = [pooled(m, points) for m in full]
-        widest = max(len(m.axis) for m in maps)
-        return csv_text(["model", "source", "x2", *(f"x1_{i}" for i in range(widest))], _map_rows(maps, floor))
-
-    points, text = fitting(make, (120, 100, 80, 60, 50, 40, 30))
+    points, text = drawing.fitting(partial(_map_rows, full, FLOOR * _peak(full)), (120, 100, 80, 60, 50, 40, 30))
     maps = [pooled(m, points) for m in full]
     peak, half = _peak(maps), _half_width(maps)
-    canvas, axes = panels(len(maps), COLUMNS, SIDE, foot=0.66)
-    for i, (ax, m) in enumerate(zip(axes, maps, strict=True)):
-        _show(ax, m, peak)
-        _square(ax, half, i == _corner(len(maps)))
-        model = m.picture.model
-        note = _note(results.number(task, model, "kl"), "KL", ".3f", "no density")
+    notes = []
+    for m in maps:
+        note = _note(results.number(task, m.picture.model, "kl"), "KL", ".3f", "no density")
         note += "" if m.source == "density" else "; samples"
-        panel_title(ax, model, "the truth" if model == "truth" else note, m.picture.family)
+        notes.append("the truth" if m.picture.model == "truth" else note)
+    canvas, axes = _squares([m.picture for m in maps], half, notes)
+    for ax, m in zip(axes, maps, strict=True):
+        _show(ax, m, peak)
     _colour_bar(canvas, peak)
-    family_legend(canvas, [m.picture.family for m in maps])
     caption = (
         f"Density of every model on {task}, seed 0, each normalised over the square shown (half width "
         f"{half:.3g}); colours by the square root of the density, up to the truth's peak. KL(truth || model) in nats, "
@@ -212,46 +195,37 @@ def _colour_bar(canvas: Canvas, peak: float) -> None:
     width, height = canvas.get_size_inches()
     bar = canvas.add_axes((1 - (0.08 + SIDE) / width, 0.44 / height, SIDE / width, 0.08 / height))
     ramp = np.linspace(0, peak, 128)[None]
-    bar.imshow(ramp, cmap=DENSITY, norm=PowerNorm(0.5, 0, peak), aspect="auto", extent=(0, peak, 0, 1))
+    bar.imshow(ramp, cmap=drawing.DENSITY, norm=PowerNorm(0.5, 0, peak), aspect="auto", extent=(0, peak, 0, 1))
     bar.grid(False)
     bar.set_yticks([])
     bar.set_xticks([0, peak], ["0", f"{peak:.2g} per unit area"])
     bar.tick_params(length=0, pad=1.5, labelsize=6.5)
-    first, last = bar.get_xticklabels()
-    first.set_horizontalalignment("left")
-    last.set_horizontalalignment("right")
+    for label, side in zip(bar.get_xticklabels(), ("left", "right"), strict=True):
+        label.set_horizontalalignment(side)
 
 
 def score_figure(results: Results, task: str, pictured: Sequence[Picture]) -> Figure | None:
     """Draw every model's score field over its density."""
-    fields = []
-    for p in pictured:
-        score, axis = p.get("grid_score"), p.get("score_axis")
-        if score is not None and axis is not None and score.shape == (len(axis), len(axis), 2):
-            fields.append((p, axis, score))
+    found = ((p, p.get("score_axis"), p.get("grid_score")) for p in pictured)
+    have = ((p, a, score) for p, a, score in found if a is not None and score is not None)
+    fields = [(p, axis, score) for p, axis, score in have if score.shape == (len(axis), len(axis), 2)]
     maps = {m.picture.model: m for m in density_maps(pictured) if m.source == "density"}
     if not fields:
         return None
-
-    def make(stride: int) -> str:
-        return csv_text(["model", "x1", "x2", "score_x1", "score_x2"], _field_rows(fields, stride))
-
-    stride, text = fitting(make, (1, 2, 3, 4))
+    stride, text = drawing.fitting(partial(_field_rows, fields), (1, 2, 3, 4))
     shown = maps.get("truth") or next(iter(maps.values()), None)
     peak = _peak(list(maps.values())) if maps else 1.0
     half = _half_width(list(maps.values())) if maps else float(np.abs(fields[0][1]).max())
     typical = float(np.nanmedian(np.linalg.norm(fields[0][2], axis=-1))) or 1.0
-    canvas, axes = panels(len(fields), COLUMNS, SIDE, foot=0.66)
-    for i, (ax, (p, axis, score)) in enumerate(zip(axes, fields, strict=True)):
+    numbers = (results.number(task, p.model, "fisher_divergence") for p, *_ in fields)
+    notes = [_note(n, "Fisher div.", ".3g", "score of the model") for n in numbers]
+    notes = ["the truth" if p.model == "truth" else note for (p, *_), note in zip(fields, notes, strict=True)]
+    canvas, axes = _squares([p for p, *_ in fields], half, notes)
+    for ax, (p, axis, score) in zip(axes, fields, strict=True):
         background = maps.get(p.model, shown)
         if background is not None:
             _show(ax, background, peak, alpha=0.55)
         _quiver(ax, axis[::stride], score[::stride, ::stride], typical, p.family)
-        _square(ax, half, i == _corner(len(fields)))
-        number = results.number(task, p.model, "fisher_divergence")
-        note = _note(number, "Fisher div.", ".3g", "score of the model")
-        panel_title(ax, p.model, "the truth" if p.model == "truth" else note, p.family)
-    family_legend(canvas, [p.family for p, *_ in fields])
     caption = (
         f"Score grad log p of every model that has one on {task}, seed 0, over its density (the truth's where it gives "
         f"none). Arrows point along the score; their length is s / (s + {typical:.3g}), which keeps the far tails."
@@ -261,6 +235,7 @@ def score_figure(results: Results, task: str, pictured: Sequence[Picture]) -> Fi
 
 
 def _field_rows(fields: Sequence[tuple[Picture, Array, Array]], stride: int) -> Iterator[list[str]]:
+    yield ["model", "x1", "x2", "score_x1", "score_x2"]
     for p, axis, score in fields:
         at = axis[::stride]
         for y, line in zip(at, score[::stride, ::stride], strict=True):
@@ -287,36 +262,26 @@ def _quiver(ax: Axes, axis: Array, score: Array, typical: float, family: str) ->
         headlength=3.6,
         headaxislength=3.3,
         minlength=0,
-        color=darker(family),
+        color=drawing.darker(family),
         rasterized=True,
     )
 
 
 def path_figure(results: Results, task: str, pictured: Sequence[Picture]) -> Figure | None:
     """Draw Langevin chains of every model that has a score, over the truth."""
-    walks = []
-    for p in pictured:
-        path = p.get("path")
-        if path is not None and path.ndim == 3 and path.shape[2] == 2:
-            walks.append((p, path))
+    found = ((p, p.get("path")) for p in pictured)
+    walks = [(p, path) for p, path in found if path is not None and path.ndim == 3 and path.shape[2] == 2]
     maps = [m for m in density_maps(pictured) if m.source == "density"]
     if not walks or not maps:
         return None
-
-    def make(chains: int) -> str:
-        return csv_text(["model", "chain", "state", "x1", "x2"], _path_rows(walks, chains))
-
-    chains, text = fitting(make, (12, 8, 6, 4, 2))
+    chains, text = drawing.fitting(partial(_path_rows, walks), (12, 8, 6, 4, 2))
     truth = next((m for m in maps if m.picture.model == "truth"), maps[0])
-    half = _half_width(maps)
-    canvas, axes = panels(len(walks), COLUMNS, SIDE, foot=0.66)
-    for i, (ax, (p, path)) in enumerate(zip(axes, walks, strict=True)):
+    numbers = (results.number(task, p.model, "w2:ula") for p, _ in walks)
+    notes = [_note(n, "2-Wasserstein", ".3g", "unadjusted Langevin") for n in numbers]
+    canvas, axes = _squares([p for p, _ in walks], _half_width(maps), notes)
+    for ax, (p, path) in zip(axes, walks, strict=True):
         _show(ax, truth, _peak(maps), alpha=0.5)
         _draw_paths(ax, path[:, :chains], p.family)
-        _square(ax, half, i == _corner(len(walks)))
-        number = results.number(task, p.model, "w2:ula")
-        panel_title(ax, p.model, _note(number, "2-Wasserstein", ".3g", "unadjusted Langevin"), p.family)
-    family_legend(canvas, [p.family for p, _ in walks])
     caption = (
         f"{chains} chains of unadjusted Langevin dynamics on each model's own score on {task}, seed 0, over the "
         "truth's density: hollow dots are starts, full dots ends. 2-Wasserstein distance of all ends, mean over seeds."
@@ -326,6 +291,7 @@ def path_figure(results: Results, task: str, pictured: Sequence[Picture]) -> Fig
 
 
 def _path_rows(walks: Sequence[tuple[Picture, Array]], chains: int) -> Iterator[list[object]]:
+    yield ["model", "chain", "state", "x1", "x2"]
     for p, path in walks:
         for chain in range(min(chains, path.shape[1])):
             for state, (a, b) in enumerate(path[:, chain]):
@@ -335,11 +301,9 @@ def _path_rows(walks: Sequence[tuple[Picture, Array]], chains: int) -> Iterator[
 def _draw_paths(ax: Axes, path: Array, family: str) -> None:
     path = np.clip(np.nan_to_num(path, nan=1e6, posinf=1e6, neginf=-1e6), -1e6, 1e6)
     lines = [path[:, c] for c in range(path.shape[1])]
-    ax.add_collection(LineCollection(lines, colors=darker(family), linewidths=0.7, alpha=0.65, rasterized=True))
-    ax.plot(*path[0].T, "o", markersize=2.6, markerfacecolor="white", markeredgecolor=QUIET, markeredgewidth=0.6)
-    ax.plot(
-        *path[-1].T, "o", markersize=3.0, markerfacecolor=colour(family), markeredgecolor="white", markeredgewidth=0.5
-    )
+    ax.add_collection(LineCollection(lines, colors=drawing.darker(family), linewidths=0.7, alpha=0.65, rasterized=True))
+    ax.plot(*path[0].T, "o", ms=2.6, mfc="white", mec=drawing.QUIET, mew=0.6)
+    ax.plot(*path[-1].T, "o", ms=3.0, mfc=drawing.colour(family), mec="white", mew=0.5)
 
 
 # -- samples
@@ -347,8 +311,7 @@ def _draw_paths(ax: Axes, path: Array, family: str) -> None:
 TILES = 6
 
 
-@dataclass(frozen=True)
-class Sheet:
+class Sheet(NamedTuple):
     """Samples of one model, or rows of the test split: (n, D)."""
 
     name: str
@@ -376,7 +339,7 @@ def samples_figure(results: Results, task: str, pictured: Sequence[Picture]) -> 
         return None
     dim, info = sheets[0].rows.shape[1], info_of(task)
     shown, what = TILES**2, "of the test split"
-    canvas, axes = panels(len(sheets), COLUMNS, SIDE)
+    canvas, axes = drawing.panels(len(sheets), COLUMNS, SIDE)
     for ax in axes:
         ax.grid(False)
         ax.set(xticks=[], yticks=[])
@@ -390,11 +353,11 @@ def samples_figure(results: Results, task: str, pictured: Sequence[Picture]) -> 
         for ax, sheet in zip(axes, sheets, strict=True):
             _grey(ax, sheet.rows[:shown], levels, aspect="auto")
         what += f"; a line is one of them, a column one of {dim} bits"
-    for ax, sheet in zip(axes, sheets, strict=True):
-        panel_title(ax, sheet.name, sheet.note, sheet.family)
-    family_legend(canvas, [s.family for s in sheets])
+    for ax, (name, family, note, _) in zip(axes, sheets, strict=True):
+        drawing.panel_title(ax, name, note, family)
+    drawing.family_legend(canvas, [s.family for s in sheets])
     rows = ([s.name, i, *(significant(float(v)) for v in row)] for s in sheets for i, row in enumerate(s.rows[:shown]))
-    text = csv_text(["model", "sample", *(f"x_{i}" for i in range(dim))], rows)
+    text = csv_text(["model", "sample", *(f"x_{i}" for i in range(dim))], *rows)
     caption = f"The first {shown} samples of every model on {task}, seed 0, unselected, beside as many {what}."
     return Figure(f"samples-{slug(task)}", f"Samples: {task}", caption, canvas, text)
 
@@ -411,7 +374,7 @@ def _scatters(axes: Sequence[Axes], sheets: Sequence[Sheet]) -> tuple[int, int]:
     low, high = first[:, [i, j]].min(0), first[:, [i, j]].max(0)
     room = 0.15 * (high - low) + 1e-6
     for ax, sheet in zip(axes, sheets, strict=True):
-        ax.scatter(sheet.rows[:, i], sheet.rows[:, j], s=4, color=colour(sheet.family), alpha=0.6, linewidths=0)
+        ax.scatter(sheet.rows[:, i], sheet.rows[:, j], s=4, color=drawing.colour(sheet.family), alpha=0.6, linewidths=0)
         ax.set(xlim=(low[0] - room[0], high[0] + room[0]), ylim=(low[1] - room[1], high[1] + room[1]))
     return i, j
 

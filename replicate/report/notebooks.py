@@ -67,8 +67,6 @@ def show_density(ax: Axes, log_density: Callable[[Tensor], Tensor], half_width: 
 
     Args:
         log_density: (n, 2) -> (n,), up to a constant.
-        half_width: of the square.
-        title: over the panel.
     """
     x, axis = plane(half_width, PIXELS, torch.device("cpu"))
     with torch.no_grad():
@@ -118,9 +116,7 @@ def drawn(text: str) -> str:
     """Replace every formula of Markdown outside code by SVG."""
 
     def replaced(match: re.Match[str]) -> str:
-        if match["code"]:
-            return match[0]
-        return formula(match["display"] or match["inline"], bool(match["display"]))
+        return match["code"] or formula(match["display"] or match["inline"], bool(match["display"]))
 
     return MATH.sub(replaced, text)
 

@@ -6,8 +6,9 @@ jinja2 renders `template.html` beside this file, with autoescape; pictures are e
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader
 from replicate.ledger.claims import SOURCES
 from replicate.model import FAMILIES
 from replicate.report.drawing import Figure
-from replicate.report.labels import FAMILY_COLOURS, FAMILY_LABELS, METRICS, base_metric, family_key, slug
+from replicate.report.labels import FAMILY_COLOURS, FAMILY_LABELS, METRICS, base_metric, family_key, slug, task_key
 from replicate.report.ledger import Entry, by_verdict
 from replicate.report.plots import figure_name
 from replicate.report.readme import headline_best, headline_rows, row_label, seeds_line, winner
@@ -52,7 +53,7 @@ class Section:
     id: str
     tables: tuple[TextTable, ...] = ()
     figures: tuple[Figure, ...] = ()
-    parts: tuple[Section, ...] = field(default=())
+    parts: tuple[Section, ...] = ()
     title: str = ""
     folded: bool = False
 
@@ -107,18 +108,15 @@ def headline(results: Results, summary: pd.DataFrame) -> list[dict[str, Any]]:
     for task, metric in headline_rows(summary):
         best = headline_best(summary, task, metric)
         label, unit = row_label(metric)
-        tips = {f: results.cell(task, b.model, metric).tip() for f, b in best.items()}
-        cells = [(best.get(f), tips.get(f, "")) for f in FAMILIES]
+        cells = [(b := best.get(f), results.cell(task, b.model, metric).tip() if b else "") for f in FAMILIES]
         rows.append({"task": task, "label": label, "unit": unit, "cells": cells, "first": winner(best)})
     return rows
 
 
 def models(runs: RecordedRuns) -> list[RecordedRun]:
     """Return one run of every model, which has its line and its source."""
-    seen: dict[str, RecordedRun] = {}
-    for r in sorted(runs.runs, key=lambda r: (family_key(r.family), r.model, r.failed)):
-        seen.setdefault(r.model, r)
-    return list(seen.values())
+    ordered = sorted(runs.runs, key=lambda r: (family_key(r.family), r.model, r.failed))
+    return list({r.model: r for r in reversed(ordered)}.values())[::-1]
 
 
 #: keys of a run's provenance that the page lists, and their labels
@@ -138,9 +136,8 @@ def provenance(runs: RecordedRuns) -> list[tuple[str, str]]:
     found = [("commit", _counted(r.commit for r in done))]
     found += [(label, _counted(r.provenance.get(key) for r in done)) for key, label in _PROVENANCE.items()]
     rows = [("runs", f"{len(done)} done, {len(runs.failed)} failed"), *(row for row in found if row[1])]
-    rows.append(("precision", _counted(r.spec.get("precision") for r in done)))
-    rows.append(("results version", _counted(r.spec.get("results_version") for r in done)))
-    for task in runs.comparison.tasks():
+    rows += [(k.replace("_", " "), _counted(r.spec.get(k) for r in done)) for k in ("precision", "results_version")]
+    for task in sorted({r.task for r in runs.comparison.runs}, key=task_key):
         here = [r for r in runs.runs if r.task == task]
         digests = sorted({str(r.spec.get("data_sha256") or "")[:16] for r in here})
         seeds = sorted({r.seed for r in here})
@@ -154,10 +151,7 @@ def provenance(runs: RecordedRuns) -> list[tuple[str, str]]:
 
 
 def _counted(values: Iterable[Any]) -> str:
-    counts: dict[str, int] = {}
-    for v in values:
-        if v not in (None, ""):
-            counts[str(v)] = counts.get(str(v), 0) + 1
+    counts = Counter(str(v) for v in values if v not in (None, ""))
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{value} ({n} runs)" for value, n in sorted(counts.items()))
@@ -170,10 +164,6 @@ def _moment(value: Any) -> datetime | None:
         return None
 
 
-def _span(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
-
-
 def _times(runs: RecordedRuns) -> list[tuple[str, str]]:
     moments = [(_moment(r.provenance.get("started")), _moment(r.provenance.get("finished"))) for r in runs.done]
     starts, ends = [start for start, _ in moments if start], [end for _, end in moments if end]
@@ -181,14 +171,9 @@ def _times(runs: RecordedRuns) -> list[tuple[str, str]]:
         return []
     first, last = min(starts), max(ends)
     together = sum((end - start).total_seconds() for start, end in moments if start and end)
-    wall = f"{_span((last - first).total_seconds())} (hours:minutes:seconds), from {first.isoformat(sep=' ')} to "
-    return [("wall time", wall + last.isoformat(sep=" ")), ("all runs together", _span(together))]
-
-
-def environment() -> Environment:
-    """Return jinja2 with autoescape on, over the templates beside this file."""
-    found = FileSystemLoader(Path(__file__).parent)
-    return Environment(loader=found, autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    wall, all_runs = (timedelta(seconds=round(s)) for s in ((last - first).total_seconds(), together))
+    reach = f"{wall} (hours:minutes:seconds), from {first.isoformat(sep=' ')} to {last.isoformat(sep=' ')}"
+    return [("wall time", reach), ("all runs together", str(all_runs))]
 
 
 @dataclass(frozen=True)
@@ -247,44 +232,33 @@ def render(
     """Return the whole page as HTML text.
 
     Args:
-        runs: for failures, models and provenance.
-        results: the measurements behind `tables`.
-        summary: for the headline.
+        results, summary: the measurements behind `tables`, and the numbers behind the headline.
         tables, figures: as written beside the page.
-        profile: named in the title.
-        ledger: every claim with its verdict.
         printed: tables of print beside our numbers.
     """
     pictures = shrunk(figures)
     placed, claimed = sections(results, tables, pictures), ledger_rows(ledger, pictures, runs)
     measured = {base_metric(m) for m in results.metrics()}
-    return (
-        environment()
-        .get_template("template.html")
-        .render(
-            profile=profile,
-            sections=[*placed, *further(pictures, placed, claimed)],
-            ledger=claimed,
-            verdicts=by_verdict(e.judgement.verdict for e in ledger),
-            ledger_papers=list({e.paper.key: e.paper for e in ledger}.values()),
-            sources=SOURCES,
-            printed=printed,
-            headline=headline(results, summary),
-            seeds=seeds_line(summary),
-            families=FAMILIES,
-            family_labels=FAMILY_LABELS,
-            family_colours=FAMILY_COLOURS,
-            metrics=[(m, info) for m, info in METRICS.items() if m in measured],
-            failures=runs.failed,
-            models=models(runs.comparison),
-            notebooks=NOTEBOOKS,
-            provenance=provenance(runs),
-            counts={
-                "models": len(results.models()),
-                "tasks": len(results.tasks),
-                "runs": len(runs.done),
-                "claims": len(ledger),
-                "failed": len(runs.failed),
-            },
-        )
+    sized = {"models": results.models(), "tasks": results.tasks, "runs": runs.done, "claims": ledger}
+    look = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    jinja = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, **look)
+    return jinja.get_template("template.html").render(
+        profile=profile,
+        sections=[*placed, *further(pictures, placed, claimed)],
+        ledger=claimed,
+        verdicts=by_verdict(e.judgement.verdict for e in ledger),
+        ledger_papers=list({e.paper.key: e.paper for e in ledger}.values()),
+        sources=SOURCES,
+        printed=printed,
+        headline=headline(results, summary),
+        seeds=seeds_line(summary),
+        families=FAMILIES,
+        family_labels=FAMILY_LABELS,
+        family_colours=FAMILY_COLOURS,
+        metrics=[(m, info) for m, info in METRICS.items() if m in measured],
+        failures=runs.failed,
+        models=models(runs.comparison),
+        notebooks=NOTEBOOKS,
+        provenance=provenance(runs),
+        counts={name: len(found) for name, found in sized.items()},
     )

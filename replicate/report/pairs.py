@@ -74,18 +74,14 @@ def resampled_means(values: np.ndarray, name: str) -> np.ndarray:
     """
     seed = int.from_bytes(hashlib.sha256(f"paired/{name}".encode()).digest()[:8], "big")
     generator, n = np.random.default_rng(seed), len(values)
-    out = []
-    for _ in range(RESAMPLES // CHUNK):
-        counts = generator.multinomial(n, np.full(n, 1 / n), size=CHUNK)
-        out.append(counts @ values / n)
-    return np.concatenate(out)
+    draws = (generator.multinomial(n, np.full(n, 1 / n), size=CHUNK) for _ in range(RESAMPLES // CHUNK))
+    return np.concatenate([counts @ values / n for counts in draws])
 
 
 def _difference(a: Scored, b: Scored, means: np.ndarray) -> str:
     """Write a - b with its 95 % percentile interval, from the bootstrap means of the difference."""
     low, high = np.quantile(means, (0.025, 0.975))
-    value = float((a.nll - b.nll).mean())
-    text = with_interval(lambda v: f"{v:.3f}", value, float(low), float(high))
+    text = with_interval("{:.3f}".format, float((a.nll - b.nll).mean()), float(low), float(high))
     return f"{symbol(kind_of_difference(a.kind, b.kind))} {text}"
 
 
@@ -96,14 +92,12 @@ def _rows(task: str, models: Sequence[Scored]) -> Iterable[tuple[str, ...]]:
     stacked = np.stack([m.nll for m in models], axis=1)
     means = resampled_means(stacked, task)
     for i, model in enumerate(models):
+        tail = ("", "", "")
+        if i > 0:
+            best, before = (_difference(model, models[k], means[:, i] - means[:, k]) for k in (0, i - 1))
+            tail = (best, before, f"{float((model.nll < models[i - 1].nll).mean()):.0%}")
         head = (task, model.name, model.family, f"{symbol(model.kind)} {model.nll.mean():.3f}", str(model.seeds))
-        if i == 0:
-            yield (*head, str(usual), "", "", "")
-            continue
-        best = _difference(model, models[0], means[:, i] - means[:, 0])
-        before = _difference(model, models[i - 1], means[:, i] - means[:, i - 1])
-        share = float((model.nll < models[i - 1].nll).mean())
-        yield (*head, str(usual), best, before, f"{share:.0%}")
+        yield (*head, str(usual), *tail)
 
 
 def paired_table(runs: Iterable[RecordedRun]) -> list[TextTable]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import LogLocator, NullFormatter
-from numpy.typing import NDArray
 
-from replicate.report.drawing import QUIET, Figure, fitting, new_canvas, panels, plain
+from replicate.report.drawing import QUIET, Array, Figure, add_axes, fitting, new_canvas, panels, plain
 from replicate.report.labels import significant
 from replicate.report.records import RecordedRun
 from replicate.report.text_table import csv_text
-
-Array = NDArray[np.float64]
 
 
 def figure_name(paper: str, experiment: str, plot: str) -> str:
@@ -58,16 +56,16 @@ def _array(values: Sequence[float | None]) -> Array:
 
 
 def _csv(seeds: Seeds) -> str:
-    def make(most: int) -> str:
-        rows = []
-        for seed, plot in enumerate(seeds):
-            for line in plot["lines"]:
-                x, y = _array(line["x"]), _array(line["y"])
-                keep = np.unique(np.linspace(0, len(x) - 1, min(most, len(x))).astype(int))
-                rows += [(line["label"], seed, significant(x[i], 6), significant(y[i], 6)) for i in keep]
-        return csv_text(("line", "seed", seeds[0]["x_label"], seeds[0]["y_label"]), rows)
+    return fitting(partial(_rows, seeds), (500, 200, 60))[1]
 
-    return fitting(make, (500, 200, 60))[1]
+
+def _rows(seeds: Seeds, most: int) -> Iterator[Sequence[object]]:
+    yield "line", "seed", seeds[0]["x_label"], seeds[0]["y_label"]
+    for seed, plot in enumerate(seeds):
+        for line in plot["lines"]:
+            x, y = _array(line["x"]), _array(line["y"])
+            keep = np.unique(np.linspace(0, len(x) - 1, min(most, len(x))).astype(int))
+            yield from ((line["label"], seed, significant(x[i], 6), significant(y[i], 6)) for i in keep)
 
 
 def _curves(seeds: Seeds) -> Drawn:
@@ -94,16 +92,13 @@ def _curves(seeds: Seeds) -> Drawn:
 def _line(ax: Axes, lines: list[tuple[Array, Array]], colour: Any, label: str) -> None:
     marker = "o" if len(lines[0][0]) <= 12 else None
     shared = all(len(x) == len(lines[0][0]) and np.array_equal(x, lines[0][0]) for x, _ in lines)
-    if len(lines) == 1 or not shared:
-        for i, (x, y) in enumerate(lines):
-            ax.plot(
-                x, y, color=colour, linewidth=1.2, marker=marker, markersize=3, label=plain(label) if not i else None
-            )
-        return
-    for x, y in lines:
-        ax.plot(x, y, color=colour, linewidth=0.6, alpha=0.4)
-    middle = np.mean([y for _, y in lines], axis=0)
-    ax.plot(lines[0][0], middle, color=colour, linewidth=1.6, marker=marker, markersize=3, label=plain(label))
+    width, look = 1.2, {"color": colour, "marker": marker, "markersize": 3}
+    if len(lines) > 1 and shared:
+        for x, y in lines:
+            ax.plot(x, y, color=colour, linewidth=0.6, alpha=0.4)
+        width, lines = 1.6, [(lines[0][0], np.mean([y for _, y in lines], axis=0))]
+    for i, (x, y) in enumerate(lines):
+        ax.plot(x, y, linewidth=width, label=None if i else plain(label), **look)
 
 
 def _dress(ax: Axes, plot: Mapping[str, Any]) -> None:
@@ -149,8 +144,7 @@ def _images(seeds: Seeds) -> Drawn:
     height, width = plot["image"]
     rows = [(line["label"], _array(line["y"]).reshape(-1, height, width)) for line in plot["lines"]]
     side, margin, head = 0.62, 1.75, 0.42
-    columns = max(len(images) for _, images in rows)
-    up = side * height / width
+    columns, up = max(len(images) for _, images in rows), side * height / width
     across, tall = margin + columns * side + 0.08, head + len(rows) * side * height / width + 0.08
     canvas = new_canvas(across, tall)
     canvas.text(0.08 / across, 1 - 0.28 / tall, plain(plot["title"]), fontsize=8.5)
@@ -158,19 +152,15 @@ def _images(seeds: Seeds) -> Drawn:
         sheet = np.full((height + 1, columns * (width + 1)), np.nan)
         for column, image in enumerate(images):
             sheet[:height, column * (width + 1) : column * (width + 1) + width] = image
-        box = (margin / across, 1 - (head + (row + 1) * up) / tall, columns * side / across, up / tall)
-        ax = canvas.add_axes(box)
+        ax = add_axes(canvas, margin, tall - head - (row + 1) * up, columns * side, up)
         ax.imshow(sheet, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest", aspect="auto", rasterized=True)
         ax.set_axis_off()
         ax.text(
             -0.08 / (columns * side), 0.5, plain(label), transform=ax.transAxes, fontsize=7.2, ha="right", va="center"
         )
-    pixels = (
-        (label, i, *(significant(float(v), 3) for v in image.flatten()))
-        for label, images in rows
-        for i, image in enumerate(images)
-    )
-    text = csv_text(("line", "image", *(f"pixel_{i}" for i in range(height * width))), pixels)
+    named = ((label, i, image.flatten()) for label, images in rows for i, image in enumerate(images))
+    pixels = ((label, i, *(significant(float(v), 3) for v in image)) for label, i, image in named)
+    text = csv_text(("line", "image", *(f"pixel_{i}" for i in range(height * width))), *pixels)
     return canvas, f" {plot['title']}; first seed, unselected.", text
 
 

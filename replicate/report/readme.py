@@ -71,10 +71,7 @@ def row_label(metric: str) -> tuple[str, str]:
 
 def headline_markdown(summary: pd.DataFrame) -> str:
     """Write the headline table in Markdown: tasks down, families across, the model's name under each number."""
-    lines = [
-        "| task | " + " | ".join(FAMILY_LABELS[f] for f in FAMILIES) + " |",
-        "|---|" + "---|" * len(FAMILIES),
-    ]
+    lines = ["| task | " + " | ".join(FAMILY_LABELS[f] for f in FAMILIES) + " |", "|---|" + "---|" * len(FAMILIES)]
     for task, metric in headline_rows(summary):
         best = headline_best(summary, task, metric)
         first = winner(best)
@@ -89,25 +86,20 @@ def headline_markdown(summary: pd.DataFrame) -> str:
     tail = [LEGEND + " " + seeds_line(summary)]
     lost = summary[summary["metric"] == FAILED]
     if len(lost):
-        names = (
-            f"{markdown(r['model'])} on {markdown(r['task'])} ({int(r['mean'])} of {r['n_seeds']})"
-            for r in lost.to_dict("records")
-        )
-        tail.append("Failed runs: " + ", ".join(names) + ".")
+        columns = (lost[c] for c in ("model", "task", "mean", "n_seeds"))
+        failed = (f"{markdown(m)} on {markdown(t)} ({int(k)} of {n})" for m, t, k, n in zip(*columns, strict=True))
+        tail.append("Failed runs: " + ", ".join(failed) + ".")
     return "\n".join([*lines, "", *tail]) + "\n"
 
 
 def seeds_line(summary: pd.DataFrame) -> str:
     """State the number of seeds of each task."""
-    counts: dict[str, int] = {}
-    for task, _ in headline_rows(summary):
-        rows = summary[(summary["task"] == task) & (summary["metric"] != FAILED)]
-        counts[task] = int(rows["n_seeds"].max())
+    counts = summary[summary["metric"] != FAILED].groupby("task")["n_seeds"].max()
     by_count: dict[int, list[str]] = {}
-    for task, n in counts.items():
-        by_count.setdefault(n, []).append(markdown(task))
+    for task in dict.fromkeys(task for task, _ in headline_rows(summary)):
+        by_count.setdefault(int(counts[task]), []).append(markdown(task))
     parts = (f"{n} on {', '.join(tasks)}" for n, tasks in sorted(by_count.items()))
-    return "Seeds: " + "; ".join(parts) + "." if counts else ""
+    return "Seeds: " + "; ".join(parts) + "." if by_count else ""
 
 
 def update_readme(path: Path, text: str, mark: str = "headline") -> bool:

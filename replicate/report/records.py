@@ -10,9 +10,9 @@ import json
 import math
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -80,8 +80,13 @@ class RecordedRun:
     examples: Mapping[str, Any] = field(default_factory=dict)
     classifiers: Mapping[str, str] = field(default_factory=dict)
 
-    #: whether the tables compare it with other models
-    compared: ClassVar[bool] = True
+    @property
+    def compared(self) -> bool:
+        """Whether the tables compare it with other models; else it is a run of a paper's experiment.
+
+        An experiment's model is the paper's key, its task the experiment's name.
+        """
+        return self.spec.get("kind") != "experiment"
 
     @property
     def failed(self) -> bool:
@@ -115,30 +120,16 @@ class RecordedRun:
 
     @property
     def label(self) -> str:
-        """The name of what it trained, among all that were trained on a task."""
-        return self.model
-
-    @property
-    def label_in_group(self) -> str:
-        """The name that distinguishes it within its group."""
-        return self.model
-
-    @property
-    def group(self) -> tuple[str, ...]:
-        """The subject of its pictures, which show every run of a group."""
-        return (self.task,)
+        """The name of what it trained, which a paper's key does not identify, among all that were trained on a task."""
+        return self.model if self.compared else self.task
 
     def agreement(self) -> dict[tuple[Any, ...], Any]:
         """Return the parts of its spec that all runs of the results, of a task, and of a task's seed must share."""
-        return {
-            **{(k,): self.spec.get(k) for k in ("profile", "results_version")},
-            ("evaluation", self.task): self.spec.get("evaluation"),
-            ("data_sha256", self.task, self.seed): self.spec.get("data_sha256"),
-        }
-
-    def sort_key(self) -> tuple[Any, ...]:
-        """Return the key that sorts runs by task, family, model and seed."""
-        return (task_key(self.task), family_key(self.family), self.model, self.seed, self.run_id)
+        shared: dict[tuple[Any, ...], Any] = {(k,): self.spec.get(k) for k in ("profile", "results_version")}
+        if self.compared:
+            shared["evaluation", self.task] = self.spec.get("evaluation")
+            shared["data_sha256", self.task, self.seed] = self.spec.get("data_sha256")
+        return shared
 
     @property
     def arrays_file(self) -> Path | None:
@@ -167,59 +158,18 @@ class RecordedRun:
         if self.failed:
             return {**head, "error": self.error, "traceback_tail": self.traceback_tail}
         common = {"provenance": dict(self.provenance), "about": self.about, "paper": self.paper}
-        optional = {"examples": dict(self.examples), "classifiers": dict(self.classifiers)}
-        return {**head, **common, **{k: v for k, v in optional.items() if v}, **self._own()}
-
-    def _own(self) -> dict[str, Any]:
-        return {"weights_sha256": self.weights_sha256, "history": dict(self.history)}
-
-
-class RecordedExperiment(RecordedRun):
-    """One run of a paper's experiment: its model is the paper's key, its task the experiment's name."""
-
-    compared = False
-
-    @property
-    def label(self) -> str:
-        """The experiment's name: the paper's key does not identify what was trained."""
-        return self.task
-
-    @property
-    def label_in_group(self) -> str:
-        """The seed."""
-        return f"seed {self.seed}"
-
-    @property
-    def group(self) -> tuple[str, ...]:
-        """The experiment, all of whose seeds each of its plots shows."""
-        return (self.task, self.model)
-
-    def agreement(self) -> dict[tuple[Any, ...], Any]:
-        """Return the parts of its spec that all runs of the results must share."""
-        return {key: value for key, value in super().agreement().items() if len(key) == 1}
-
-    def _own(self) -> dict[str, Any]:
-        return {"plots": list(self.plots)} if self.plots else {}
-
-
-def recorded(run_id: str, spec: Mapping[str, Any], **fields: Any) -> RecordedRun:
-    """Return the run of a spec, which says whether it is an experiment."""
-    kind = RecordedExperiment if spec.get("kind") == "experiment" else RecordedRun
-    return kind(run_id, spec, **fields)
-
-
-#: fields of a RecordedRun that its line in records.jsonl has under the same name
-_IN_LINE = (
-    *("provenance", "about", "paper", "error", "traceback_tail"),
-    *("weights_sha256", "history", "examples", "classifiers"),
-)
+        trained = {"weights_sha256": self.weights_sha256, "history": dict(self.history)} if self.compared else {}
+        plots = [] if self.compared else list(self.plots or ())
+        optional = {"examples": dict(self.examples), "classifiers": dict(self.classifiers), "plots": plots}
+        return {**head, **common, **trained, **{k: v for k, v in optional.items() if v}}
 
 
 def recorded_line(line: Mapping[str, Any], measurements: tuple[Mapping[str, Any], ...] = ()) -> RecordedRun:
-    """Return the run that a line of records.jsonl describes."""
-    same = {k: line[k] for k in _IN_LINE if k in line}
+    """Return the run that a line of records.jsonl describes; its fields have the same names."""
+    given = {f.name: line[f.name] for f in fields(RecordedRun) if f.name in line}
     plots = tuple(line["plots"]) if "plots" in line else None
-    return recorded(str(line.get("run_id")), line["spec"], measurements=measurements, plots=plots, **same)
+    own = {"run_id": str(line.get("run_id")), "folder": None, "measurements": measurements, "plots": plots}
+    return RecordedRun(**{**given, **own})
 
 
 @dataclass(frozen=True)
@@ -231,7 +181,9 @@ class RecordedRuns:
     @staticmethod
     def of(runs: Iterable[RecordedRun]) -> RecordedRuns:
         """Sort runs in any order."""
-        return RecordedRuns(tuple(sorted(runs, key=RecordedRun.sort_key)))
+        return RecordedRuns(
+            tuple(sorted(runs, key=lambda r: (task_key(r.task), family_key(r.family), r.model, r.seed, r.run_id)))
+        )
 
     @property
     def done(self) -> tuple[RecordedRun, ...]:
@@ -247,10 +199,6 @@ class RecordedRuns:
     def comparison(self) -> RecordedRuns:
         """The runs of models, without the papers' experiments."""
         return RecordedRuns(tuple(r for r in self.runs if r.compared))
-
-    def tasks(self) -> list[str]:
-        """Return every task, in the report's order."""
-        return sorted({r.task for r in self.runs}, key=task_key)
 
 
 def _read_run(path: Path) -> RecordedRun:
@@ -278,9 +226,7 @@ def load_runs(folder: Path, keep: Iterable[str] | None = None) -> RecordedRuns:
         raise ReportError(f"there is no runs folder {folder}; `replicate reproduce` makes one")
     wanted = None if keep is None else set(keep)
     runs = []
-    for place in sorted(p for p in folder.iterdir() if p.is_dir()):
-        if wanted is not None and place.name not in wanted:
-            continue
+    for place in sorted(p for p in folder.iterdir() if p.is_dir() and (wanted is None or p.name in wanted)):
         # a record beside a failure is the later, successful try
         path = next((place / n for n in ("record.json", "failure.json") if (place / n).is_file()), None)
         if path is not None:
@@ -378,11 +324,10 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
         values, ids = [value for _, value, _ in seeds], ";".join(run_id for *_, run_id in seeds)
         rows.append((task, model, family, metric, kind, unit, mean(values), *interval(values), len(values), ids))
     lost = frame[frame["metric"] == FAILED].sort_values(["seed", "run_id"])
-    for task, model, family in sorted(set(zip(lost["task"], lost["model"], lost["family"], strict=True))):
+    for (task, model, family), ids in lost.groupby(["task", "model", "family"])["run_id"]:
         tried = frame.loc[(frame["task"] == task) & (frame["model"] == model), "run_id"].nunique()
-        ids = lost.loc[(lost["task"] == task) & (lost["model"] == model), "run_id"]
-        count = float(len(ids))
-        rows.append((task, model, family, FAILED, "exact", "runs", count, math.nan, math.nan, tried, ";".join(ids)))
+        numbers = (float(len(ids)), math.nan, math.nan)
+        rows.append((task, model, family, FAILED, "exact", "runs", *numbers, tried, ";".join(ids)))
     rows.sort(key=lambda r: (task_key(r[0]), family_key(r[2]), r[1], metric_key(r[3]), r[4], r[5]))
     out = pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
     return out.astype({"mean": "float64", "ci_low": "float64", "ci_high": "float64", "n_seeds": "int64"})
@@ -442,23 +387,22 @@ def record_problems(records: list[dict[str, Any]], frame: pd.DataFrame) -> list[
     """List where records.jsonl and measurements.csv disagree on runs, specs or numbers, one line per problem."""
     problems = []
     names = ("task", "model", "family", "seed")
-    known: dict[str, list[Any]] = {}
+    known = {str(r.get("run_id")): r for r in records}
     lost = set(frame.loc[frame["metric"] == FAILED, "run_id"])
     for record in records:
-        run_id, spec = str(record.get("run_id")), record["spec"]
-        if spec_hash(spec) != run_id:
+        run_id = str(record.get("run_id"))
+        if spec_hash(record["spec"]) != run_id:
             problems.append(f"records.jsonl: run {short(run_id)} is not the sha256 of its spec")
-        known[run_id] = [spec.get(k) for k in names]
         if (run_id in lost) != ("error" in record):
             problems.append(f"records.jsonl and measurements.csv disagree on whether run {short(run_id)} failed")
-    digests = {str(r.get("run_id")): r.get("measurements_sha256") for r in records}
     for run_id, rows in frame[list(MEASUREMENT_COLUMNS)].groupby("run_id", sort=False):
-        if run_id in digests and rows_digest(rows.itertuples(index=False, name=None)) != digests[str(run_id)]:
+        given = known.get(str(run_id))
+        if given and given.get("measurements_sha256") != rows_digest(rows.itertuples(index=False, name=None)):
             problems.append(f"measurements.csv: the numbers of run {short(str(run_id))} are not those of its record")
     for run_id, *found in frame[["run_id", *names]].drop_duplicates().itertuples(index=False, name=None):
         if run_id not in known:
             problems.append(f"measurements.csv: run {short(run_id)} has no record")
-        elif found != known[run_id]:
-            problems.append(f"measurements.csv: run {short(run_id)} is {found}, its record says {known[run_id]}")
+        elif found != (said := [known[run_id]["spec"].get(k) for k in names]):
+            problems.append(f"measurements.csv: run {short(run_id)} is {found}, its record says {said}")
     missing = sorted(set(known) - set(frame["run_id"]))
     return problems + [f"records.jsonl: run {short(run_id)} has no measurements" for run_id in missing]

@@ -9,20 +9,11 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import rich.table
 
-from replicate.report.labels import (
-    LATEX_SYMBOLS,
-    decimals_for,
-    fixed,
-    latex,
-    markdown,
-    short,
-    significant,
-    symbol,
-    with_interval,
-)
+from replicate.report import labels
 from replicate.report.records import interval, mean
 
 
@@ -66,10 +57,9 @@ class Cell:
 
     def parts(self) -> list[tuple[str, str]]:
         """Return (sign of the kind, number with its interval) of each number."""
-        decimals = decimals_for(self.metric, [v for n in self.numbers for v in (n.mean, n.low, n.high)])
-        return [
-            (symbol(n.kind), with_interval(lambda v: fixed(v, decimals), n.mean, n.low, n.high)) for n in self.numbers
-        ]
+        decimals = labels.decimals_for(self.metric, [v for n in self.numbers for v in (n.mean, n.low, n.high)])
+        write = partial(labels.fixed, decimals=decimals)
+        return [(labels.symbol(n.kind), labels.with_interval(write, n.mean, n.low, n.high)) for n in self.numbers]
 
     def remark(self) -> str:
         """Return the words beside or instead of a number."""
@@ -86,22 +76,17 @@ class Cell:
 
     def tip(self) -> str:
         """Return every seed's value with its run id, or the reason."""
-        lines = [
-            f"seed {seed}: {value:.6g} (run {short(run_id)})" for n in self.numbers for seed, value, run_id in n.seeds
-        ]
-        if self.lost:
-            lines.append(f"{self.lost} of {self.tried} runs failed")
-        if self.reason:
-            lines.append(self.reason)
-        return "\n".join(lines)
+        values = (each for n in self.numbers for each in n.seeds)
+        lines = [f"seed {seed}: {value:.6g} (run {labels.short(run_id)})" for seed, value, run_id in values]
+        lost = f"{self.lost} of {self.tried} runs failed" if self.lost else ""
+        return "\n".join(line for line in (*lines, lost, self.reason) if line)
 
     def fields(self) -> list[str]:
         """Return the cell's fields in CSV, as named in `FIELDS`; several kinds share each field in the same order."""
-        numbers = [
-            (*(significant(v, 10) for v in (n.mean, n.low, n.high)), n.kind, str(len(n.seeds))) for n in self.numbers
-        ]
+        ends = [[labels.significant(getattr(n, k), 10) for n in self.numbers] for k in ("mean", "low", "high")]
+        others = [[n.kind for n in self.numbers], [str(len(n.seeds)) for n in self.numbers]]
         note = self.reason if self.remark() == "n/a" else self.remark()
-        return [*(";".join(v) for v in (zip(*numbers, strict=True) if numbers else [("",)] * 5)), note]
+        return [*map(";".join, [*ends, *others]), note]
 
 
 #: endings of the heads of a measured column in CSV: its mean, interval, kind, number of seeds, and a note
@@ -140,12 +125,10 @@ class Row:
         return [c for c in self.cells if isinstance(c, Cell)]
 
 
-def csv_text(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Write CSV with Unix line ends."""
+def csv_text(*rows: Sequence[object]) -> str:
+    """Write rows, the head first, as CSV with Unix line ends."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
+    csv.writer(out, lineterminator="\n").writerows(rows)
     return out.getvalue()
 
 
@@ -185,7 +168,7 @@ class TextTable:
         """Write CSV: text as it is, and plain numbers with their interval, kind, number of seeds and a note."""
         head = [f for c in self.columns for f in ([c.key + f for f in FIELDS] if c.measured else [c.key])]
         rows = ([f for c in row.cells for f in ([c] if isinstance(c, str) else c.fields())] for row in self.rows)
-        return csv_text(head, rows)
+        return csv_text(head, *rows)
 
     def markdown(self) -> str:
         """Write Markdown, caption first; reasons for "n/a" are numbered and listed below."""
@@ -193,15 +176,15 @@ class TextTable:
 
         def write(cell: str | Cell) -> str:
             if isinstance(cell, str):
-                return markdown(cell)
+                return labels.markdown(cell)
             text = cell.text() + (f" ({notes.index(cell.reason) + 1})" if cell.remark() == "n/a" else "")
             return f"**{text}**" if cell.best else text
 
-        lines = [f"### {markdown(self.title)}", ""] if self.grouped else []
-        lines += [markdown(self.caption), "", "| " + " | ".join(markdown(c.title) for c in self.columns) + " |"]
-        lines.append("|" + "---|" * len(self.columns))
+        lines = [f"### {labels.markdown(self.title)}", ""] if self.grouped else []
+        heads = " | ".join(labels.markdown(c.title) for c in self.columns)
+        lines += [labels.markdown(self.caption), "", f"| {heads} |", "|" + "---|" * len(self.columns)]
         lines += ["| " + " | ".join(map(write, row.cells)) + " |" for row in self.rows]
-        lines += ["", *(f"({i}) {markdown(note)}  " for i, note in enumerate(notes, 1))] if notes else []
+        lines += ["", *(f"({i}) {labels.markdown(note)}  " for i, note in enumerate(notes, 1))] if notes else []
         return "\n".join(lines) + "\n"
 
     def latex(self) -> str:
@@ -210,29 +193,28 @@ class TextTable:
 
     def _grouped_latex(self) -> str:
         notes, width = self.notes(), len(self.columns) - 1
-        head = " & ".join(latex(c.title) for c in self.columns[1:])
+        head = " & ".join(labels.latex(c.title) for c in self.columns[1:])
         lines = [r"% needs \usepackage{booktabs}", r"\begin{table}", r"\centering"]
-        lines += [rf"\caption{{{latex(self.caption)}}}", rf"\label{{tab:{self.name}}}"]
+        lines += [rf"\caption{{{labels.latex(self.caption)}}}", rf"\label{{tab:{self.name}}}"]
         lines += [r"\begin{tabular}{" + "l" * width + "}", r"\toprule", head + r" \\"]
         group = None
         for row in self.rows:
             if row.group != group:
                 group = row.group
-                lines += [r"\midrule", rf"\multicolumn{{{width}}}{{l}}{{\emph{{{latex(group)}}}}} \\"]
+                lines += [r"\midrule", rf"\multicolumn{{{width}}}{{l}}{{\emph{{{labels.latex(group)}}}}} \\"]
             lines.append(" & ".join(_latex_cell(c, notes) for c in row.cells[1:]) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}"]
-        for i, note in enumerate(notes, 1):
-            lines.append(rf"\par\smallskip{{\footnotesize\textsuperscript{{{i}}} {latex(note)}}}")
+        small = r"\par\smallskip{\footnotesize\textsuperscript"
+        lines += [rf"{small}{{{i}}} {labels.latex(note)}}}" for i, note in enumerate(notes, 1)]
         return "\n".join([*lines, r"\end{table}"]) + "\n"
 
     def _long_latex(self) -> str:
         shares = r"p{%.2f\linewidth}" % (0.92 / len(self.columns)) * len(self.columns)
         lines = ["% needs longtable and booktabs", rf"\begin{{longtable}}{{{shares}}}"]
-        lines += [rf"\caption{{{latex(self.caption)}}} \\", r"\toprule"]
-        lines += [" & ".join(latex(c.title) for c in self.columns) + r" \\", r"\midrule \endhead"]
-        lines += [
-            " & ".join(_latex_cell(c, []).replace("±", r"$\pm$") for c in row.cells) + r" \\" for row in self.rows
-        ]
+        lines += [rf"\caption{{{labels.latex(self.caption)}}} \\", r"\toprule"]
+        lines += [" & ".join(labels.latex(c.title) for c in self.columns) + r" \\", r"\midrule \endhead"]
+        rows = ([_latex_cell(c, []).replace("±", r"$\pm$") for c in row.cells] for row in self.rows)
+        lines += [" & ".join(row) + r" \\" for row in rows]
         return "\n".join([*lines, r"\bottomrule", r"\end{longtable}"]) + "\n"
 
     def rich(self) -> rich.table.Table:
@@ -245,9 +227,9 @@ class TextTable:
 
 def _latex_cell(cell: str | Cell, notes: list[str]) -> str:
     if isinstance(cell, str):
-        return latex(cell)
-    parts = "; ".join(f"{LATEX_SYMBOLS[sign]} {latex(number)}" for sign, number in cell.parts())
-    remark = latex(cell.remark())
+        return labels.latex(cell)
+    parts = "; ".join(f"{labels.LATEX_SYMBOLS[sign]} {labels.latex(number)}" for sign, number in cell.parts())
+    remark = labels.latex(cell.remark())
     if remark == "n/a":
         remark += rf"\textsuperscript{{{notes.index(cell.reason) + 1}}}"
     text = " ".join(p for p in (parts, remark) if p)

@@ -8,6 +8,7 @@ give is `reproduced`, wholly outside is `not reproduced`, anything else `inconcl
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import stdev
@@ -85,10 +86,9 @@ class Measured:
         for task, model, metric, *rest in zip(*columns, strict=True):
             self.rows.setdefault((task, model, metric), []).append((int(rest[0]), float(rest[1]), *rest[2:]))
         lost = frame[frame["metric"] == FAILED]
-        self.lost = {(t, m): int(n) for (t, m), n in lost.groupby(["task", "model"]).size().items()}
+        self.lost = Counter(zip(lost["task"], lost["model"], strict=True))
         none = frame[frame["status"].str.startswith("n/a")]
-        keys = zip(none["task"], none["model"], none["metric"], strict=True)
-        self.none = dict(zip(keys, none["status"], strict=True))
+        self.none = none.set_index(["task", "model", "metric"])["status"].to_dict()
 
     def seeds(self, measure: str) -> dict[int, tuple[float, str, str]]:
         """Return (value, kind, run id) by seed.
@@ -128,12 +128,12 @@ class Measured:
 
     def failed(self, measures: Iterable[str]) -> int:
         """Count the failed runs behind these measures."""
-        return sum(self.lost.get((m.split("/")[0], m.split("/")[1]), 0) for m in measures)
+        return sum(self.lost[task, model] for task, model, _ in (m.split("/") for m in measures))
 
     def why_none(self, measures: Iterable[str]) -> str:
         """Return the reason that a record gives for having no such number; "" where there is none."""
-        keys = [(a, b, c) for a, b, c in (m.split("/") for m in measures)]
-        return next((self.none[k] for k in keys if k in self.none), "")
+        keys = (tuple(m.split("/")) for m in measures)
+        return next((str(self.none[k]) for k in keys if k in self.none), "")
 
 
 def band(criterion: Criterion, values: Sequence[float]) -> tuple[float, float]:
@@ -152,12 +152,15 @@ def band(criterion: Criterion, values: Sequence[float]) -> tuple[float, float]:
 
 def judge(criterion: Criterion, measured: Measured, profile: str) -> Judgement:
     """Judge one claim on a profile's measurements."""
-    measures_of = criterion.measure, criterion.minus, criterion.over
-    measures = [m for m in measures_of if m]
-    values, number_kind, ids = measured.values(*measures_of)
+    measures = [m for m in (criterion.measure, criterion.minus, criterion.over) if m]
+    values, number_kind, ids = measured.values(criterion.measure, criterion.minus, criterion.over)
     failed = measured.failed(measures)
     if not values:
-        return _without_numbers(criterion, measured, measures, failed, profile)
+        if criterion.not_comparable:
+            return Judgement("not comparable", criterion.not_comparable)
+        lost = f"{failed} runs failed" if failed else measured.why_none(measures)
+        elsewhere = away(criterion.needs, criterion.judged_at, profile)
+        return Judgement("not run", lost or elsewhere or f"the {profile} profile did not measure it")
     x = list(values.values())
     low, high = map(float, (x[0], x[0]) if criterion.deterministic else t_interval(x, LEVEL))
     fits = band(criterion, x)
@@ -165,20 +168,6 @@ def judge(criterion: Criterion, measured: Measured, profile: str) -> Judgement:
     probability = _probability(x, fits) if criterion.kind == "ordering" else math.nan
     seeds = tuple(values.items())
     return Judgement(verdict, reason, mean(x), low, high, seeds, number_kind, probability, ";".join(ids))
-
-
-def _without_numbers(
-    criterion: Criterion, measured: Measured, measures: list[str], failed: int, profile: str
-) -> Judgement:
-    if criterion.not_comparable:
-        return Judgement("not comparable", criterion.not_comparable)
-    if failed:
-        return Judgement("not run", f"{failed} runs failed")
-    if none := measured.why_none(measures):
-        return Judgement("not run", none)
-    return Judgement(
-        "not run", away(criterion.needs, criterion.judged_at, profile) or f"the {profile} profile did not measure it"
-    )
 
 
 def away(needs: str, judged_at: str, profile: str) -> str:
@@ -191,18 +180,13 @@ def away(needs: str, judged_at: str, profile: str) -> str:
 
 
 def _verdict(
-    criterion: Criterion,
-    fits: tuple[float, float],
-    interval: tuple[float, float],
-    seeds: int,
-    failed: int,
-    profile: str,
+    criterion: Criterion, fits: tuple[float, float], found: tuple[float, float], seeds: int, failed: int, profile: str
 ) -> tuple[str, str]:
     if criterion.not_comparable:
         return "not comparable", criterion.not_comparable
     if _RANK[profile] < _RANK[criterion.judged_at]:
         return "not comparable", f"a {profile} run is reduced; it is judged at the {criterion.judged_at} profile"
-    low, high = interval
+    low, high = found
     if math.isnan(low):
         return "not comparable", f"{seeds} seeds; an interval needs {FEWEST}"
     if failed:

@@ -31,7 +31,7 @@ from replicate.report.readme import headline_markdown, refresh, stale, update_re
 from replicate.report.records import (
     MEASUREMENT_COLUMNS,
     SUMMARY_COLUMNS,
-    RecordedExperiment,
+    RecordedRun,
     load_runs,
     measurements,
     read_measurements,
@@ -653,7 +653,7 @@ def test_a_logarithmic_axis_has_two_numbers_and_none_overlaps_another(high: floa
     plot = {"name": "p", "title": "A title", "x_label": "x", "y_label": "y", "style": "line", "lines": lines}
     plot |= {"log_x": False, "log_y": True, "levels": {}}
     spec = {"kind": "experiment", "model": "toy", "task": "run", "seed": 0}
-    (figure,) = experiment_figures([RecordedExperiment("a", spec, plots=(plot,), about="a toy")])
+    (figure,) = experiment_figures([RecordedRun("a", spec, plots=(plot,), about="a toy")])
     assert figure.canvas is not None
     figure.canvas.draw_without_rendering()
     axis = figure.canvas.axes[0].yaxis
