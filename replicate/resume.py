@@ -12,8 +12,7 @@ Everything that the loop changes must be in `state` and be read from there. In t
 the n-th loop of the first: a loop that had ended is skipped with its last state, an interrupted one resumes from the
 last save. A loop inside the step of another is part of that step and is not remembered by itself.
 
-Without a `Journal` (in tests, in notebooks) `resumable` is `range`. This module knows neither files nor models;
-`replicate.runs.checkpoint` writes a journal to disk.
+Without a `Journal` (in tests, in notebooks) `resumable` is `range`; `replicate.runs.checkpoint` writes one to disk.
 """
 
 from __future__ import annotations
@@ -98,17 +97,14 @@ class Journal:
     ) -> None:
         self.write, self.every = write, every
         self.shortest = min(1.0, every) if shortest is None else shortest
-        self.ended: dict[int, State] = {}
-        self.cut: State | None = None
+        self.ended: dict[int, State] = dict(saved["ended"]) if saved else {}
+        self.cut: State | None = saved["cut"] if saved else None
         self.saves, self.save_seconds = 0, 0.0
         self.stopping = False
         #: the last loop has ended, the rest is quick, and a request to stop comes too late
         self.finishing = False
-        self._inside = self._abandoned = False
-        self._next = 0
-        self._last = time.monotonic()
-        if saved is not None:
-            self.ended, self.cut = dict(saved["ended"]), saved["cut"]
+        self.inside = self.abandoned = False
+        self._next, self._last = 0, time.monotonic()
 
     @contextmanager
     def active(self) -> Iterator[Journal]:
@@ -119,10 +115,6 @@ class Journal:
         finally:
             _JOURNAL.reset(token)
 
-    def abandon(self) -> None:
-        """Do not remember the loop that runs now: an error is about to leave it, and the run may handle the error."""
-        self._abandoned = self._inside
-
     def request_stop(self) -> None:
         """Stop at the next safe point: at once between two loops, else after the step.
 
@@ -130,7 +122,7 @@ class Journal:
             Stopped: nothing was half done.
         """
         self.stopping = not self.finishing
-        if self.stopping and not self._inside:
+        if self.stopping and not self.inside:
             self._stop()
 
     def _stop(self) -> None:
@@ -145,30 +137,22 @@ class Journal:
         self.save_seconds += time.perf_counter() - begin
         self._last = time.monotonic()
 
-    @property
-    def nested(self) -> bool:
-        """Whether a loop that starts now runs inside a step of another."""
-        return self._inside
-
     def loop(self, name: str, steps: int, state: State) -> Iterator[int]:
         """Run the body of `resumable`."""
         if self.stopping:  # asked within a loop that was left by `break`
             self._stop()
         at, self._next = self._next, self._next + 1
         begin, first = time.monotonic(), 0
-        known = self.ended.get(at)
-        if known is None and self.cut is not None and self.cut["at"] == at:
-            known = self.cut
-        if known is not None:
+        cut = self.cut if self.cut and self.cut["at"] == at else None
+        if known := self.ended.get(at) or cut:
             if (known["name"], known["steps"]) != (name, steps):
                 raise RuntimeError(
                     f"loop {at} is {name!r} of {steps} steps, and the checkpoint has {known['name']!r} of "
                     f"{known['steps']}: the run is not the one that was interrupted; delete its checkpoints"
                 )
             restore(state, known["state"])
-            first = known["step"]
-            begin -= known["seconds"]
-        self._inside = True
+            first, begin = known["step"], begin - known["seconds"]
+        self.inside = True
         try:
             for step in range(first, steps):
                 yield step
@@ -182,17 +166,17 @@ class Journal:
             self._end(at, name, steps, begin, state)
             raise
         finally:
-            self._inside = False
+            self.inside = False
         if self.stopping:
             self._stop()
 
     def _end(self, at: int, name: str, steps: int, begin: float, state: State) -> None:
         """Remember that a loop has ended, with its last state, unless an error ended it."""
-        if self._abandoned:
-            self._abandoned = False
+        if self.abandoned:
+            self.abandoned = False
         elif at not in self.ended and time.monotonic() - begin >= self.shortest:
             self.ended[at] = self._entry(at, name, steps, steps, begin, state)
-        if self.cut is not None and self.cut["at"] == at:
+        if self.cut and self.cut["at"] == at:
             self.cut = None
 
     @staticmethod
@@ -213,11 +197,9 @@ def stop_current() -> bool:
     Raises:
         Stopped: the run could stop at once.
     """
-    journal = _JOURNAL.get()
-    if journal is None:
-        return False
-    journal.request_stop()
-    return True
+    if (journal := _JOURNAL.get()) is not None:
+        journal.request_stop()
+    return journal is not None
 
 
 def resumable(name: str, steps: int, state: State) -> Iterator[int]:
@@ -231,13 +213,12 @@ def resumable(name: str, steps: int, state: State) -> Iterator[int]:
             one that may be caught outside calls `abandon_loop` first, so that it does not count as the loop's end.
     """
     journal = _JOURNAL.get()
-    if journal is None or journal.nested:
+    if journal is None or journal.inside:
         return iter(range(steps))
     return journal.loop(name, steps, state)
 
 
 def abandon_loop() -> None:
     """Forget the loop that runs now, before an error leaves it that the run may handle."""
-    journal = _JOURNAL.get()
-    if journal is not None:
-        journal.abandon()
+    if (journal := _JOURNAL.get()) is not None:
+        journal.abandoned = journal.inside

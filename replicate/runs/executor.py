@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -80,10 +81,8 @@ def outcome(spec: AnySpec, folder: Path, code: int | None, exceeded: Limits | No
     if read_record(folder) is not None:
         return ""
     if exceeded is None and code != UNWRITABLE:
-        try:
+        with suppress(OSError, ValueError, KeyError):
             return str(json.loads((folder / "failure.json").read_text())["error"])
-        except (OSError, ValueError, KeyError):
-            pass
     if exceeded is not None:
         error = f"it took longer than {exceeded.seconds:g} seconds (--run-limit); the next call resumes it"
     elif code == UNWRITABLE:

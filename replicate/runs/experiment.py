@@ -88,18 +88,8 @@ class Plot:
             {"label": line.label, "x": _thinned(line.x, most, 6), "y": _thinned(line.y, most, digits)}
             for line in self.lines
         ]
-        return {
-            **({"image": list(self.image)} if self.image else {}),
-            "name": self.name,
-            "title": self.title,
-            "x_label": self.x_label,
-            "y_label": self.y_label,
-            "lines": lines,
-            "style": self.style,
-            "log_x": self.log_x,
-            "log_y": self.log_y,
-            "levels": dict(self.levels),
-        }
+        found = {**vars(self), "lines": lines, "levels": dict(self.levels), "image": list(self.image or ())}
+        return {name: value for name, value in found.items() if name != "image" or value}
 
 
 def _thinned(values: Sequence[float], most: int, digits: int) -> list[float | None]:
@@ -108,7 +98,7 @@ def _thinned(values: Sequence[float], most: int, digits: int) -> list[float | No
     return [float(f"{float(values[i]):.{digits}g}") if math.isfinite(values[i]) else None for i in chosen]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Outcome:
     """What an experiment found.
 
@@ -122,11 +112,11 @@ class Outcome:
             trained on.
     """
 
-    estimates: Mapping[str, Estimate]
-    plots: tuple[Plot, ...] = ()
-    missing: Mapping[str, str] = field(default_factory=dict)
-    examples: Mapping[str, LogLikelihood] = field(default_factory=dict)
-    classifiers: Mapping[str, str] = field(default_factory=dict)
+    estimates: dict[str, Estimate] = field(default_factory=dict, init=False)
+    plots: list[Plot] = field(default_factory=list, init=False)
+    missing: dict[str, str] = field(default_factory=dict, init=False)
+    examples: dict[str, LogLikelihood] = field(default_factory=dict, init=False)
+    classifiers: dict[str, str] = field(default_factory=dict, init=False)
 
 
 #: levels of a packed likelihood
@@ -159,7 +149,8 @@ def unpack_examples(data: Mapping[str, Any]) -> np.ndarray:
     return found
 
 
-class Run:
+@dataclass(eq=False)
+class Run(Outcome):
     """One run of an experiment: its settings and generators going in, what it measures coming out.
 
     Args:
@@ -168,13 +159,9 @@ class Run:
         device: where to compute.
     """
 
-    def __init__(self, settings: Mapping[str, Any], streams: Streams, device: torch.device) -> None:
-        self.settings, self.streams, self.device = settings, streams, device
-        self.estimates: dict[str, Estimate] = {}
-        self.plots: list[Plot] = []
-        self.missing: dict[str, str] = {}
-        self.examples: dict[str, LogLikelihood] = {}
-        self.classifiers: dict[str, str] = {}
+    settings: Mapping[str, Any]
+    streams: Streams
+    device: torch.device
 
     def stream(self, name: str) -> torch.Generator:
         """Return a new generator at the beginning of the named stream."""
@@ -242,10 +229,6 @@ class Run:
         lines = tuple(Line(label, c[:, 0].tolist(), c[:, 1].tolist()) for label, c in xy.items())
         self.plot(Plot(name, title, *axes, lines, style="points"))
 
-    def outcome(self) -> Outcome:
-        """Return what was measured so far."""
-        return Outcome(self.estimates, tuple(self.plots), self.missing, self.examples, self.classifiers)
-
 
 @dataclass(frozen=True)
 class Experiment:
@@ -303,13 +286,12 @@ class Experiment:
 
     def measure(self, run: Run) -> Outcome:
         """Measure on a run, under its settings."""
-        settings = _settings_class(self.run)
-        if settings is not None:
+        if settings := _settings_class(self.run):
             self.run(run, settings(**run.settings))
         else:
             keywords = _keywords(self.run)
             self.run(run, **{keywords[name].name: value for name, value in run.settings.items()})
-        return run.outcome()
+        return run
 
 
 def _settings_class(function: Callable[..., Any]) -> type | None:
@@ -333,8 +315,7 @@ def _declared(function: Callable[..., Any], given: Mapping[str, Any] | Any) -> d
     Raises:
         TypeError: a setting is unknown, or has neither a default nor a value.
     """
-    settings = _settings_class(function)
-    if settings is not None:
+    if settings := _settings_class(function):
         chosen: Any = given if isinstance(given, settings) else settings(**given)
         return asdict(chosen)
     known = _keywords(function)

@@ -54,11 +54,8 @@ _RECORD = {
 #: texts of a failure that nobody wrote with care
 _SAID = ("error", "traceback_tail", "stderr_tail")
 _FAILURE = {
-    "run_id": _RECORD["run_id"],
-    "spec": _TABLE,
-    "error": Rule(str, blank=True),
-    "traceback_tail": _TEXT,
-    "stderr_tail": _TEXT,
+    **{"run_id": _RECORD["run_id"], "spec": _TABLE, "error": Rule(str, blank=True)},
+    **{"traceback_tail": _TEXT, "stderr_tail": _TEXT},
 }
 _NAMED = {"split": Rule(str, pattern=NAME), "metric": Rule(str, pattern=CELL), "status": Rule(str, pattern=CELL)}
 #: a row with a number, and one that says why there is none
@@ -69,12 +66,8 @@ _OK = {
     "unit": Rule(str, pattern=CELL, blank=True),
 }
 _NONE = {**_NAMED, **{key: Rule(NoneType) for key in rules_of(Estimate)}}
-_HISTORY = {
-    "train": _LIST,
-    "valid": _LIST,
-    "best_step": Rule(int, Range(0, MOST)),
-    "seconds": Rule(float, Range(low=0)),
-}
+_AT_LEAST_0 = Rule(float, Range(low=0))
+_HISTORY = {"train": _LIST, "valid": _LIST, "best_step": Rule(int, Range(0, MOST)), "seconds": _AT_LEAST_0}
 _AXIS_LABEL = Rule(str, pattern=CELL, blank=True)
 _PLOT = {
     **rules_of(Plot, complete=True),
@@ -84,12 +77,7 @@ _PLOT = {
     "lines": _LIST,
     "image": Rule(tuple[int, int], Range(1), required=False),
 }
-_EXAMPLES = {
-    "kind": Rule(str, choices=KINDS),
-    "low": Rule(float),
-    "span": Rule(float, Range(low=0)),
-    "values": Rule(str),
-}
+_EXAMPLES = {"kind": Rule(str, choices=KINDS), "low": Rule(float), "span": _AT_LEAST_0, "values": Rule(str)}
 _LINE = {"label": _AXIS_LABEL, "x": Rule(tuple[float | None, ...]), "y": Rule(tuple[float | None, ...])}
 
 
