@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,24 +33,13 @@ from replicate.errors import Stopped
 State = dict[str, Any]
 
 
-@runtime_checkable
-class Stateful(Protocol):
-    """A module, an optimizer, or anything else that gives and takes its state."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state that `load_state_dict` accepts."""
-
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
-        """Restore a state."""
-
-
 def snapshot(value: Any) -> Any:
     """Copy a state so that later steps cannot change it: tensors cloned, stateful objects as their states."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, torch.Generator):
         return value.get_state()
-    if isinstance(value, Stateful):
+    if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
         return snapshot(value.state_dict())
     if isinstance(value, Mapping):
         return {k: snapshot(v) for k, v in value.items()}
@@ -72,7 +61,7 @@ def restore(state: State, saved: Mapping[str, Any]) -> None:
             state[key] = None
         elif isinstance(now, torch.Generator):
             now.set_state(value.cpu())
-        elif isinstance(now, Stateful):
+        elif hasattr(now, "state_dict") and hasattr(now, "load_state_dict"):
             now.load_state_dict(value)
         else:
             state[key] = snapshot(value)

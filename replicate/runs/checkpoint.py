@@ -138,11 +138,7 @@ class Checkpoints:
 
 
 class Session:
-    """One process's share of a run; it begins where the last checkpoint of the session before left off.
-
-    Args:
-        folder: of the run; None keeps no checkpoints.
-    """
+    """One process's share of a run; it begins where the last checkpoint before it left off. No folder keeps none."""
 
     def __init__(self, spec: AnySpec, folder: Path | None, device: torch.device, limits: Limits) -> None:
         self.device, self.started, self._begin = device, time.time(), time.monotonic()

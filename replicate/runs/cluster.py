@@ -92,14 +92,11 @@ def differences(here: dict[str, str], there: dict[str, str]) -> list[str]:
 
 
 async def inspect_worker(device: str, specs: list[dict[str, Any]]) -> tuple[dict[str, str], list[str]]:
-    """On a worker: return its versions, and what is wrong with its data of these specs.
-
-    The work is in a thread, because the worker must keep answering.
-    """
-    return await asyncio.to_thread(lambda: (versions(device), _data_problems(specs)))
+    """On a worker: return its versions, and what is wrong with its data of these specs."""
+    return await asyncio.to_thread(_inspected, device, specs)  # the worker must keep answering
 
 
-def _data_problems(specs: list[dict[str, Any]]) -> list[str]:
+def _inspected(device: str, specs: list[dict[str, Any]]) -> tuple[dict[str, str], list[str]]:
     problems = []
     for spec in specs:
         try:
@@ -107,7 +104,7 @@ def _data_problems(specs: list[dict[str, Any]]) -> list[str]:
         except (ValueError, OSError) as error:
             problems.append(str(error))
     forget_tasks()  # a worker computes in child programs and must not keep the data itself
-    return problems
+    return versions(device), problems
 
 
 # -- on a worker
@@ -210,8 +207,7 @@ class Cluster:
 
     Args:
         address: of the scheduler, such as tcp://127.0.0.1:8786.
-        device: "cpu", where a worker takes as many runs at a time as it has threads, or "cuda", where it takes as many
-            as it has of the resource GPU.
+        device: "cpu": a worker takes a run per thread; or "cuda": a run per unit of its resource GPU.
         limits: of each run.
 
     Raises:
@@ -346,11 +342,9 @@ def _check_workers(client: Client, device: str, specs: Sequence[AnySpec]) -> Non
 def _gone(client: Client, worker: str, device: str) -> bool:
     """Return whether the scheduler has lost this worker, or notices it within seconds."""
     end = time.monotonic() + CONNECT
-    while worker in _slots(client, device):
-        if time.monotonic() >= end:
-            return False
+    while (there := worker in _slots(client, device)) and time.monotonic() < end:
         time.sleep(TICK)
-    return True
+    return not there
 
 
 @dataclass
@@ -428,12 +422,8 @@ class _Sweep:
         make_ready(folder)
         newest = max(folder.glob("checkpoints/*.checkpoint"), default=None)
         request = {
-            "key": key,
-            "token": self.token,
-            "device": self.cluster.device,
-            "spec": spec.as_dict(),
-            "limits": asdict(self.cluster.limits),
-            "versions": self.versions,
+            **{"key": key, "token": self.token, "device": self.cluster.device, "versions": self.versions},
+            **{"spec": spec.as_dict(), "limits": asdict(self.cluster.limits)},
             "checkpoint": newest.name if newest else "",
         }
         given = json.dumps(request), newest.read_bytes() if newest else b""

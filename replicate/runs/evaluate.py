@@ -170,16 +170,18 @@ class Evaluator:
         z = torch.randn((chains, self.task.info.dim), generator=generator, device=self.device)
         return z * float(self.task.train.square().mean().sqrt())
 
+    def _given(self, truth: Density, chains: int) -> tuple[Tensor, int, float, torch.Generator]:
+        """Return the start, steps, step size (a fifth of the narrowest variance biases it by 5 %) and generator."""
+        step, generator = 0.2 * truth.narrowest**2, self.streams.fresh("langevin")
+        return self._start(chains), self.settings.langevin_steps, step, generator
+
     def _ula(self, truth: Density, chains: int, record_every: int = 0) -> Chain:
-        steps, generator = self.settings.langevin_steps, self.streams.fresh("langevin")
-        start = self._start(chains)
-        return ula(self.model.score, start, steps, langevin_step(truth), generator, record_every=record_every)
+        return ula(self.model.score, *self._given(truth, chains), record_every=record_every)
 
     def _mala(self, truth: Density, chains: int) -> Chain:
         exact = "log_prob" in self.model.capabilities
         log_f = self.model.log_prob if exact else (lambda x: -self.model.energy(x))
-        steps, generator = self.settings.langevin_steps, self.streams.fresh("langevin")
-        return mala(log_f, self.model.score, self._start(chains), steps, langevin_step(truth), generator)
+        return mala(log_f, self.model.score, *self._given(truth, chains))
 
     def _samplers(self, truth: Density) -> Measurements:
         """Measure Langevin samplers, and those that a model offers beside its own: predictor-corrector, say."""
@@ -187,14 +189,15 @@ class Evaluator:
             return
         has, chains = self.model.capabilities, self.settings.langevin_chains
         if "score" in has:
-            yield from self._sampler(truth, "ula", lambda: _found(self._ula(truth, chains)))
+            yield from self._sampler(truth, "ula", lambda: self._ula(truth, chains))
         if "score" in has and has & {"log_prob", "energy"}:
-            yield from self._sampler(truth, "mala", lambda: _found(self._mala(truth, chains)))
+            yield from self._sampler(truth, "mala", lambda: self._mala(truth, chains))
         for name, sample in self.model.samplers().items():
             yield from self._sampler(truth, name, partial(sample, chains, self.streams.fresh(f"sample-{name}")))
 
-    def _sampler(self, truth: Density, name: str, sample: Callable[[], tuple[Tensor, int]]) -> Measurements:
-        (x, nfe), seconds = timed(self.device, sample)
+    def _sampler(self, truth: Density, name: str, sample: Callable[[], Chain | tuple[Tensor, int]]) -> Measurements:
+        found, seconds = timed(self.device, sample)
+        x, nfe = (found.samples, found.nfe) if isinstance(found, Chain) else found
         yield from self._sample_quality(truth, x.detach(), f":{name}")
         yield count(f"nfe:{name}", nfe, "network evaluations")
         yield count(f"sample_ms:{name}", 1000 * seconds / len(x), "milliseconds")
@@ -268,15 +271,6 @@ class Evaluator:
             assert path is not None
             out["path"] = path.detach().cpu().numpy()
         return out
-
-
-def _found(chain: Chain) -> tuple[Tensor, int]:
-    return chain.samples, chain.nfe
-
-
-def langevin_step(truth: Density) -> float:
-    """Step size eps of plain Langevin: a fifth of the narrowest variance, which biases that variance by 5 %."""
-    return 0.2 * truth.narrowest**2
 
 
 def plane(half_width: float, points: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,8 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from replicate.errors import NotANumber, UsageError
-from replicate.model import Estimate
 from replicate.runs.checkpoint import Session
-from replicate.runs.evaluate import Measurement
+from replicate.runs.evaluate import Measurement, count
 from replicate.runs.limits import DEFAULT, Limits
 from replicate.runs.provenance import peak_memory_mb
 from replicate.runs.record import check_record, seal
@@ -95,7 +94,7 @@ def execute(spec: AnySpec, folder: Path | None, device: torch.device, limits: Li
     with session.journal.active():
         found = subject_of(spec).compute(session)
         session.journal.finishing = True
-        memory = Measurement("peak_memory_mb", Estimate.exact(peak_memory_mb(device), "megabytes"))
+        memory = count("peak_memory_mb", peak_memory_mb(device), "megabytes")
         head = {"run_id": spec.run_id(), "spec": spec.as_dict(), **found.record}
         rows = [check_finite(m).as_dict() for m in [*found.measurements, memory]]
         record = seal(check_record({**head, "measurements": rows, "provenance": session.provenance()}))

@@ -83,16 +83,14 @@ def outcome(spec: AnySpec, folder: Path, code: int | None, exceeded: Limits | No
     if exceeded is None and code != UNWRITABLE:
         with suppress(OSError, ValueError, KeyError):
             return str(json.loads((folder / "failure.json").read_text())["error"])
+    known = {
+        UNWRITABLE: "its folder could not be written",
+        STOPPED: "another program stopped the run's process",
+        -9: "the run's process ended with code -9 and left no record: it was killed, perhaps for lack of memory",
+    }
+    error = known.get(code or 0, f"the run's process ended with code {code} and left no record")
     if exceeded is not None:
         error = f"it took longer than {exceeded.seconds:g} seconds (--run-limit); the next call resumes it"
-    elif code == UNWRITABLE:
-        error = "its folder could not be written"
-    elif code == STOPPED:
-        error = "another program stopped the run's process"
-    elif code == -9:
-        error = "the run's process ended with code -9 and left no record: it was killed, perhaps for lack of memory"
-    else:
-        error = f"the run's process ended with code {code} and left no record"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "failure.json", failure(spec, error, stderr_tail(folder)))
     return error

@@ -5,10 +5,10 @@
         'Mean passage time between the two modes, by quadrature.'
         run.measure("log10_passage_steps", Estimate.exact(steps, "decades of steps"))
 
-An experiment runs as every model does: one spec, one process, one record, rows in measurements.csv. There the paper's
-key is its model and the experiment's name is its task. Variants within one experiment (another sampler, another loss)
-differ by a suffix of the metric, as in "minority_weight:annealed". A metric whose name begins with "time_" differs from
-run to run and is left out where runs are compared bit for bit.
+An experiment runs as every model does: one spec, one process, one record, rows in measurements.csv, where the paper's
+key is its model and the experiment's name its task. Variants within it (another sampler, another loss) differ by a
+suffix of the metric, as in "minority_weight:annealed". A metric whose name begins with "time_" differs from run to run
+and is left out where runs are compared bit for bit.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ class Line:
 
     Attributes:
         label: in the legend; for points, over the panel; for images, before the row.
-        x, y: coordinates, of one length; for images the index and the grey value (0 white, 1 black) of each pixel, the
-            images one after the other in row-major order.
+        x, y: coordinates, of one length; for images index and grey value (0 white, 1 black) of each pixel, row-major.
     """
 
     label: str
@@ -106,10 +105,8 @@ class Outcome:
         estimates: by metric name, variants as "metric:variant".
         plots: for the report.
         missing: metrics that could not be had, with the reason.
-        examples: log p of every test example of a task, by the task's name, in the task's order: what the report pairs
-            models by.
-        classifiers: sha256 of the weights of each classifier whose features judged samples, by the task that it was
-            trained on.
+        examples: log p of every test example, in the task's order, by task: what the report pairs models by.
+        classifiers: sha256 of the weights of each classifier whose features judged samples, by the task it learnt on.
     """
 
     estimates: dict[str, Estimate] = field(default_factory=dict, init=False)
@@ -247,10 +244,8 @@ class Experiment:
         precision: "float32" or "float64", for the record; the function itself must keep to it.
         files: paths below REPLICATE_DATA that it reads, each as it is or packed (.gz, .xz). Where one is absent the
             experiment is not run; their sha256 enters the run's hash.
-        optional_files: paths below REPLICATE_DATA without which it measures less; the sha256 of those that are there
-            enters the run's hash too.
-        cuda_minutes: minutes per seed on one CUDA device of the H200 class; without such a device the experiment is not
-            run. 0 where a CPU is enough.
+        optional_files: those without which it measures less; the sha256 of each that is there enters the hash too.
+        cuda_minutes: minutes per seed on one CUDA device of the H200 class, without which it is not run; 0: on a CPU.
     """
 
     name: str

@@ -74,7 +74,8 @@ class Pool:
                 if deadline is not None and time.monotonic() >= deadline:
                     return False
                 while waiting and free:
-                    child = self._start(context, waiting.pop(0), runs, free.pop(0))
+                    spec = waiting.pop(0)
+                    child = self._start(context, spec, runs.folder(spec), free.pop(0))
                     children[child.process.sentinel] = child
                     listen("started", child.spec, "")
                 ends = [c.ends for c in children.values()] + ([] if deadline is None else [deadline])
@@ -91,10 +92,7 @@ class Pool:
         finally:
             self._stop(list(children.values()))
 
-    def _start(
-        self, context: mp.context.ForkServerContext, spec: AnySpec, runs: RunFolders, slot: str | None
-    ) -> _Child:
-        folder = runs.folder(spec)
+    def _start(self, context: mp.context.ForkServerContext, spec: AnySpec, folder: Path, slot: str | None) -> _Child:
         make_ready(folder)
         given = {"spec": spec.as_dict(), "folder": str(folder), "limits": asdict(self.limits), "visible": slot}
         process = context.Process(target=worker, args=(given,), name=spec.label)

@@ -127,25 +127,25 @@ def _check_parts(record: Mapping[str, Any], problems: Problems) -> None:
         for split in ("train", "valid"):
             for name, pair in _items(history.get(split), f"history.{split}"):
                 check_value(name, pair, Rule(tuple[float, float]), wrong)
-    examples = record.get("examples")
-    for task, data in examples.items() if isinstance(examples, Mapping) else ():
-        _check_examples(task, data, problems)
-    classifiers = record.get("classifiers")
-    for task, digest in classifiers.items() if isinstance(classifiers, Mapping) else ():
-        _check_task(task, "classifiers", problems)
-        check_value("sha256", digest, _RECORD["run_id"], wrong, f"classifiers of {brief(task)}")
+    for name, data in _by_task(record, "examples", problems):
+        _check_examples(name, data, problems)
+    for name, digest in _by_task(record, "classifiers", problems):
+        check_value("sha256", digest, _RECORD["run_id"], wrong, name)
     for name, plot in _items(record.get("plots"), "plots"):
         _check_plot(plot, name, problems)
 
 
-def _check_task(task: object, part: str, problems: Problems) -> None:
-    if not isinstance(task, str) or not NAME.fullmatch(task):
-        problems.add(f"{part} of {brief(task)}: not a valid task name")
+def _by_task(record: Mapping[str, Any], part: str, problems: Problems) -> Iterable[tuple[str, Any]]:
+    """Iterate over what a part of a record has for each task, with its place in words; note names that are none."""
+    found = record.get(part)
+    for task, value in found.items() if isinstance(found, Mapping) else ():
+        if not isinstance(task, str) or not NAME.fullmatch(task):
+            problems.add(f"{part} of {brief(task)}: not a valid task name")
+        yield f"{part} of {brief(task)}", value
 
 
-def _check_examples(task: object, data: object, problems: Problems) -> None:
-    name, before = f"examples of {brief(task)}", len(problems)
-    _check_task(task, "examples", problems)
+def _check_examples(name: str, data: object, problems: Problems) -> None:
+    before = len(problems)
     if check_table(data, _EXAMPLES, name, lambda _, problem: problems.add(problem)) and len(problems) == before:
         assert isinstance(data, Mapping)
         try:

@@ -175,11 +175,10 @@ def check_spec(data: object, problems: Problems, name: str = "the spec") -> None
 
 
 def spec_from_dict(data: object) -> AnySpec:
-    """Read a spec of either kind; the inverse of `as_dict`.
+    """Read a spec of either kind; the inverse of `as_dict`. Whether its model, task or paper exists is not checked.
 
     Raises:
-        UsageError: everything that is wrong with the data, one problem per line. Whether the model, the task or the
-            paper exists here is not checked.
+        UsageError: everything that is wrong with the data, one problem per line.
     """
     problems = Problems()
     check_spec(data, problems)
@@ -276,8 +275,7 @@ def make_spec(
     """Make the spec of one run: the entry's defaults, its overrides for the task and profile, then `settings`.
 
     Raises:
-        UsageError: every unknown name and every value of the wrong type or out of range, one per line; or a model that
-            cannot run here.
+        UsageError: every unknown name, every value of the wrong type or out of range, and a model that cannot run here.
     """
     problems = Problems()
     entry = _found(problems, model_entry, model)

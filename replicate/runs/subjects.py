@@ -13,10 +13,10 @@ import safetensors.torch
 import torch
 
 from replicate.likelihood.dequantisation import Preprocessed
-from replicate.model import Estimate, LogLikelihood, Model
+from replicate.model import LogLikelihood, Model
 from replicate.registry import model_entry
 from replicate.runs.checkpoint import Session
-from replicate.runs.evaluate import Evaluator, Measurement, na
+from replicate.runs.evaluate import Evaluator, Measurement, count, na
 from replicate.runs.experiment import Experiment, Run, pack_examples
 from replicate.runs.paper import find_experiment
 from replicate.runs.seeds import Streams
@@ -71,10 +71,6 @@ def _by_task(examples: Mapping[str, LogLikelihood], classifiers: Mapping[str, st
     return {key: part for key, part in (("examples", packed), ("classifiers", dict(classifiers))) if part}
 
 
-def _seconds(metric: str, seconds: float) -> Measurement:
-    return Measurement(metric, Estimate.exact(seconds, "seconds"))
-
-
 @dataclass(frozen=True)
 class ModelOnTask:
     """A registered model, trained and evaluated on a task."""
@@ -100,9 +96,9 @@ class ModelOnTask:
         begin = time.perf_counter()
         measurements = list(evaluator.measurements())
         arrays = evaluator.arrays() if self.spec.seed == 0 else {}
-        measurements.append(_seconds("train_seconds", history.seconds))
+        measurements.append(count("train_seconds", history.seconds, "seconds"))
         evaluating = max(time.perf_counter() - begin, session.seconds_before() and session.seconds() - history.seconds)
-        measurements.append(_seconds("evaluate_seconds", evaluating))
+        measurements.append(count("evaluate_seconds", evaluating, "seconds"))
         weights = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
         packed, entry = safetensors.torch.save(weights), model_entry(self.spec.model)
         record = {
@@ -146,7 +142,7 @@ class ExperimentOfPaper:
         }
         measurements = [Measurement(name, e) for name, e in outcome.estimates.items()]
         measurements += [na(name, reason) for name, reason in outcome.missing.items()]
-        return Findings([*measurements, _seconds("evaluate_seconds", seconds)], record)
+        return Findings([*measurements, count("evaluate_seconds", seconds, "seconds")], record)
 
 
 def subject_of(spec: AnySpec) -> ModelOnTask | ExperimentOfPaper:
