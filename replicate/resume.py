@@ -56,7 +56,7 @@ def snapshot(value: Any) -> Any:
 def restore(state: State, saved: Mapping[str, Any]) -> None:
     """Restore a snapshot: stateful objects and generators in place, everything else as new values."""
     for key, value in saved.items():
-        now = state.get(key)
+        now: Any = state.get(key)
         if value is None:  # the loop itself may have dropped it
             state[key] = None
         elif isinstance(now, torch.Generator):

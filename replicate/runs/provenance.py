@@ -222,7 +222,8 @@ def machine_differences(a: Mapping[str, Any], b: Mapping[str, Any], a_is: str, b
         a_is, b_is: where each was made, such as "there" and "here".
     """
     left, right = machine(a), machine(b)
-    both, silent = {}, []
+    both: dict[str, tuple[Any, Any]] = {}
+    silent = []
     for key, name in MACHINE.items():
         if key not in left or key not in right:
             silent.append(name)
