@@ -81,17 +81,12 @@ def fit(
         >>> round(float(line.weight), 3)
         2.0
     """
+    best = copy.deepcopy(module.state_dict()) if check and check.keep_best else None
+    losses = torch.zeros(steps, device=next(module.parameters()).device)
     inner: State = {
-        "module": module,
-        "optimizer": optimizer,
-        "schedule": schedule,
+        **{"module": module, "optimizer": optimizer, "schedule": schedule},
         **state,
-        "losses": torch.zeros(steps, device=next(module.parameters()).device),
-        "checks": [],
-        "best": copy.deepcopy(module.state_dict()) if check and check.keep_best else None,
-        "least": math.inf,
-        "waited": 0,
-        "taken": 0,
+        **{"losses": losses, "checks": [], "best": best, "least": math.inf, "waited": 0, "taken": 0},
     }
     for i in resumable(name, steps, inner):
         optimizer.zero_grad(set_to_none=True)

@@ -12,8 +12,7 @@ Everything that the loop changes must be in `state` and be read from there. In t
 the n-th loop of the first: a loop that had ended is skipped with its last state, an interrupted one resumes from the
 last save. A loop inside the step of another is part of that step and is not remembered by itself.
 
-Without a `Journal` (in tests, in notebooks) `resumable` is `range`. This module knows neither files nor models;
-`replicate.runs.checkpoint` writes a journal to disk.
+Without a `Journal` (in tests, in notebooks) `resumable` is `range`; `replicate.runs.checkpoint` writes one to disk.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,24 +33,13 @@ from replicate.errors import Stopped
 State = dict[str, Any]
 
 
-@runtime_checkable
-class Stateful(Protocol):
-    """A module, an optimizer, or anything else that gives and takes its state."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state that `load_state_dict` accepts."""
-
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
-        """Restore a state."""
-
-
 def snapshot(value: Any) -> Any:
     """Copy a state so that later steps cannot change it: tensors cloned, stateful objects as their states."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, torch.Generator):
         return value.get_state()
-    if isinstance(value, Stateful):
+    if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
         return snapshot(value.state_dict())
     if isinstance(value, Mapping):
         return {k: snapshot(v) for k, v in value.items()}
@@ -68,12 +56,12 @@ def snapshot(value: Any) -> Any:
 def restore(state: State, saved: Mapping[str, Any]) -> None:
     """Restore a snapshot: stateful objects and generators in place, everything else as new values."""
     for key, value in saved.items():
-        now = state.get(key)
+        now: Any = state.get(key)
         if value is None:  # the loop itself may have dropped it
             state[key] = None
         elif isinstance(now, torch.Generator):
             now.set_state(value.cpu())
-        elif isinstance(now, Stateful):
+        elif hasattr(now, "state_dict") and hasattr(now, "load_state_dict"):
             now.load_state_dict(value)
         else:
             state[key] = snapshot(value)
@@ -98,17 +86,14 @@ class Journal:
     ) -> None:
         self.write, self.every = write, every
         self.shortest = min(1.0, every) if shortest is None else shortest
-        self.ended: dict[int, State] = {}
-        self.cut: State | None = None
+        self.ended: dict[int, State] = dict(saved["ended"]) if saved else {}
+        self.cut: State | None = saved["cut"] if saved else None
         self.saves, self.save_seconds = 0, 0.0
         self.stopping = False
         #: the last loop has ended, the rest is quick, and a request to stop comes too late
         self.finishing = False
-        self._inside = self._abandoned = False
-        self._next = 0
-        self._last = time.monotonic()
-        if saved is not None:
-            self.ended, self.cut = dict(saved["ended"]), saved["cut"]
+        self.inside = self.abandoned = False
+        self._next, self._last = 0, time.monotonic()
 
     @contextmanager
     def active(self) -> Iterator[Journal]:
@@ -119,10 +104,6 @@ class Journal:
         finally:
             _JOURNAL.reset(token)
 
-    def abandon(self) -> None:
-        """Do not remember the loop that runs now: an error is about to leave it, and the run may handle the error."""
-        self._abandoned = self._inside
-
     def request_stop(self) -> None:
         """Stop at the next safe point: at once between two loops, else after the step.
 
@@ -130,7 +111,7 @@ class Journal:
             Stopped: nothing was half done.
         """
         self.stopping = not self.finishing
-        if self.stopping and not self._inside:
+        if self.stopping and not self.inside:
             self._stop()
 
     def _stop(self) -> None:
@@ -145,30 +126,22 @@ class Journal:
         self.save_seconds += time.perf_counter() - begin
         self._last = time.monotonic()
 
-    @property
-    def nested(self) -> bool:
-        """Whether a loop that starts now runs inside a step of another."""
-        return self._inside
-
     def loop(self, name: str, steps: int, state: State) -> Iterator[int]:
         """Run the body of `resumable`."""
         if self.stopping:  # asked within a loop that was left by `break`
             self._stop()
         at, self._next = self._next, self._next + 1
         begin, first = time.monotonic(), 0
-        known = self.ended.get(at)
-        if known is None and self.cut is not None and self.cut["at"] == at:
-            known = self.cut
-        if known is not None:
+        cut = self.cut if self.cut and self.cut["at"] == at else None
+        if known := self.ended.get(at) or cut:
             if (known["name"], known["steps"]) != (name, steps):
                 raise RuntimeError(
                     f"loop {at} is {name!r} of {steps} steps, and the checkpoint has {known['name']!r} of "
                     f"{known['steps']}: the run is not the one that was interrupted; delete its checkpoints"
                 )
             restore(state, known["state"])
-            first = known["step"]
-            begin -= known["seconds"]
-        self._inside = True
+            first, begin = known["step"], begin - known["seconds"]
+        self.inside = True
         try:
             for step in range(first, steps):
                 yield step
@@ -182,17 +155,17 @@ class Journal:
             self._end(at, name, steps, begin, state)
             raise
         finally:
-            self._inside = False
+            self.inside = False
         if self.stopping:
             self._stop()
 
     def _end(self, at: int, name: str, steps: int, begin: float, state: State) -> None:
         """Remember that a loop has ended, with its last state, unless an error ended it."""
-        if self._abandoned:
-            self._abandoned = False
+        if self.abandoned:
+            self.abandoned = False
         elif at not in self.ended and time.monotonic() - begin >= self.shortest:
             self.ended[at] = self._entry(at, name, steps, steps, begin, state)
-        if self.cut is not None and self.cut["at"] == at:
+        if self.cut and self.cut["at"] == at:
             self.cut = None
 
     @staticmethod
@@ -213,11 +186,9 @@ def stop_current() -> bool:
     Raises:
         Stopped: the run could stop at once.
     """
-    journal = _JOURNAL.get()
-    if journal is None:
-        return False
-    journal.request_stop()
-    return True
+    if (journal := _JOURNAL.get()) is not None:
+        journal.request_stop()
+    return journal is not None
 
 
 def resumable(name: str, steps: int, state: State) -> Iterator[int]:
@@ -231,13 +202,12 @@ def resumable(name: str, steps: int, state: State) -> Iterator[int]:
             one that may be caught outside calls `abandon_loop` first, so that it does not count as the loop's end.
     """
     journal = _JOURNAL.get()
-    if journal is None or journal.nested:
+    if journal is None or journal.inside:
         return iter(range(steps))
     return journal.loop(name, steps, state)
 
 
 def abandon_loop() -> None:
     """Forget the loop that runs now, before an error leaves it that the run may handle."""
-    journal = _JOURNAL.get()
-    if journal is not None:
-        journal.abandon()
+    if (journal := _JOURNAL.get()) is not None:
+        journal.abandoned = journal.inside

@@ -20,8 +20,7 @@ from replicate.registry import models
 from replicate.report.labels import is_timing
 from replicate.resume import Journal, State, resumable, snapshot, stop_current
 from replicate.runs import execute as execution
-from replicate.runs import session
-from replicate.runs.checkpoint import pack, unpack
+from replicate.runs.checkpoint import Checkpoints, pack, unpack
 from replicate.runs.effort import EVALUATION
 from replicate.runs.limits import Limits
 from replicate.runs.spec import RunSpec, make_spec
@@ -194,7 +193,7 @@ def small(model: str, task: str) -> RunSpec:
 def killed_at(save: int | None) -> Iterator[list[int]]:
     """Inside, the process "dies" after so many checkpoints; yields the numbers of those that were written."""
     seen: list[int] = []
-    write = session.Checkpoints.write
+    write = Checkpoints.write
 
     def counted(self: Any, state: Any) -> None:
         if save is None:  # nobody goes on from these: what loops that have ended left is not written again each time
@@ -205,7 +204,7 @@ def killed_at(save: int | None) -> Iterator[list[int]]:
             raise Cut
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session.Checkpoints, "write", counted)
+        patch.setattr(Checkpoints, "write", counted)
         patch.setattr("replicate.runs.store.os.fsync", lambda descriptor: None)  # no machine crashes here
         yield seen
 

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: a run's journal, written so that a kill at any moment loses one interval at most.
+"""One process's share of a run, and its checkpoints: written so that a kill at any moment loses one interval at most.
 
 A file is a line of 64 hexadecimal digits (sha256 of the rest) and a safetensors image. Tensors lie in it by number; the
 structure around them is JSON, kept as one more tensor of bytes. Nothing in it is code.
@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from replicate.resume import Journal, State
+from replicate.runs.limits import Limits
+from replicate.runs.provenance import device_name, provenance, source_version, stamp
+from replicate.runs.spec import AnySpec
 from replicate.runs.store import write_atomic
 
 FORMAT = 1
@@ -46,11 +51,10 @@ def pack(state: Any) -> bytes:
 
     structure = json.dumps(plain(state)).encode()
     tensors[STRUCTURE] = torch.frombuffer(bytearray(structure), dtype=torch.uint8)
-    # two names for one storage are two tensors here
     seen: set[int] = set()
     for name, t in tensors.items():
         place = t.untyped_storage().data_ptr()
-        if place in seen:
+        if place in seen:  # two names for one storage are two tensors here
             tensors[name] = t.clone()
         seen.add(place)
     image = safetensors.torch.save(tensors)
@@ -131,3 +135,46 @@ class Checkpoints:
         """Remove them all: the run has its record."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Session:
+    """One process's share of a run; it begins where the last checkpoint before it left off. No folder keeps none."""
+
+    def __init__(self, spec: AnySpec, folder: Path | None, device: torch.device, limits: Limits) -> None:
+        self.device, self.started, self._begin = device, time.time(), time.monotonic()
+        self.checkpoints = Checkpoints(folder, spec.run_id(), "+".join(source_version()))
+        saved = self.checkpoints.read()
+        self.before: list[dict[str, Any]] = saved["sittings"] if saved else []
+        self.journal = Journal(self._write, saved["journal"] if saved else None, limits.checkpoint_every)
+
+    def _write(self, journal: State) -> None:
+        try:
+            self.checkpoints.write({"journal": journal, "sittings": [*self.before, self.as_dict()]})
+        except OSError as error:  # a run that can continue must not end for want of a checkpoint
+            print(f"a checkpoint could not be written: {error}", file=sys.stderr)
+
+    def seconds_before(self) -> float:
+        """Return the wall seconds of earlier sessions."""
+        return float(sum(s["seconds"] for s in self.before))
+
+    def seconds(self) -> float:
+        """Return the wall seconds of all sessions so far."""
+        return self.seconds_before() + time.monotonic() - self._begin
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return this session so far, JSON-ready."""
+        return {
+            "device": device_name(self.device),
+            "started": stamp(self.started),
+            "seconds": round(time.monotonic() - self._begin, 3),
+            "checkpoints": self.journal.saves,
+            "checkpoint_seconds": round(self.journal.save_seconds, 3),
+        }
+
+    def provenance(self) -> dict[str, Any]:
+        """Return the provenance of the record, with every session; a run on two kinds of device names both."""
+        sessions = [*self.before, self.as_dict()]
+        devices = list(dict.fromkeys(s["device"] for s in sessions))
+        times = {"started": sessions[0]["started"], "finished": stamp(time.time())}
+        # the key is that of the committed records
+        return {**provenance(self.device), "device": " + ".join(devices), **times, "sittings": sessions}

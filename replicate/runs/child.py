@@ -31,26 +31,14 @@ STDERR_TAIL = 2_000
 STDERR = "stderr.txt"
 
 
-def job(spec: AnySpec, folder: Path, limits: Limits, visible: str | None) -> dict[str, Any]:
-    """Return the job of a child, JSON-ready.
-
-    Args:
-        folder: of the run.
-        visible: the GPU that the child may see (CUDA_VISIBLE_DEVICES); None leaves that as it is.
-    """
-    return {"spec": spec.as_dict(), "folder": str(folder), "limits": limits.as_dict(), "visible": visible}
-
-
 def make_ready(folder: Path) -> None:
     """Empty a run's folder of a half-written or failed attempt; its checkpoints stay."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if path.is_dir() and path.name != "checkpoints":
-            shutil.rmtree(path)
-        elif path.is_file():
+    for path in [*folder.iterdir(), *folder.glob("checkpoints/*.tmp")]:
+        if path.is_file():
             path.unlink()
-    for path in folder.glob("checkpoints/*.tmp"):
-        path.unlink()
+        elif path.is_dir() and path.name != "checkpoints":
+            shutil.rmtree(path)
 
 
 def stderr_tail(folder: Path) -> str:
@@ -79,21 +67,28 @@ def attempt(spec: AnySpec, folder: Path, limits: Limits) -> int:
 
 
 def run_job(given: dict[str, Any]) -> int:
-    """Do a job, in the process that is the child."""
+    """Do a job in the process that is the child, and return its exit code.
+
+    Args:
+        given: JSON-ready. spec: of the run. folder: of the run. limits: of `Limits`. visible: the GPU that the child
+            may see (CUDA_VISIBLE_DEVICES), or null, which leaves that as it is.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    signal.signal(signal.SIGTERM, _stop)
-    spec, folder, limits = spec_from_dict(given["spec"]), Path(given["folder"]), Limits(**given["limits"])
-    if given["visible"] is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = given["visible"]
-    if limits.memory_mb is not None:
-        resource.setrlimit(resource.RLIMIT_DATA, (limits.memory_mb * 2**20, limits.memory_mb * 2**20))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        log = os.open(folder / STDERR, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(log, 2)
-    except OSError:
-        return UNWRITABLE
-    return attempt(spec, folder, limits)
+        signal.signal(signal.SIGTERM, _stop)
+        spec, folder, limits = spec_from_dict(given["spec"]), Path(given["folder"]), Limits(**given["limits"])
+        if given["visible"] is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = given["visible"]
+        if limits.memory_mb is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (limits.memory_mb * 2**20, limits.memory_mb * 2**20))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            os.dup2(os.open(folder / STDERR, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
+        except OSError:
+            return UNWRITABLE
+        return attempt(spec, folder, limits)
+    except Stopped:  # between two safe points
+        return STOPPED
 
 
 def _stop(number: int, frame: Any) -> None:
@@ -104,23 +99,14 @@ def _stop(number: int, frame: Any) -> None:
 def worker(given: dict[str, Any]) -> None:
     """Do a job and exit; the target of a forked child."""
     die_with_parent()
-    try:
-        code = run_job(given)
-    except Stopped:  # between two safe points
-        code = STOPPED
-    raise SystemExit(code)
+    raise SystemExit(run_job(given))
 
 
 def main() -> None:
     """Read one job, a line of JSON, from standard input and do it; the end of standard input ends the run."""
     given = json.loads(sys.stdin.readline())
     die_when(sys.stdin.read)
-    try:
-        code = run_job(given)
-    except Stopped:
-        code = STOPPED
-    sys.stdout.flush()
-    os._exit(code)  # the watching thread still reads
+    os._exit(run_job(given))  # the watching thread still reads
 
 
 if __name__ == "__main__":

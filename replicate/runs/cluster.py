@@ -10,7 +10,6 @@ starts from its beginning.
 
 Dask's own messages are pickles, on both sides; whoever can reach the scheduler can run code on its workers and in this
 process. The suite itself sends JSON and bytes, and takes nothing from a worker but bytes under names that it knows.
-
 `distributed` is an optional extra, so it is imported where it is used.
 """
 
@@ -23,23 +22,23 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import time
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from queue import SimpleQueue
+from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from replicate.errors import ClusterLost, UsageError
-from replicate.runs.child import STDERR, STDERR_TAIL, STOPPED, job, make_ready
+from replicate.runs.child import STDERR, STDERR_TAIL, STOPPED, make_ready
 from replicate.runs.execute import check_data, failure
 from replicate.runs.executor import Listener, RunFolders, outcome
 from replicate.runs.limits import DEFAULT, Limits
@@ -78,16 +77,12 @@ def versions(device: str) -> dict[str, str]:
     """
     commit, dirty = source_version()
     found = {"commit": commit[:12], "uncommitted changes": dirty[:12], "source files": source_sha256()[:12]}
-    found["Python"] = platform.python_version()
-    for name in LIBRARIES:
-        found[name] = metadata.version(name)
+    found |= {"Python": platform.python_version(), **{name: metadata.version(name) for name in LIBRARIES}}
     if device == "cuda":
         found["torch"] = found["torch"].partition("+")[0]
-    for group in ("replicate.models", "replicate.tasks", "replicate.papers"):
-        for entry in metadata.entry_points(group=group):
-            if entry.dist is not None:
-                found[f"plug-in {entry.dist.name}"] = entry.dist.version
-    return found
+    groups = ("replicate.models", "replicate.tasks", "replicate.papers")
+    owners = [entry.dist for group in groups for entry in metadata.entry_points(group=group)]
+    return found | {f"plug-in {dist.name}": dist.version for dist in owners if dist is not None}
 
 
 def differences(here: dict[str, str], there: dict[str, str]) -> list[str]:
@@ -97,14 +92,11 @@ def differences(here: dict[str, str], there: dict[str, str]) -> list[str]:
 
 
 async def inspect_worker(device: str, specs: list[dict[str, Any]]) -> tuple[dict[str, str], list[str]]:
-    """On a worker: return its versions, and what is wrong with its data of these specs.
-
-    The work is in a thread, because the worker must keep answering.
-    """
-    return await asyncio.to_thread(lambda: (versions(device), _data_problems(specs)))
+    """On a worker: return its versions, and what is wrong with its data of these specs."""
+    return await asyncio.to_thread(_inspected, device, specs)  # the worker must keep answering
 
 
-def _data_problems(specs: list[dict[str, Any]]) -> list[str]:
+def _inspected(device: str, specs: list[dict[str, Any]]) -> tuple[dict[str, str], list[str]]:
     problems = []
     for spec in specs:
         try:
@@ -112,7 +104,7 @@ def _data_problems(specs: list[dict[str, Any]]) -> list[str]:
         except (ValueError, OSError) as error:
             problems.append(str(error))
     forget_tasks()  # a worker computes in child programs and must not keep the data itself
-    return problems
+    return versions(device), problems
 
 
 # -- on a worker
@@ -142,68 +134,52 @@ def compute(request: str, checkpoint: bytes) -> dict[str, Any]:
     worker, asked = get_worker(), json.loads(request)
     found: dict[str, Any] = {"worker": worker.address, "refused": "", "code": STOPPED, "timed_out": False, "files": {}}
     wrong = differences(asked["versions"], versions(asked["device"]))
-    if wrong:
+    if wrong or asked["token"] in _ended:
         return {**found, "refused": "; ".join(wrong)}
-    if asked["token"] in _ended:
-        return found
-    limits = Limits(**asked["limits"])
     with TemporaryDirectory(prefix="run-", dir=worker.local_directory) as folder:
         root = Path(folder)
         if checkpoint:
             (root / "checkpoints").mkdir()
             write_atomic(root / "checkpoints" / asked["checkpoint"], checkpoint)
-        child = _start(job(spec_from_dict(asked["spec"]), root, limits, None), root)
-        worker.log_event(asked["token"], {"key": asked["key"], "worker": worker.address})
-        code, timed_out = _watch(child, limits, lambda: _wanted(worker, asked["key"], asked["token"]))
+        code, timed_out = _run_child(worker, asked, root)
         return {**found, "code": code, "timed_out": timed_out, "files": _left(root)}
 
 
-def _start(given: dict[str, Any], folder: Path) -> subprocess.Popen[bytes]:
-    """Start a child with its job.
+def _run_child(worker: Worker, asked: dict[str, Any], folder: Path) -> tuple[int, bool]:
+    """Run a child; when its time is used up or its task is cancelled, let it save itself, then kill it.
 
     The child imports the files of this process, which were compared, and none of the current folder. Its standard input
     stays open: the child ends when this process does.
-    """
-    environment = {**os.environ, **dict.fromkeys(ONE_THREAD, "1"), "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    with open(folder / STDERR, "ab") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "replicate.runs.child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=log,
-            env=environment,
-        )
-    assert child.stdin is not None
-    with suppress(BrokenPipeError):  # it has ended already; its exit code says so
-        child.stdin.write(json.dumps(given).encode() + b"\n")
-        child.stdin.flush()
-    return child
-
-
-def _watch(child: subprocess.Popen[bytes], limits: Limits, wanted: Callable[[], bool]) -> tuple[int, bool]:
-    """Wait for a child; when its time is used up or its task is cancelled, let it save itself, then kill it.
 
     Returns:
         The exit code, and whether the child was stopped for the time it took.
     """
-    ends, asked, timed_out = time.monotonic() + limits.seconds, False, False
+    environment = {**os.environ, **dict.fromkeys(ONE_THREAD, "1"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    command = [sys.executable, "-P", "-m", "replicate.runs.child"]
+    given = {"spec": asked["spec"], "folder": str(folder), "limits": asked["limits"], "visible": None}
+    with open(folder / STDERR, "ab") as log:
+        child = Popen(command, bufsize=0, stdin=PIPE, stdout=DEVNULL, stderr=log, env=environment)
+    assert child.stdin is not None
+    with suppress(BrokenPipeError):  # it has ended already; its exit code says so
+        child.stdin.write(json.dumps(given).encode() + b"\n")
+    worker.log_event(asked["token"], {"key": asked["key"], "worker": worker.address})
+    limits, stopping, timed_out = Limits(**asked["limits"]), False, False
+    ends = time.monotonic() + limits.seconds
     try:
         while True:
-            with suppress(subprocess.TimeoutExpired):
+            with suppress(TimeoutExpired):
                 return child.wait(TICK), timed_out
-            if asked and time.monotonic() >= ends:
+            if stopping and time.monotonic() >= ends:
                 child.kill()
-            elif not asked and (time.monotonic() >= ends or not wanted()):
+            elif not stopping and (time.monotonic() >= ends or not _wanted(worker, asked["key"], asked["token"])):
                 timed_out = time.monotonic() >= ends
-                asked, ends = True, time.monotonic() + limits.grace
+                stopping, ends = True, time.monotonic() + limits.grace
                 child.terminate()
     finally:
         child.kill()
         child.wait()
-        assert child.stdin is not None
-        with suppress(BrokenPipeError):
-            child.stdin.close()
+        child.stdin.close()
 
 
 def _wanted(worker: Worker, key: str, token: str) -> bool:
@@ -231,8 +207,7 @@ class Cluster:
 
     Args:
         address: of the scheduler, such as tcp://127.0.0.1:8786.
-        device: "cpu", where a worker takes as many runs at a time as it has threads, or "cuda", where it takes as many
-            as it has of the resource GPU.
+        device: "cpu": a worker takes a run per thread; or "cuda": a run per unit of its resource GPU.
         limits: of each run.
 
     Raises:
@@ -242,12 +217,7 @@ class Cluster:
     def __init__(self, address: str, device: str, limits: Limits = DEFAULT) -> None:
         self.address, self.device, self.limits = address, device, limits
         with _connected(address) as client:
-            self._jobs = _wait_for_slots(client, address, device)
-
-    @property
-    def jobs(self) -> int:
-        """The number of runs at a time, with the workers that were there at first."""
-        return self._jobs
+            self.jobs = _wait_for_slots(client, address, device)  # with the workers that are there at first
 
     def run_all(
         self, specs: Sequence[AnySpec], runs: RunFolders, listen: Listener, deadline: float | None = None
@@ -266,11 +236,7 @@ class Cluster:
             try:
                 _wait_for_slots(client, self.address, self.device)
                 _check_workers(client, self.device, waiting)
-                sweep = _Sweep(client, self, runs, listen)
-                try:
-                    return sweep.run(waiting, deadline)
-                finally:
-                    sweep.stop()
+                return _Sweep(client, self, runs, listen).run(waiting, deadline)
             except OSError as error:
                 if error.errno is not None or isinstance(error, ClusterLost):  # the disk's errors have a number
                     raise
@@ -279,23 +245,6 @@ class Cluster:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0]
-
-
-def _library() -> Any:
-    """Import `distributed` with its log switched off: this module reports what matters, once.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    try:
-        import distributed
-    except ImportError:
-        raise UsageError(
-            "a cluster needs Dask, which is not installed; `pip install 'scoreboard-replicate[cluster]'`."
-        ) from None
-    for name in ("distributed", "distributed.client", "tornado.application", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    return distributed
 
 
 async def _who_answers(address: str) -> str:
@@ -308,12 +257,19 @@ async def _who_answers(address: str) -> str:
 
 @contextmanager
 def _connected(address: str) -> Iterator[Client]:
-    """Connect a client to the scheduler for a while.
+    """Connect a client to the scheduler for a while, Dask's log switched off: this module reports what matters, once.
 
     Raises:
-        UsageError: none answers there.
+        UsageError: none answers there, or `distributed` is not installed.
     """
-    distributed = _library()
+    try:
+        import distributed
+    except ImportError:
+        raise UsageError(
+            "a cluster needs Dask, which is not installed; `pip install 'scoreboard-replicate[cluster]'`."
+        ) from None
+    for name in ("distributed", "distributed.client", "tornado.application", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:  # a client that cannot connect never closes completely, so ask first
         found = asyncio.run(asyncio.wait_for(_who_answers(address), CONNECT))
         reason = "" if found == "Scheduler" else f"a {found} does"
@@ -346,21 +302,19 @@ def _wait_for_slots(client: Client, address: str, device: str) -> int:
     Raises:
         UsageError: there is no worker, or none with the resources of the runs.
     """
-    end, gpu = time.monotonic() + PATIENCE, " --resources GPU=1" if device == "cuda" else ""
-    while True:
-        offered = _slots(client, device)
-        if sum(offered.values()):
-            return sum(offered.values())
-        if offered:
-            raise UsageError(
-                f"none of the {len(offered)} workers at {address} offers the resource GPU; start one for each GPU with "
-                f"`CUDA_VISIBLE_DEVICES=0 dask worker {address} --nthreads 1{gpu}`, or use --device cpu."
-            )
-        if time.monotonic() >= end:
-            raise UsageError(
-                f"the scheduler at {address} has no workers; start some with `dask worker {address} --nthreads 1{gpu}`."
-            )
-        time.sleep(TICK)
+    with suppress(TimeoutError):
+        client.wait_for_workers(1, PATIENCE)
+    offered, gpu = _slots(client, device), " --resources GPU=1" if device == "cuda" else ""
+    if not offered:
+        raise UsageError(
+            f"the scheduler at {address} has no workers; start some with `dask worker {address} --nthreads 1{gpu}`."
+        )
+    if not any(offered.values()):
+        raise UsageError(
+            f"none of the {len(offered)} workers at {address} offers the resource GPU; start one for each GPU with "
+            f"`CUDA_VISIBLE_DEVICES=0 dask worker {address} --nthreads 1{gpu}`, or use --device cpu."
+        )
+    return sum(offered.values())
 
 
 def _check_workers(client: Client, device: str, specs: Sequence[AnySpec]) -> None:
@@ -374,14 +328,12 @@ def _check_workers(client: Client, device: str, specs: Sequence[AnySpec]) -> Non
     found = client.run(inspect_worker, device, list(data.values()), on_error="return", callback_timeout=INSPECT)
     problems = []
     for worker, answer in sorted(found.items()):
-        if isinstance(answer, Exception):
-            if _gone(client, worker, device):  # it died meanwhile; its runs will be reported as lost
-                continue
+        if not isinstance(answer, Exception):
+            there, wrong = answer
+            if wrong := [*differences(here, there), *wrong]:
+                problems.append(f"{worker}: {'; '.join(wrong)}")
+        elif not _gone(client, worker, device):  # if it died meanwhile, its runs will be reported as lost
             problems.append(f"{worker}: it cannot describe itself ({type(answer).__name__}: {answer})")
-            continue
-        there, wrong = answer
-        if wrong := [*differences(here, there), *wrong]:
-            problems.append(f"{worker}: {'; '.join(wrong)}")
     if problems:
         advice = "give every worker the same checkout, lock file and data, and start it again"
         raise UsageError("\n".join([f"workers differ from this program; {advice}:", *problems]))
@@ -390,20 +342,14 @@ def _check_workers(client: Client, device: str, specs: Sequence[AnySpec]) -> Non
 def _gone(client: Client, worker: str, device: str) -> bool:
     """Return whether the scheduler has lost this worker, or notices it within seconds."""
     end = time.monotonic() + CONNECT
-    while worker in _slots(client, device):
-        if time.monotonic() >= end:
-            return False
+    while (there := worker in _slots(client, device)) and time.monotonic() < end:
         time.sleep(TICK)
-    return True
+    return not there
 
 
 @dataclass
 class _Flight:
-    """A run that Dask has.
-
-    Attributes:
-        worker: address of the worker that runs it; "" where it has not started.
-    """
+    """A run that Dask has, and the address of the worker that runs it; "" where it has not started."""
 
     spec: AnySpec
     folder: Path
@@ -421,10 +367,10 @@ class _Sweep:
         self.token = f"replicate-{uuid.uuid4().hex}"
         self.versions = versions(cluster.device)
         self.flights: dict[str, _Flight] = {}
-        self.slots = 0
-        self.idle_since: float | None = None
+        self.slots, self.idle_since = 0, time.monotonic()
         self.done = as_completed(loop=client.loop, with_results=True, raise_errors=False)
         self.events: SimpleQueue[tuple[str, dict[str, Any]]] = SimpleQueue()
+        self.events.put(("add-worker", {}))  # those that are there already
         client.subscribe_topic(self.token, lambda event: self.events.put(("started", event[1])))
         # the scheduler reports workers that come and go there
         client.subscribe_topic("all", lambda event: self.events.put((event[1].get("action", ""), event[1])))
@@ -432,29 +378,27 @@ class _Sweep:
     def run(self, specs: Sequence[AnySpec], deadline: float | None) -> bool:
         """Do the work of `Cluster.run_all`, connected."""
         waiting = deque(specs)
-        self._count_slots()
-        while waiting or self.flights:
-            if deadline is not None and time.monotonic() >= deadline:
-                return False
-            self._check_scheduler()
-            self._hear()
-            self._check_slots()
-            while waiting and len(self.flights) < self.slots:
-                self._submit(waiting.popleft())
-            for future, result in self._back():
-                self._finish(future, result)
-        return True
-
-    def stop(self) -> None:
-        """Let running runs save themselves, keep their checkpoints, and release the other tasks."""
         try:
-            if self.flights and self.slots and self.client.status == "running":
-                self._save()
+            while waiting or self.flights:
+                if deadline is not None and time.monotonic() >= deadline:
+                    return False
+                self._check_scheduler()
+                self._hear()
+                while waiting and len(self.flights) < self.slots:
+                    self._submit(waiting.popleft())
+                for future, result in self._back():
+                    self._finish(future, result)
+            return True
         finally:
-            for flight in self.flights.values():
-                flight.future.release()
+            try:
+                if self.flights and self.slots and self.client.status == "running":
+                    self._save()
+            finally:
+                for flight in self.flights.values():
+                    flight.future.release()
 
     def _save(self) -> None:
+        """Let running runs save themselves, and keep their checkpoints."""
         try:
             self.client.run(end_sweep, self.token, on_error="ignore", callback_timeout=CONNECT)
         except OSError:
@@ -476,32 +420,22 @@ class _Sweep:
     def _submit(self, spec: AnySpec) -> None:
         folder, key = self.runs.folder(spec), f"replicate-{spec.run_id()}-{self.token[-32:]}"
         make_ready(folder)
-        newest = sorted(folder.glob("checkpoints/*.checkpoint"))[-1:]
+        newest = max(folder.glob("checkpoints/*.checkpoint"), default=None)
         request = {
-            "key": key,
-            "token": self.token,
-            "device": self.cluster.device,
-            "spec": spec.as_dict(),
-            "limits": self.cluster.limits.as_dict(),
-            "versions": self.versions,
-            "checkpoint": newest[0].name if newest else "",
+            **{"key": key, "token": self.token, "device": self.cluster.device, "versions": self.versions},
+            **{"spec": spec.as_dict(), "limits": asdict(self.cluster.limits)},
+            "checkpoint": newest.name if newest else "",
         }
+        given = json.dumps(request), newest.read_bytes() if newest else b""
+        resources = {"GPU": 1} if self.cluster.device == "cuda" else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a checkpoint is large, and meant to be
-            future = self.client.submit(
-                compute,
-                json.dumps(request),
-                newest[0].read_bytes() if newest else b"",
-                key=key,
-                resources={"GPU": 1} if self.cluster.device == "cuda" else None,
-                retries=0,
-                pure=False,
-            )
+            future = self.client.submit(compute, *given, key=key, resources=resources, retries=0, pure=False)
         self.flights[key] = _Flight(spec, folder, future)
         self.done.add(future)
 
     def _hear(self) -> None:
-        """Handle the events of the workers and the scheduler."""
+        """Handle the events of the workers and the scheduler; wait for a while when no worker is left."""
         moved = False
         while not self.events.empty():
             action, event = self.events.get()
@@ -509,9 +443,14 @@ class _Sweep:
             if action == "started":
                 self._start(event["key"], event["worker"])
             elif action == "remove-worker":
-                self._lose(event["worker"], [*event["processing-tasks"], *event["lost-computed-tasks"]])
+                for key in [*event["processing-tasks"], *event["lost-computed-tasks"]]:
+                    self._lose(key, event["worker"])
         if moved:
-            self._count_slots()
+            self.slots = sum(_slots(self.client, self.cluster.device).values())
+        if self.slots:
+            self.idle_since = time.monotonic()
+        elif time.monotonic() - self.idle_since > PATIENCE:
+            raise ClusterLost(f"the scheduler at {self.cluster.address} has no workers left; start some")
 
     def _start(self, key: str, worker: str) -> None:
         flight = self.flights.get(key)
@@ -519,24 +458,11 @@ class _Sweep:
             flight.worker = worker
             self.listen("started", flight.spec, f"on {worker}")
 
-    def _lose(self, worker: str, keys: Sequence[str]) -> None:
-        for key in keys:
-            flight = self.flights.get(key)
-            if flight is not None and flight.worker == worker:
-                flight.worker = ""
-                self.listen("lost", flight.spec, f"worker {worker} went away; rescheduled")
-
-    def _count_slots(self) -> None:
-        self.slots = sum(_slots(self.client, self.cluster.device).values())
-
-    def _check_slots(self) -> None:
-        """Wait for a while when no worker is left."""
-        if self.slots:
-            self.idle_since = None
-            return
-        self.idle_since = self.idle_since or time.monotonic()
-        if time.monotonic() - self.idle_since > PATIENCE:
-            raise ClusterLost(f"the scheduler at {self.cluster.address} has no workers left; start some")
+    def _lose(self, key: str, worker: str) -> None:
+        flight = self.flights.get(key)
+        if flight is not None and flight.worker == worker:
+            flight.worker = ""
+            self.listen("lost", flight.spec, f"worker {worker} went away; rescheduled")
 
     def _check_scheduler(self, cancelled: bool = False) -> None:
         """Raise when the connection to the scheduler broke, even if it was restored: its tasks are cancelled then."""
@@ -546,32 +472,33 @@ class _Sweep:
     def _finish(self, future: Future, result: Any) -> None:
         """Write the files of a task that has ended, and report it."""
         self._check_scheduler(future.status == "cancelled")
+        if future.status == "finished" and not result["refused"]:
+            self._start(str(future.key), result["worker"])  # if its start event has not arrived yet
         flight = self.flights.pop(str(future.key))
         if future.status == "error":
-            error = self._explain(result[1])
+            error = _explained(result[1])
             write_json(flight.folder / "failure.json", failure(flight.spec, error))
+        elif result["refused"]:
+            raise UsageError(
+                f"worker {result['worker']} differs from this program: {result['refused']}. Give it the same "
+                "checkout and lock file, and start it again."
+            )
         else:
-            if result["refused"]:
-                raise UsageError(
-                    f"worker {result['worker']} differs from this program: {result['refused']}. Give it the same "
-                    "checkout and lock file, and start it again."
-                )
-            if not flight.worker:  # its start event has not arrived yet
-                self.listen("started", flight.spec, f"on {result['worker']}")
             _keep(flight.folder, result["files"])
             exceeded = self.cluster.limits if result["timed_out"] else None
             error = outcome(flight.spec, flight.folder, result["code"], exceeded)
         future.release()
         self.listen("failed" if error else "done", flight.spec, error)
 
-    def _explain(self, error: BaseException) -> str:
-        """Return the error of a run whose task itself failed."""
-        from distributed import KilledWorker
 
-        if isinstance(error, KilledWorker):
-            workers = error.allowed_failures + 1
-            return f"it was given up after {workers} workers died with it, the last at {error.last_worker.address}"
-        return f"its worker could not run it: {type(error).__name__}: {_first_line(error)}"
+def _explained(error: BaseException) -> str:
+    """Return the error of a run whose task itself failed."""
+    from distributed import KilledWorker
+
+    if isinstance(error, KilledWorker):
+        workers = error.allowed_failures + 1
+        return f"it was given up after {workers} workers died with it, the last at {error.last_worker.address}"
+    return f"its worker could not run it: {type(error).__name__}: {_first_line(error)}"
 
 
 def _keep(folder: Path, files: dict[str, bytes]) -> None:

@@ -36,27 +36,14 @@ class Evaluation(Effort):
 
 
 STANDARD = Evaluation()
+_SMOKE = {
+    **{"importance_samples": 20, "density_importance_samples": 20, "ais_chains": 32, "ais_steps": 20},
+    **{"density_ais_steps": 20, "dequantisation_draws": 2, "ode_draws": 1, "ode_steps": 6, "quadrature_points": 60},
+    **{"test_points": 500, "samples": 300, "data_samples": 200, "transport_points": 150},
+    **{"langevin_steps": 20, "langevin_chains": 150, "map_points": 24, "field_points": 10},
+}
 EVALUATION = {
-    "smoke": replace(
-        STANDARD,
-        test_points=500,
-        importance_samples=20,
-        density_importance_samples=20,
-        density_ais_steps=20,
-        dequantisation_draws=2,
-        ode_draws=1,
-        ode_steps=6,
-        ais_chains=32,
-        ais_steps=20,
-        quadrature_points=60,
-        samples=300,
-        data_samples=200,
-        transport_points=150,
-        langevin_steps=20,
-        langevin_chains=150,
-        map_points=24,
-        field_points=10,
-    ),
+    "smoke": replace(STANDARD, **_SMOKE),
     "standard": STANDARD,
     "full": replace(STANDARD, importance_samples=5_000, ais_chains=256, ais_steps=2_000),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
@@ -52,10 +53,8 @@ class Measurement:
         """JSON-ready form."""
         e = self.estimate
         numbers = {f.name: getattr(e, f.name) if e else None for f in fields(Estimate)}
-        if e:
-            numbers["value"] = e.value + 0.0  # no negative zero
-        if e and math.isnan(e.stderr):
-            numbers["stderr"] = None  # unknown; JSON has no nan
+        if e:  # no negative zero; an unknown error is null, since JSON has no nan
+            numbers |= {"value": e.value + 0.0, "stderr": None if math.isnan(e.stderr) else e.stderr}
         return {"split": self.split, "metric": self.metric, **numbers, "status": self.status}
 
 
@@ -114,12 +113,8 @@ class Evaluator:
         generator, density = self.streams.fresh("evaluation"), self.task.density
         if density is None:
             return log_likelihood(self.model, x, self.settings, generator)
-        settings = self.settings
-        effort = replace(
-            settings,
-            importance_samples=settings.density_importance_samples,
-            ais_steps=settings.density_ais_steps,
-        )
+        k, steps = self.settings.density_importance_samples, self.settings.density_ais_steps
+        effort = replace(self.settings, importance_samples=k, ais_steps=steps)
         # twice the box that holds the truth: a model may put mass where the truth has none
         half_width = 2 * density.half_width if self.task.info.dim == 2 else None
         return log_likelihood(self.model, x, effort, generator, half_width)
@@ -129,8 +124,7 @@ class Evaluator:
         try:
             log_q = self._log_likelihood(x)
         except NotImplementedError as reason:
-            yield na("nll", str(reason))
-            yield na("kl", str(reason))
+            yield from (na(metric, str(reason)) for metric in ("nll", "kl"))
         else:
             yield Measurement("nll", -log_q.mean())
             yield Measurement("kl", kl(LogLikelihood(truth.log_prob(x), "exact"), log_q))
@@ -145,11 +139,10 @@ class Evaluator:
 
     def _density_samples(self, truth: Density) -> Measurements:
         if "sample" not in self.model.capabilities:
-            for metric in (*DISTANCES, "mode_weight_error", "sample_ms", "nfe"):
-                yield na(metric, "the model has no sampler of its own")
+            names = (*DISTANCES, "mode_weight_error", "sample_ms", "nfe")
+            yield from (na(metric, "the model has no sampler of its own") for metric in names)
             return
-        n = self.settings.samples
-        generator = self.streams.fresh("sample")
+        n, generator = self.settings.samples, self.streams.fresh("sample")
         x, seconds = timed(self.device, lambda: self.model.sample(n, generator).detach())
         yield from self._sample_quality(truth, x, "")
         yield count("sample_ms", 1000 * seconds / n, "milliseconds")
@@ -159,8 +152,7 @@ class Evaluator:
         reference = self.task.test.to(self.device)
         m = min(self.settings.transport_points, len(x), len(reference))
         if not bool(torch.isfinite(x).all()):
-            for metric in (*DISTANCES, "mode_weight_error"):
-                yield na(metric + suffix, "the sampler diverged")
+            yield from (na(m + suffix, "the sampler diverged") for m in (*DISTANCES, "mode_weight_error"))
             return
         for metric, distance in DISTANCES.items():
             yield Measurement(metric + suffix, distance(x[:m], reference[:m]))
@@ -178,42 +170,37 @@ class Evaluator:
         z = torch.randn((chains, self.task.info.dim), generator=generator, device=self.device)
         return z * float(self.task.train.square().mean().sqrt())
 
+    def _given(self, truth: Density, chains: int) -> tuple[Tensor, int, float, torch.Generator]:
+        """Return the start, steps, step size (a fifth of the narrowest variance biases it by 5 %) and generator."""
+        step, generator = 0.2 * truth.narrowest**2, self.streams.fresh("langevin")
+        return self._start(chains), self.settings.langevin_steps, step, generator
+
     def _ula(self, truth: Density, chains: int, record_every: int = 0) -> Chain:
-        steps, generator = self.settings.langevin_steps, self.streams.fresh("langevin")
-        start = self._start(chains)
-        return ula(self.model.score, start, steps, langevin_step(truth), generator, record_every=record_every)
+        return ula(self.model.score, *self._given(truth, chains), record_every=record_every)
 
     def _mala(self, truth: Density, chains: int) -> Chain:
         exact = "log_prob" in self.model.capabilities
         log_f = self.model.log_prob if exact else (lambda x: -self.model.energy(x))
-        steps, generator = self.settings.langevin_steps, self.streams.fresh("langevin")
-        return mala(log_f, self.model.score, self._start(chains), steps, langevin_step(truth), generator)
-
-    def _chains(self, truth: Density) -> Iterator[tuple[str, Callable[[], Chain]]]:
-        has, chains = self.model.capabilities, self.settings.langevin_chains
-        if "score" in has:
-            yield "ula", lambda: self._ula(truth, chains)
-        if "score" in has and has & {"log_prob", "energy"}:
-            yield "mala", lambda: self._mala(truth, chains)
+        return mala(log_f, self.model.score, *self._given(truth, chains))
 
     def _samplers(self, truth: Density) -> Measurements:
+        """Measure Langevin samplers, and those that a model offers beside its own: predictor-corrector, say."""
         if self.task.info.dim != 2 or not truth.smooth or self.model.costly_score:
             return
-        for name, run in self._chains(truth):
-            chain, seconds = timed(self.device, run)
-            yield from self._sample_quality(truth, chain.samples, f":{name}")
-            yield count(f"nfe:{name}", chain.nfe, "network evaluations")
-            yield count(f"sample_ms:{name}", 1000 * seconds / len(chain.samples), "milliseconds")
-        yield from self._alternative_samplers(truth)
-
-    def _alternative_samplers(self, truth: Density) -> Measurements:
-        """Measure the samplers that a model offers beside its own: predictor-corrector, another last step."""
+        has, chains = self.model.capabilities, self.settings.langevin_chains
+        if "score" in has:
+            yield from self._sampler(truth, "ula", lambda: self._ula(truth, chains))
+        if "score" in has and has & {"log_prob", "energy"}:
+            yield from self._sampler(truth, "mala", lambda: self._mala(truth, chains))
         for name, sample in self.model.samplers().items():
-            generator = self.streams.fresh(f"sample-{name}")
-            (x, nfe), seconds = timed(self.device, partial(sample, self.settings.langevin_chains, generator))
-            yield from self._sample_quality(truth, x.detach(), f":{name}")
-            yield count(f"nfe:{name}", nfe, "network evaluations")
-            yield count(f"sample_ms:{name}", 1000 * seconds / len(x), "milliseconds")
+            yield from self._sampler(truth, name, partial(sample, chains, self.streams.fresh(f"sample-{name}")))
+
+    def _sampler(self, truth: Density, name: str, sample: Callable[[], Chain | tuple[Tensor, int]]) -> Measurements:
+        found, seconds = timed(self.device, sample)
+        x, nfe = (found.samples, found.nfe) if isinstance(found, Chain) else found
+        yield from self._sample_quality(truth, x.detach(), f":{name}")
+        yield count(f"nfe:{name}", nfe, "network evaluations")
+        yield count(f"sample_ms:{name}", 1000 * seconds / len(x), "milliseconds")
 
     # -- data
 
@@ -222,8 +209,7 @@ class Evaluator:
         try:
             log_p = self._log_likelihood(x)
         except NotImplementedError as reason:
-            yield na("nll", str(reason))
-            yield na("bits_per_dim", str(reason))
+            yield from (na(metric, str(reason)) for metric in ("nll", "bits_per_dim"))
             return
         self.examples[self.task.name] = log_p
         nll = -log_p.mean()
@@ -232,16 +218,15 @@ class Evaluator:
         yield from (Measurement(name, e) for name, e in log_p.details.items())
 
     def _data_samples(self) -> Measurements:
-        names = ("c2st", *FEATURE_METRICS)
+        names = ("c2st", *FEATURE_METRICS, "sample_ms", "nfe")
         if "sample" not in self.model.capabilities:
-            for metric in (*names, "sample_ms", "nfe"):
-                yield na(metric, "the model has no sampler of its own")
+            yield from (na(metric, "the model has no sampler of its own") for metric in names)
             return
         n, test = self.settings.data_samples, self.task.test.to(self.device)
         generator = self.streams.fresh("sample")
         x, seconds = timed(self.device, lambda: self.model.sample(n, generator).detach())
         if not bool(torch.isfinite(x).all()):
-            yield from (na(metric, "the sampler diverged") for metric in (*names, "sample_ms", "nfe"))
+            yield from (na(metric, "the sampler diverged") for metric in names)
             return
         m = min(n, len(test))
         yield Measurement("c2st", c2st(x[:m], test[:m], self.streams.fresh("c2st")))
@@ -272,13 +257,10 @@ class Evaluator:
 
     def _maps(self, truth: Density) -> dict[str, np.ndarray]:
         out: dict[str, np.ndarray] = {}
-        span = view_half_width(self.task)
+        span = float(self.task.test.abs().max()) * 1.05  # half the side of a square of all test points, and a margin
         x, axis = plane(span, self.settings.map_points, self.device)
-        try:
+        with suppress(NotImplementedError):
             values = self._log_likelihood(x).values
-        except NotImplementedError:
-            pass
-        else:
             out["grid_log_density"] = values.reshape(len(axis), -1).cpu().numpy()
             out["grid_axis"] = axis.numpy()
         if "score" in self.model.capabilities and truth.smooth and not self.model.costly_score:
@@ -289,16 +271,6 @@ class Evaluator:
             assert path is not None
             out["path"] = path.detach().cpu().numpy()
         return out
-
-
-def langevin_step(truth: Density) -> float:
-    """Step size eps of plain Langevin: a fifth of the narrowest variance, which biases that variance by 5 %."""
-    return 0.2 * truth.narrowest**2
-
-
-def view_half_width(task: Task) -> float:
-    """Half width of the square that the report draws: all test points, with a margin."""
-    return float(task.test.abs().max()) * 1.05
 
 
 def plane(half_width: float, points: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ import ctypes
 import math
 import os
 import traceback
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,14 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from replicate.errors import NotANumber, UsageError
-from replicate.model import Estimate
-from replicate.runs.evaluate import Measurement
+from replicate.runs.checkpoint import Session
+from replicate.runs.evaluate import Measurement, count
 from replicate.runs.limits import DEFAULT, Limits
 from replicate.runs.provenance import peak_memory_mb
 from replicate.runs.record import check_record, seal
-from replicate.runs.session import Session
 from replicate.runs.spec import AnySpec
 from replicate.runs.store import write_arrays, write_atomic, write_json
-from replicate.runs.subjects import Findings, subject_of
+from replicate.runs.subjects import subject_of
 
 #: parameters of glibc's mallopt(3)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -50,8 +48,7 @@ def prepare_process(device: str) -> torch.device:
     threadpool_limits(1)  # sums in numpy and scipy depend on the number of threads as well
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it: 5 %
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
     return torch.device(device)
 
@@ -97,33 +94,20 @@ def execute(spec: AnySpec, folder: Path | None, device: torch.device, limits: Li
     with session.journal.active():
         found = subject_of(spec).compute(session)
         session.journal.finishing = True
-        memory = Measurement("peak_memory_mb", Estimate.exact(peak_memory_mb(device), "megabytes"))
-        record = seal(
-            check_record(
-                {
-                    "run_id": spec.run_id(),
-                    "spec": spec.as_dict(),
-                    **found.record,
-                    "measurements": [check_finite(m).as_dict() for m in [*found.measurements, memory]],
-                    "provenance": session.provenance(),
-                }
-            )
-        )
+        memory = count("peak_memory_mb", peak_memory_mb(device), "megabytes")
+        head = {"run_id": spec.run_id(), "spec": spec.as_dict(), **found.record}
+        rows = [check_finite(m).as_dict() for m in [*found.measurements, memory]]
+        record = seal(check_record({**head, "measurements": rows, "provenance": session.provenance()}))
         if folder is not None:
-            _write(found, record, folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            if found.weights:
+                write_atomic(folder / "model.safetensors", found.weights)
+            if found.arrays:
+                write_arrays(folder / "arrays.npz", found.arrays)
+            write_json(folder / "record.json", record)  # last: where it is, everything is
+            (folder / "failure.json").unlink(missing_ok=True)
             session.checkpoints.clear()
     return record
-
-
-def _write(found: Findings, record: Mapping[str, Any], folder: Path) -> None:
-    """Write a run's files, the record last: where it is, everything is."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if found.weights:
-        write_atomic(folder / "model.safetensors", found.weights)
-    if found.arrays:
-        write_arrays(folder / "arrays.npz", found.arrays)
-    write_json(folder / "record.json", record)
-    (folder / "failure.json").unlink(missing_ok=True)
 
 
 def failure(spec: AnySpec, error: BaseException | str, stderr: str = "") -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -80,20 +81,16 @@ def outcome(spec: AnySpec, folder: Path, code: int | None, exceeded: Limits | No
     if read_record(folder) is not None:
         return ""
     if exceeded is None and code != UNWRITABLE:
-        try:
+        with suppress(OSError, ValueError, KeyError):
             return str(json.loads((folder / "failure.json").read_text())["error"])
-        except (OSError, ValueError, KeyError):
-            pass
+    known = {
+        UNWRITABLE: "its folder could not be written",
+        STOPPED: "another program stopped the run's process",
+        -9: "the run's process ended with code -9 and left no record: it was killed, perhaps for lack of memory",
+    }
+    error = known.get(code or 0, f"the run's process ended with code {code} and left no record")
     if exceeded is not None:
         error = f"it took longer than {exceeded.seconds:g} seconds (--run-limit); the next call resumes it"
-    elif code == UNWRITABLE:
-        error = "its folder could not be written"
-    elif code == STOPPED:
-        error = "another program stopped the run's process"
-    elif code == -9:
-        error = "the run's process ended with code -9 and left no record: it was killed, perhaps for lack of memory"
-    else:
-        error = f"the run's process ended with code {code} and left no record"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "failure.json", failure(spec, error, stderr_tail(folder)))
     return error

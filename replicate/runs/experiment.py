@@ -5,10 +5,10 @@
         'Mean passage time between the two modes, by quadrature.'
         run.measure("log10_passage_steps", Estimate.exact(steps, "decades of steps"))
 
-An experiment runs as every model does: one spec, one process, one record, rows in measurements.csv. There the paper's
-key is its model and the experiment's name is its task. Variants within one experiment (another sampler, another loss)
-differ by a suffix of the metric, as in "minority_weight:annealed". A metric whose name begins with "time_" differs from
-run to run and is left out where runs are compared bit for bit.
+An experiment runs as every model does: one spec, one process, one record, rows in measurements.csv, where the paper's
+key is its model and the experiment's name its task. Variants within it (another sampler, another loss) differ by a
+suffix of the metric, as in "minority_weight:annealed". A metric whose name begins with "time_" differs from run to run
+and is left out where runs are compared bit for bit.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ class Line:
 
     Attributes:
         label: in the legend; for points, over the panel; for images, before the row.
-        x, y: coordinates, of one length; for images the index and the grey value (0 white, 1 black) of each pixel, the
-            images one after the other in row-major order.
+        x, y: coordinates, of one length; for images index and grey value (0 white, 1 black) of each pixel, row-major.
     """
 
     label: str
@@ -88,18 +87,8 @@ class Plot:
             {"label": line.label, "x": _thinned(line.x, most, 6), "y": _thinned(line.y, most, digits)}
             for line in self.lines
         ]
-        return {
-            **({"image": list(self.image)} if self.image else {}),
-            "name": self.name,
-            "title": self.title,
-            "x_label": self.x_label,
-            "y_label": self.y_label,
-            "lines": lines,
-            "style": self.style,
-            "log_x": self.log_x,
-            "log_y": self.log_y,
-            "levels": dict(self.levels),
-        }
+        found = {**vars(self), "lines": lines, "levels": dict(self.levels), "image": list(self.image or ())}
+        return {name: value for name, value in found.items() if name != "image" or value}
 
 
 def _thinned(values: Sequence[float], most: int, digits: int) -> list[float | None]:
@@ -108,7 +97,7 @@ def _thinned(values: Sequence[float], most: int, digits: int) -> list[float | No
     return [float(f"{float(values[i]):.{digits}g}") if math.isfinite(values[i]) else None for i in chosen]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Outcome:
     """What an experiment found.
 
@@ -116,17 +105,15 @@ class Outcome:
         estimates: by metric name, variants as "metric:variant".
         plots: for the report.
         missing: metrics that could not be had, with the reason.
-        examples: log p of every test example of a task, by the task's name, in the task's order: what the report pairs
-            models by.
-        classifiers: sha256 of the weights of each classifier whose features judged samples, by the task that it was
-            trained on.
+        examples: log p of every test example, in the task's order, by task: what the report pairs models by.
+        classifiers: sha256 of the weights of each classifier whose features judged samples, by the task it learnt on.
     """
 
-    estimates: Mapping[str, Estimate]
-    plots: tuple[Plot, ...] = ()
-    missing: Mapping[str, str] = field(default_factory=dict)
-    examples: Mapping[str, LogLikelihood] = field(default_factory=dict)
-    classifiers: Mapping[str, str] = field(default_factory=dict)
+    estimates: dict[str, Estimate] = field(default_factory=dict, init=False)
+    plots: list[Plot] = field(default_factory=list, init=False)
+    missing: dict[str, str] = field(default_factory=dict, init=False)
+    examples: dict[str, LogLikelihood] = field(default_factory=dict, init=False)
+    classifiers: dict[str, str] = field(default_factory=dict, init=False)
 
 
 #: levels of a packed likelihood
@@ -159,7 +146,8 @@ def unpack_examples(data: Mapping[str, Any]) -> np.ndarray:
     return found
 
 
-class Run:
+@dataclass(eq=False)
+class Run(Outcome):
     """One run of an experiment: its settings and generators going in, what it measures coming out.
 
     Args:
@@ -168,13 +156,9 @@ class Run:
         device: where to compute.
     """
 
-    def __init__(self, settings: Mapping[str, Any], streams: Streams, device: torch.device) -> None:
-        self.settings, self.streams, self.device = settings, streams, device
-        self.estimates: dict[str, Estimate] = {}
-        self.plots: list[Plot] = []
-        self.missing: dict[str, str] = {}
-        self.examples: dict[str, LogLikelihood] = {}
-        self.classifiers: dict[str, str] = {}
+    settings: Mapping[str, Any]
+    streams: Streams
+    device: torch.device
 
     def stream(self, name: str) -> torch.Generator:
         """Return a new generator at the beginning of the named stream."""
@@ -242,10 +226,6 @@ class Run:
         lines = tuple(Line(label, c[:, 0].tolist(), c[:, 1].tolist()) for label, c in xy.items())
         self.plot(Plot(name, title, *axes, lines, style="points"))
 
-    def outcome(self) -> Outcome:
-        """Return what was measured so far."""
-        return Outcome(self.estimates, tuple(self.plots), self.missing, self.examples, self.classifiers)
-
 
 @dataclass(frozen=True)
 class Experiment:
@@ -264,10 +244,8 @@ class Experiment:
         precision: "float32" or "float64", for the record; the function itself must keep to it.
         files: paths below REPLICATE_DATA that it reads, each as it is or packed (.gz, .xz). Where one is absent the
             experiment is not run; their sha256 enters the run's hash.
-        optional_files: paths below REPLICATE_DATA without which it measures less; the sha256 of those that are there
-            enters the run's hash too.
-        cuda_minutes: minutes per seed on one CUDA device of the H200 class; without such a device the experiment is not
-            run. 0 where a CPU is enough.
+        optional_files: those without which it measures less; the sha256 of each that is there enters the hash too.
+        cuda_minutes: minutes per seed on one CUDA device of the H200 class, without which it is not run; 0: on a CPU.
     """
 
     name: str
@@ -303,13 +281,12 @@ class Experiment:
 
     def measure(self, run: Run) -> Outcome:
         """Measure on a run, under its settings."""
-        settings = _settings_class(self.run)
-        if settings is not None:
+        if settings := _settings_class(self.run):
             self.run(run, settings(**run.settings))
         else:
             keywords = _keywords(self.run)
             self.run(run, **{keywords[name].name: value for name, value in run.settings.items()})
-        return run.outcome()
+        return run
 
 
 def _settings_class(function: Callable[..., Any]) -> type | None:
@@ -333,8 +310,7 @@ def _declared(function: Callable[..., Any], given: Mapping[str, Any] | Any) -> d
     Raises:
         TypeError: a setting is unknown, or has neither a default nor a value.
     """
-    settings = _settings_class(function)
-    if settings is not None:
+    if settings := _settings_class(function):
         chosen: Any = given if isinstance(given, settings) else settings(**given)
         return asdict(chosen)
     known = _keywords(function)

@@ -1,9 +1,6 @@
 """What a run may use, and how often it saves: nothing here can change a number, so none of it is in a spec."""
 
-from __future__ import annotations
-
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -22,10 +19,6 @@ class Limits:
     memory_mb: int | None = None
     checkpoint_every: float = 30.0
     grace: float = 20.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
-        return asdict(self)
 
 
 DEFAULT = Limits()

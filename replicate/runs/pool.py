@@ -1,8 +1,8 @@
 """A pool of child processes, one run each, forked from a clean server that has imported torch once.
 
 Every run starts from the same state, whatever ran before it and however many run beside it, so that the number of
-workers cannot change a number. A slot is a place for one run; on GPUs it
-is a device or a share of one, and the run sees only that device.
+workers cannot change a number. A slot is a place for one run; on GPUs it is a device or a share of one, and the run
+sees only that device.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import multiprocessing as mp
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import cast
 
 from replicate.runs import server
-from replicate.runs.child import job, make_ready, worker
+from replicate.runs.child import make_ready, worker
 from replicate.runs.executor import Listener, RunFolders, outcome
 from replicate.runs.limits import DEFAULT, Limits
 from replicate.runs.spec import AnySpec
@@ -61,30 +61,25 @@ class Pool:
     """
 
     def __init__(self, slots: Sequence[str | None], limits: Limits = DEFAULT) -> None:
-        self.slots, self.limits = list(slots), limits
-
-    @property
-    def jobs(self) -> int:
-        """The number of runs at a time."""
-        return len(self.slots)
+        self.slots, self.limits, self.jobs = list(slots), limits, len(slots)
 
     def run_all(
         self, specs: Sequence[AnySpec], runs: RunFolders, listen: Listener, deadline: float | None = None
     ) -> bool:
         """See `Executor`."""
-        context = server.context()
-        waiting = list(runs.missing(specs))
-        free = list(self.slots)
+        context, waiting, free = server.context(), list(runs.missing(specs)), list(self.slots)
         children: dict[int, _Child] = {}
         try:
             while waiting or children:
                 if deadline is not None and time.monotonic() >= deadline:
                     return False
                 while waiting and free:
-                    child = self._start(context, waiting.pop(0), runs, free.pop(0))
+                    spec = waiting.pop(0)
+                    child = self._start(context, spec, runs.folder(spec), free.pop(0))
                     children[child.process.sentinel] = child
                     listen("started", child.spec, "")
-                for sentinel in wait(list(children), _until(children, deadline)):
+                ends = [c.ends for c in children.values()] + ([] if deadline is None else [deadline])
+                for sentinel in wait(list(children), max(0.0, min(ends) - time.monotonic())):
                     child = children.pop(cast(int, sentinel))
                     child.process.join()
                     free.append(child.slot)
@@ -97,12 +92,10 @@ class Pool:
         finally:
             self._stop(list(children.values()))
 
-    def _start(
-        self, context: mp.context.ForkServerContext, spec: AnySpec, runs: RunFolders, slot: str | None
-    ) -> _Child:
-        folder = runs.folder(spec)
+    def _start(self, context: mp.context.ForkServerContext, spec: AnySpec, folder: Path, slot: str | None) -> _Child:
         make_ready(folder)
-        process = context.Process(target=worker, args=(job(spec, folder, self.limits, slot),), name=spec.label)
+        given = {"spec": spec.as_dict(), "folder": str(folder), "limits": asdict(self.limits), "visible": slot}
+        process = context.Process(target=worker, args=(given,), name=spec.label)
         process.start()
         return _Child(process, spec, folder, slot, time.monotonic() + self.limits.seconds)
 
@@ -110,10 +103,7 @@ class Pool:
         """Ask a child that has used up its time to save and stop; kill it when it has not."""
         if time.monotonic() < child.ends:
             return
-        if child.timed_out:
-            child.process.kill()
-        else:
-            child.process.terminate()
+        (child.process.kill if child.timed_out else child.process.terminate)()
         child.timed_out, child.ends = True, time.monotonic() + self.limits.grace
 
     def _stop(self, children: list[_Child]) -> None:
@@ -126,9 +116,3 @@ class Pool:
             if child.process.exitcode is None:
                 child.process.kill()
                 child.process.join()
-
-
-def _until(children: dict[int, _Child], deadline: float | None) -> float:
-    """Return the seconds until the pool may have to act although no child has ended."""
-    ends = [c.ends for c in children.values()] + ([] if deadline is None else [deadline])
-    return max(0.0, min(ends) - time.monotonic())

@@ -11,8 +11,7 @@ from rich.progress import Progress as Bar
 
 def clock(seconds: float) -> str:
     """Return seconds as h:mm:ss or m:ss."""
-    whole = round(seconds)
-    hours, rest = divmod(whole, 3600)
+    hours, rest = divmod(round(seconds), 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
@@ -29,8 +28,7 @@ class Progress:
         self.jobs = 1
         self.done = self.failed = self.skipped = 0
         self.running: dict[str, str] = {}
-        self._started = self._last = 0.0
-        self._finished_work = 0.0
+        self._started = self._last = self._finished_work = 0.0
         self._bar: Bar | None = None
 
     def say(self, line: str) -> None:
@@ -44,12 +42,8 @@ class Progress:
         total = sum(self.expected.values()) / jobs
         self.say(f"{len(expected)} runs, {jobs} at a time, about {clock(total)}")
         if self.console.is_terminal:
-            self._bar = Bar(
-                TextColumn("{task.completed:.0f}/{task.total:.0f} runs"),
-                BarColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=self.console,
-            )
+            runs, note = TextColumn("{task.completed:.0f}/{task.total:.0f} runs"), TextColumn("{task.fields[note]}")
+            self._bar = Bar(runs, BarColumn(), note, console=self.console)
             self._task = self._bar.add_task("", total=len(expected), note="")
             self._bar.start()
 

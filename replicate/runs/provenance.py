@@ -15,7 +15,7 @@ import resource
 import subprocess
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +104,6 @@ def lock_sha256() -> str:
     return hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else ""
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = UNKNOWN
-    return found
-
-
 @cache
 def _cpuinfo() -> dict[str, str]:
     """Return what the kernel says about the first core; empty where it says nothing."""
@@ -169,7 +159,7 @@ def _code() -> dict[str, Any]:
     """Return the versions of the code that this process runs."""
     commit, dirty = source_version()
     own = {"commit": commit, "dirty": dirty, "source_sha256": source_sha256(), "lock_sha256": lock_sha256()}
-    return {**own, "libraries": _versions()}
+    return {**own, "libraries": {name: version(name) for name in LIBRARIES}}
 
 
 @cache
@@ -232,21 +222,16 @@ def machine_differences(a: Mapping[str, Any], b: Mapping[str, Any], a_is: str, b
         a_is, b_is: where each was made, such as "there" and "here".
     """
     left, right = machine(a), machine(b)
-    out, silent = [], []
+    both: dict[str, tuple[Any, Any]] = {}
+    silent = []
     for key, name in MACHINE.items():
         if key not in left or key not in right:
             silent.append(name)
-        elif key == "libraries" and isinstance(left[key], Mapping) and isinstance(right[key], Mapping):
-            out += _each(left[key], right[key], a_is, b_is)
-        elif left[key] != right[key]:
-            out.append(_differ(name, left[key], right[key], a_is, b_is))
+            continue
+        one, other = left[key], right[key]
+        if key == "libraries" and isinstance(one, Mapping) and isinstance(other, Mapping):
+            both |= {n: (one.get(n, "none"), other.get(n, "none")) for n in [*one, *other]}
+        else:
+            both[name] = one, other
+    out = [f"{name}: {one} {a_is}, {other} {b_is}" for name, (one, other) in both.items() if one != other]
     return out + ([f"not recorded: {', '.join(silent)}"] if silent else [])
-
-
-def _each(a: Mapping[str, Any], b: Mapping[str, Any], a_is: str, b_is: str) -> list[str]:
-    names = [n for n in dict.fromkeys([*a, *b]) if a.get(n) != b.get(n)]
-    return [_differ(n, a.get(n, "none"), b.get(n, "none"), a_is, b_is) for n in names]
-
-
-def _differ(name: str, a: Any, b: Any, a_is: str, b_is: str) -> str:
-    return f"{name}: {a} {a_is}, {b} {b_is}"

@@ -54,11 +54,8 @@ _RECORD = {
 #: texts of a failure that nobody wrote with care
 _SAID = ("error", "traceback_tail", "stderr_tail")
 _FAILURE = {
-    "run_id": _RECORD["run_id"],
-    "spec": _TABLE,
-    "error": Rule(str, blank=True),
-    "traceback_tail": _TEXT,
-    "stderr_tail": _TEXT,
+    **{"run_id": _RECORD["run_id"], "spec": _TABLE, "error": Rule(str, blank=True)},
+    **{"traceback_tail": _TEXT, "stderr_tail": _TEXT},
 }
 _NAMED = {"split": Rule(str, pattern=NAME), "metric": Rule(str, pattern=CELL), "status": Rule(str, pattern=CELL)}
 #: a row with a number, and one that says why there is none
@@ -69,12 +66,8 @@ _OK = {
     "unit": Rule(str, pattern=CELL, blank=True),
 }
 _NONE = {**_NAMED, **{key: Rule(NoneType) for key in rules_of(Estimate)}}
-_HISTORY = {
-    "train": _LIST,
-    "valid": _LIST,
-    "best_step": Rule(int, Range(0, MOST)),
-    "seconds": Rule(float, Range(low=0)),
-}
+_AT_LEAST_0 = Rule(float, Range(low=0))
+_HISTORY = {"train": _LIST, "valid": _LIST, "best_step": Rule(int, Range(0, MOST)), "seconds": _AT_LEAST_0}
 _AXIS_LABEL = Rule(str, pattern=CELL, blank=True)
 _PLOT = {
     **rules_of(Plot, complete=True),
@@ -84,12 +77,7 @@ _PLOT = {
     "lines": _LIST,
     "image": Rule(tuple[int, int], Range(1), required=False),
 }
-_EXAMPLES = {
-    "kind": Rule(str, choices=KINDS),
-    "low": Rule(float),
-    "span": Rule(float, Range(low=0)),
-    "values": Rule(str),
-}
+_EXAMPLES = {"kind": Rule(str, choices=KINDS), "low": Rule(float), "span": _AT_LEAST_0, "values": Rule(str)}
 _LINE = {"label": _AXIS_LABEL, "x": Rule(tuple[float | None, ...]), "y": Rule(tuple[float | None, ...])}
 
 
@@ -139,25 +127,25 @@ def _check_parts(record: Mapping[str, Any], problems: Problems) -> None:
         for split in ("train", "valid"):
             for name, pair in _items(history.get(split), f"history.{split}"):
                 check_value(name, pair, Rule(tuple[float, float]), wrong)
-    examples = record.get("examples")
-    for task, data in examples.items() if isinstance(examples, Mapping) else ():
-        _check_examples(task, data, problems)
-    classifiers = record.get("classifiers")
-    for task, digest in classifiers.items() if isinstance(classifiers, Mapping) else ():
-        _check_task(task, "classifiers", problems)
-        check_value("sha256", digest, _RECORD["run_id"], wrong, f"classifiers of {brief(task)}")
+    for name, data in _by_task(record, "examples", problems):
+        _check_examples(name, data, problems)
+    for name, digest in _by_task(record, "classifiers", problems):
+        check_value("sha256", digest, _RECORD["run_id"], wrong, name)
     for name, plot in _items(record.get("plots"), "plots"):
         _check_plot(plot, name, problems)
 
 
-def _check_task(task: object, part: str, problems: Problems) -> None:
-    if not isinstance(task, str) or not NAME.fullmatch(task):
-        problems.add(f"{part} of {brief(task)}: not a valid task name")
+def _by_task(record: Mapping[str, Any], part: str, problems: Problems) -> Iterable[tuple[str, Any]]:
+    """Iterate over what a part of a record has for each task, with its place in words; note names that are none."""
+    found = record.get(part)
+    for task, value in found.items() if isinstance(found, Mapping) else ():
+        if not isinstance(task, str) or not NAME.fullmatch(task):
+            problems.add(f"{part} of {brief(task)}: not a valid task name")
+        yield f"{part} of {brief(task)}", value
 
 
-def _check_examples(task: object, data: object, problems: Problems) -> None:
-    name, before = f"examples of {brief(task)}", len(problems)
-    _check_task(task, "examples", problems)
+def _check_examples(name: str, data: object, problems: Problems) -> None:
+    before = len(problems)
     if check_table(data, _EXAMPLES, name, lambda _, problem: problems.add(problem)) and len(problems) == before:
         assert isinstance(data, Mapping)
         try:

@@ -52,16 +52,28 @@ MAX_SEED = 2**31 - 1
 SMOKE_STEPS = 25
 
 
+@dataclass(frozen=True, kw_only=True)
 class Spec:
-    """What the specs of a model's run and of an experiment's run share."""
+    """All that may change the numbers of a run, and nothing else.
+
+    `device` is the kind of device ("cpu", "cuda"): kernels differ, so numbers do. The number of the device, the number
+    of workers and every path are left out on purpose.
+    """
 
     model: str
+    family: str
     task: str
     seed: int
+    profile: str
+    precision: str
+    device: str
+    params: Mapping[str, Any]
+    data_sha256: str
+    results_version: int = RESULTS_VERSION
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON-ready form, the one that is hashed."""
-        data = asdict(self)  # type: ignore[call-overload]
+        data = asdict(self)
         for name, part in vars(self).items():
             if is_dataclass(part):
                 for f in fields(part):
@@ -79,55 +91,26 @@ class Spec:
         """The run in words."""
         return f"{self.model} on {self.task}, seed {self.seed}"
 
+    @property
+    def data_key(self) -> tuple[str, str]:
+        """Equal for runs that read the same data."""
+        return self.task, self.model if isinstance(self, ExperimentSpec) else ""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class RunSpec(Spec):
-    """All that may change the numbers of a model's run on a task, and nothing else.
+    """The spec of a model's run on a task."""
 
-    `device` is the kind of device ("cpu", "cuda"): kernels differ, so numbers do. The number of the device, the number
-    of workers and every path are left out on purpose.
-    """
-
-    model: str
-    family: str
-    task: str
-    seed: int
-    profile: str
-    precision: str
-    device: str
     preprocessing: str
-    params: Mapping[str, Any]
     training: Training
     evaluation: Evaluation
-    data_sha256: str
-    results_version: int = RESULTS_VERSION
-
-    @property
-    def data_key(self) -> tuple[str, str]:
-        """Equal for runs that read the same data."""
-        return self.task, ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExperimentSpec(Spec):
-    """All that may change an experiment's numbers: its paper's key is the model, its name is the task."""
+    """The spec of an experiment's run: its paper's key is the model, its name is the task."""
 
-    model: str
-    family: str
-    task: str
-    seed: int
-    profile: str
-    precision: str
-    device: str
-    params: Mapping[str, Any]
-    data_sha256: str
-    results_version: int = RESULTS_VERSION
     kind: str = "experiment"
-
-    @property
-    def data_key(self) -> tuple[str, str]:
-        """Equal for runs that read the same data."""
-        return self.task, self.model
 
 
 AnySpec = RunSpec | ExperimentSpec
@@ -140,46 +123,30 @@ def _rules(kind: type, ranges: Mapping[str, Range]) -> dict[str, Rule]:
     return {name: replace(rule, required=name not in later) for name, rule in rules_of(kind, ranges=ranges).items()}
 
 
+_TRAINING_RANGES = {
+    **dict.fromkeys(("steps", "warmup", "validate_every"), COUNT),
+    **dict.fromkeys(("weight_decay", "grad_clip"), Range(low=0)),
+    **dict.fromkeys(("betas", "ema"), Range(low=0, below=1)),
+    "batch_size": Range(1, MOST),
+    "lr": Range(above=0),
+}
 #: what a training setting may be, whoever gives it
-_TRAINING = _rules(
-    Training,
-    {
-        "steps": COUNT,
-        "batch_size": Range(1, MOST),
-        "lr": Range(above=0),
-        "betas": Range(low=0, below=1),
-        "warmup": COUNT,
-        "weight_decay": Range(low=0),
-        "grad_clip": Range(low=0),
-        "ema": Range(low=0, below=1),
-        "validate_every": COUNT,
-    },
-)
+_TRAINING = _rules(Training, _TRAINING_RANGES)
 _EVALUATION = _rules(Evaluation, dict.fromkeys(rules_of(Evaluation), COUNT))
-_SHARED_RANGES = {"seed": Range(0, MAX_SEED), "results_version": Range(1, MOST)}
-_SHARED_CHOICES = {"family": FAMILIES, "profile": PROFILES, "precision": PRECISIONS, "device": DEVICES}
+_RANGES = {"seed": Range(0, MAX_SEED), "results_version": Range(1, MOST)}
+_CHOICES = {
+    **{"family": FAMILIES, "profile": PROFILES, "precision": PRECISIONS, "device": DEVICES},
+    **{"preprocessing": ("none", "affine", *PREPROCESSINGS), "kind": ("experiment",)},
+}
 _RUN = {
-    **rules_of(
-        RunSpec,
-        ranges=_SHARED_RANGES,
-        choices={**_SHARED_CHOICES, "preprocessing": ("none", "affine", *PREPROCESSINGS)},
-        complete=True,
-    ),
-    "model": Rule(str, pattern=CELL),
-    "task": Rule(str, pattern=CELL),
-    "training": Rule(Mapping),
-    "evaluation": Rule(Mapping),
+    **rules_of(RunSpec, ranges=_RANGES, choices=_CHOICES, complete=True),
+    **dict.fromkeys(("model", "task"), Rule(str, pattern=CELL)),
+    **dict.fromkeys(("training", "evaluation"), Rule(Mapping)),
     "data_sha256": Rule(str, pattern=DIGEST),
 }
 _EXPERIMENT = {
-    **rules_of(
-        ExperimentSpec,
-        ranges=_SHARED_RANGES,
-        choices={**_SHARED_CHOICES, "kind": ("experiment",)},
-        complete=True,
-    ),
-    "model": Rule(str, pattern=NAME),
-    "task": Rule(str, pattern=NAME),
+    **rules_of(ExperimentSpec, ranges=_RANGES, choices=_CHOICES, complete=True),
+    **dict.fromkeys(("model", "task"), Rule(str, pattern=NAME)),
     "data_sha256": Rule(str, pattern=DIGEST, blank=True),  # of an experiment that reads no data
 }
 _PARAM = Rule(Param, blank=True)
@@ -196,9 +163,8 @@ def check_spec(data: object, problems: Problems, name: str = "the spec") -> None
     if not check_table(data, _EXPERIMENT if is_experiment else _RUN, name, wrong):
         return
     assert isinstance(data, Mapping)
-    tables = {} if is_experiment else {"training": _TRAINING, "evaluation": _EVALUATION}
-    for key, rules in tables.items():
-        if isinstance(data.get(key), Mapping):
+    for key, rules in {"training": _TRAINING, "evaluation": _EVALUATION}.items():
+        if not is_experiment and isinstance(data.get(key), Mapping):
             check_table(data[key], rules, f"{key} of {name}", wrong)
     if isinstance(data.get("params"), Mapping):
         for key, value in data["params"].items():
@@ -209,11 +175,10 @@ def check_spec(data: object, problems: Problems, name: str = "the spec") -> None
 
 
 def spec_from_dict(data: object) -> AnySpec:
-    """Read a spec of either kind; the inverse of `as_dict`.
+    """Read a spec of either kind; the inverse of `as_dict`. Whether its model, task or paper exists is not checked.
 
     Raises:
-        UsageError: everything that is wrong with the data, one problem per line. Whether the model, the task or the
-            paper exists here is not checked.
+        UsageError: everything that is wrong with the data, one problem per line.
     """
     problems = Problems()
     check_spec(data, problems)
@@ -310,8 +275,7 @@ def make_spec(
     """Make the spec of one run: the entry's defaults, its overrides for the task and profile, then `settings`.
 
     Raises:
-        UsageError: every unknown name and every value of the wrong type or out of range, one per line; or a model that
-            cannot run here.
+        UsageError: every unknown name, every value of the wrong type or out of range, and a model that cannot run here.
     """
     problems = Problems()
     entry = _found(problems, model_entry, model)
@@ -323,15 +287,14 @@ def make_spec(
     if reason:
         problems.add(f"{model} cannot run on {task_name}: {reason}.")
     params, training, preprocessing = _defaults(entry, task, task_name, profile)
-    asked = {} if settings is None else settings
-    for key, value in {**params, **vars(training)}.items():  # a plug-in's own defaults are no better than a user's
+    asked = settings or {}
+    defaults = {**params, **vars(training)}
+    for key, value in defaults.items():  # a plug-in's own defaults are no better than a user's
         if key not in asked:
             _check_setting(problems, key, value, value)
     for key, value in asked.items():
-        if key in TRAINING_FIELDS:
-            _check_setting(problems, key, value, getattr(training, key))
-        elif key in params:
-            _check_setting(problems, key, value, params[key])
+        if key in defaults:
+            _check_setting(problems, key, value, defaults[key])
         elif key == "preprocessing" and (task is None or preprocessing in PREPROCESSINGS):
             _check_setting(problems, key, value, DEFAULT_PREPROCESSING)
         elif entry is not None:

@@ -55,11 +55,10 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Read a run's record; None where there is no whole record that belongs to this folder."""
-    try:
+    with contextlib.suppress(OSError, RecordError):
         record = parse_record((folder / "record.json").read_bytes())
-    except (OSError, RecordError):
-        return None
-    return record if record["run_id"] == folder.name else None
+        return record if record["run_id"] == folder.name else None
+    return None
 
 
 def writable(folder: Path) -> Path:

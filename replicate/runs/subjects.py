@@ -6,20 +6,20 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
 
 from replicate.likelihood.dequantisation import Preprocessed
-from replicate.model import Estimate, LogLikelihood, Model
+from replicate.model import LogLikelihood, Model
 from replicate.registry import model_entry
-from replicate.runs.evaluate import Evaluator, Measurement, na
+from replicate.runs.checkpoint import Session
+from replicate.runs.evaluate import Evaluator, Measurement, count, na
 from replicate.runs.experiment import Experiment, Run, pack_examples
 from replicate.runs.paper import find_experiment
 from replicate.runs.seeds import Streams
-from replicate.runs.session import Session
 from replicate.runs.spec import PRECISIONS, AnySpec, ExperimentSpec, RunSpec, experiment_spec
 from replicate.runs.training import History, train
 from replicate.tasks.base import Task
@@ -43,48 +43,20 @@ class Findings:
     weights: bytes = b""
 
 
-class Subject(Protocol):
-    """What a run is about."""
-
-    def data_sha256(self) -> str:
-        """Return the hash of the data on this machine, in the form of the spec's.
-
-        Raises:
-            UsageError: the subject or its data are not there.
-        """
-
-    def expected_seconds(self) -> float:
-        """Return the seconds that its author expects, 0 where he says nothing."""
-
-    def compute(self, session: Session) -> Findings:
-        """Compute everything that is measured."""
-
-
-def subject_of(spec: AnySpec) -> Subject:
-    """Return what a spec is about."""
-    return ExperimentOfPaper(spec) if isinstance(spec, ExperimentSpec) else ModelOnTask(spec)
-
-
 def build_model(spec: RunSpec, task: Task, streams: Streams) -> Model:
     """Build the untrained model behind its preprocessing, its weights drawn from the run's own stream."""
     entry = model_entry(spec.model)
     extra = {"density": task.density} if entry.needs_density else {}
     with streams.initialisation():
         model = entry.build(task.info, **{**entry.later, **spec.params}, **extra)
-    if spec.preprocessing != "none":
-        model = Preprocessed(model, task.info, spec.preprocessing)
-    return model
-
-
-def in_precision(task: Task, dtype: torch.dtype) -> Task:
-    """Convert the task's splits to another precision."""
-    return replace(task, train=task.train.to(dtype), valid=task.valid.to(dtype), test=task.test.to(dtype))
+    return model if spec.preprocessing == "none" else Preprocessed(model, task.info, spec.preprocessing)
 
 
 def train_model(spec: RunSpec, device: torch.device) -> tuple[Model, Task, History, Evaluator]:
     """Train one model; nothing is measured yet."""
     dtype = PRECISIONS[spec.precision]
-    task = in_precision(load_task(spec.task, spec.seed), dtype)
+    task = load_task(spec.task, spec.seed)
+    task = replace(task, train=task.train.to(dtype), valid=task.valid.to(dtype), test=task.test.to(dtype))
     streams = Streams(spec.task, spec.model, spec.seed, device.type)
     model = build_model(spec, task, streams).to(device)
     if dtype != torch.float32:  # never narrowed: some models keep tables in double precision
@@ -99,44 +71,41 @@ def _by_task(examples: Mapping[str, LogLikelihood], classifiers: Mapping[str, st
     return {key: part for key, part in (("examples", packed), ("classifiers", dict(classifiers))) if part}
 
 
-def _seconds(metric: str, seconds: float) -> Measurement:
-    return Measurement(metric, Estimate.exact(seconds, "seconds"))
-
-
 @dataclass(frozen=True)
 class ModelOnTask:
-    """A registered model, trained and evaluated on a task. See `Subject`."""
+    """A registered model, trained and evaluated on a task."""
 
     spec: RunSpec
 
     def data_sha256(self) -> str:
+        """Return the hash of the data on this machine, in the form of the spec's.
+
+        Raises:
+            UsageError: the subject or its data are not there.
+        """
         model_entry(self.spec.model)
         return data_sha256(self.spec.task, self.spec.seed)
 
     def expected_seconds(self) -> float:
+        """Return the seconds that its author expects, 0 where he says nothing."""
         return 0.0
 
     def compute(self, session: Session) -> Findings:
+        """Compute everything that is measured."""
         model, _, history, evaluator = train_model(self.spec, session.device)
         begin = time.perf_counter()
         measurements = list(evaluator.measurements())
         arrays = evaluator.arrays() if self.spec.seed == 0 else {}
-        measurements.append(_seconds("train_seconds", history.seconds))
+        measurements.append(count("train_seconds", history.seconds, "seconds"))
         evaluating = max(time.perf_counter() - begin, session.seconds_before() and session.seconds() - history.seconds)
-        measurements.append(_seconds("evaluate_seconds", evaluating))
+        measurements.append(count("evaluate_seconds", evaluating, "seconds"))
         weights = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-        packed = safetensors.torch.save(weights)
-        entry = model_entry(self.spec.model)
+        packed, entry = safetensors.torch.save(weights), model_entry(self.spec.model)
         record = {
             "weights_sha256": hashlib.sha256(packed).hexdigest(),
             "about": entry.about,
             "paper": entry.paper,
-            "history": {
-                "train": history.train,
-                "valid": history.valid,
-                "best_step": history.best_step,
-                "seconds": history.seconds,
-            },
+            "history": vars(history),
             **_by_task(evaluator.examples, evaluator.classifiers),
         }
         return Findings(measurements, record, arrays, packed)
@@ -144,7 +113,7 @@ class ModelOnTask:
 
 @dataclass(frozen=True)
 class ExperimentOfPaper:
-    """An experiment that measures what a paper's claims state. See `Subject`."""
+    """An experiment that measures what a paper's claims state; its methods are those of `ModelOnTask`."""
 
     spec: ExperimentSpec
 
@@ -171,6 +140,11 @@ class ExperimentOfPaper:
             "plots": [plot.as_dict() for plot in outcome.plots],
             **_by_task(outcome.examples, outcome.classifiers),
         }
-        measurements: list[Measurement] = [Measurement(name, e) for name, e in outcome.estimates.items()]
+        measurements = [Measurement(name, e) for name, e in outcome.estimates.items()]
         measurements += [na(name, reason) for name, reason in outcome.missing.items()]
-        return Findings([*measurements, _seconds("evaluate_seconds", seconds)], record)
+        return Findings([*measurements, count("evaluate_seconds", seconds, "seconds")], record)
+
+
+def subject_of(spec: AnySpec) -> ModelOnTask | ExperimentOfPaper:
+    """Return what a spec is about."""
+    return ExperimentOfPaper(spec) if isinstance(spec, ExperimentSpec) else ModelOnTask(spec)

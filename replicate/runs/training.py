@@ -46,11 +46,10 @@ def learning_rate(step: int, settings: Training) -> float:
 
 def make_optimizer(parameters: Sequence[nn.Parameter], settings: Training) -> torch.optim.Optimizer:
     """Make the optimizer that the settings name."""
+    rate, decay = settings.lr, settings.weight_decay
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay)
-    return torch.optim.AdamW(
-        parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-    )
+        return torch.optim.SGD(parameters, lr=rate, momentum=0.9, weight_decay=decay)
+    return torch.optim.AdamW(parameters, lr=rate, betas=settings.betas, weight_decay=decay, fused=True)
 
 
 class Stopwatch:
@@ -101,8 +100,7 @@ class Batches:
 @torch.no_grad()
 def validation_loss(model: Model, valid: Tensor, streams: Streams) -> float:
     """Mean validation loss over the whole split, with the same noise at every call."""
-    generator = streams.fresh("validation")
-    total = 0.0
+    generator, total = streams.fresh("validation"), 0.0
     for part in valid.split(1024):
         with torch.enable_grad():  # implicit score matching and energies differentiate in x
             total += float(model.validation_loss(part, generator).detach()) * len(part)
@@ -137,25 +135,15 @@ def train(
     if not (settings.steps and parameters):
         model.eval()
         return History([], [], 0, watch.seconds)
-    optimizer = make_optimizer(parameters, settings)
-    noise = streams.get("noise")
+    optimizer, noise = make_optimizer(parameters, settings), streams.get("noise")
     batches = Batches(len(train_data), min(settings.batch_size, len(train_data)), streams.get("batches"))
     log_every = max(1, settings.steps // 50)
+    average = [p.detach().clone() for p in parameters] if settings.ema else None
+    running = torch.zeros((), device=train_data.device)
     state: State = {
-        "model": model,
-        "optimizer": optimizer,
-        "batches": batches,
-        "noise": noise,
-        "redraw": fresh,
-        "watch": watch,
-        "average": [p.detach().clone() for p in parameters] if settings.ema else None,
-        "best": None,
-        "best_value": math.inf,
-        "best_step": settings.steps,
-        "running": torch.zeros((), device=train_data.device),
-        "counted": 0,
-        "train": [],
-        "valid": [],
+        **{"model": model, "optimizer": optimizer, "batches": batches, "noise": noise, "redraw": fresh, "watch": watch},
+        **{"average": average, "best": None, "best_value": math.inf, "best_step": settings.steps},
+        **{"running": running, "counted": 0, "train": [], "valid": []},
     }
     for step in resumable("training", settings.steps, state):
         for group in optimizer.param_groups:
