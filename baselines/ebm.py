@@ -476,9 +476,7 @@ RBM_CD = ModelEntry(
     domains=frozenset({"levels", "bits"}),
     params={"hidden": 200, "features": 3, "gibbs": 10, "chains": 0},
     training=Training(steps=1000, batch_size=100, lr=1e-3, weight_decay=1.0, ema=0.998, validate_every=250),
-    overrides={
-        "bits": {"gibbs": 5, "steps": 2000, "lr": 2e-3, "weight_decay": 0.1, "validate_every": 500},
-    },
+    overrides={"bits": {"gibbs": 5, "steps": 2000, "lr": 2e-3, "weight_decay": 0.1, "validate_every": 500}},
 )
 
 RBM_PCD = ModelEntry(

@@ -206,11 +206,7 @@ class FullGaussianMixture(Reference):
         seed = int(torch.randint(2**31 - 1, (), generator=generator, device=device))
         rows = torch.randperm(len(train), generator=generator, device=device)[: self.fit_rows]
         fit = GaussianMixture(
-            len(self.log_w),
-            covariance_type=self.covariance,
-            reg_covar=self.ridge,
-            max_iter=200,
-            random_state=seed,
+            len(self.log_w), covariance_type=self.covariance, reg_covar=self.ridge, max_iter=200, random_state=seed
         ).fit(train[rows].double().cpu().numpy())
         self.log_w.copy_(torch.from_numpy(fit.weights_).log())
         self.means.copy_(torch.from_numpy(fit.means_))
