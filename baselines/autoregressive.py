@@ -255,27 +255,20 @@ class CausalConvNet(Autoregressive):
     def conditionals(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return self._columns(shifted(self.embed(x.unsqueeze(1)), 3), 0, None, generator)
 
-    @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        memory: Memory = {}
-        x = self.position.new_zeros(n, self.dim)
-        features = self.position.new_zeros(n, self.embed.size, 1, 1)
-        for i in range(self.dim):
-            parameters = self._columns(features, i, memory, None).squeeze(1)
-            x[:, i] = self.head.sample(parameters, generator)
-            features = self.embed(x[:, i, None, None])
-        return x
+        return self.continued(self.position.new_zeros(n, 0), generator)
 
     @torch.no_grad()
     def continued(self, given: Tensor, generator: torch.Generator) -> Tensor:
-        """Exact draws (n, D - m) of what comes after the first m dimensions, which are given, (n, m) with m >= 1."""
+        """Exact draws (n, D - m) of what comes after the first m dimensions, which are given, (n, m)."""
         memory: Memory = {}
-        self._columns(shifted(self.embed(given.unsqueeze(1)), 3), 0, memory, None)
-        last, drawn = given[:, -1], []
+        features, drawn = self.position.new_zeros(len(given), self.embed.size, 1, 1), []
+        if given.shape[1]:
+            self._columns(shifted(self.embed(given.unsqueeze(1)), 3), 0, memory, None)
+            features = self.embed(given[:, -1, None, None])
         for i in range(given.shape[1], self.dim):
-            parameters = self._columns(self.embed(last[:, None, None]), i, memory, None).squeeze(1)
-            last = self.head.sample(parameters, generator)
-            drawn.append(last)
+            drawn.append(self.head.sample(self._columns(features, i, memory, None).squeeze(1), generator))
+            features = self.embed(drawn[-1][:, None, None])
         return torch.stack(drawn, dim=1)
 
 
@@ -386,16 +379,6 @@ class GatedPixelCNN(Autoregressive):
         return x.flatten(1)
 
 
-def build_causal_conv(info: DataInfo, **params: Any) -> Model:
-    """Build a `CausalConvNet`."""
-    return CausalConvNet(info, **params)
-
-
-def build_gated_pixelcnn(info: DataInfo, **params: Any) -> Model:
-    """Build a `GatedPixelCNN`."""
-    return GatedPixelCNN(info, **params)
-
-
 #: digits, shared by both models: stopped on validation, on average weights
 _IMAGES: dict[str, Any] = {
     "dropout": 0.3,
@@ -421,7 +404,7 @@ CAUSAL_CONV = ModelEntry(
     family="autoregressive",
     about="1-D causal convolution over the dimensions in order, softmax or mixture-of-Gaussians head",
     paper="Tomczak 2022, Deep Generative Modeling, chapter 2",
-    build=build_causal_conv,
+    build=CausalConvNet,
     domains=frozenset({"continuous", "levels", "bits"}),
     params={"width": 48, "layers": 2, "kernel": 7, "dropout": 0.0, "components": 16, "octaves": 6},
     training=Training(steps=650, batch_size=256, lr=8e-3, warmup=50, grad_clip=5.0, ema=0.98),
@@ -444,7 +427,7 @@ GATED_PIXELCNN = ModelEntry(
     family="autoregressive",
     about="2-D causal convolution in two gated stacks, softmax head",
     paper="van den Oord et al. 2016, 1606.05328",
-    build=build_gated_pixelcnn,
+    build=GatedPixelCNN,
     domains=frozenset({"levels", "bits"}),
     params={"width": 32, "layers": 5, "kernel": 3, "dropout": 0.3},
     training=Training(

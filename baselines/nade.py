@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -292,21 +291,11 @@ class OrderAgnosticNADE(Model):
         return x
 
 
-def build_nade(info: DataInfo, **params: Any) -> Model:
-    """Build a `FixedOrderNADE`."""
-    return FixedOrderNADE(info, **params)
-
-
-def build_eonade(info: DataInfo, **params: Any) -> Model:
-    """Build an `OrderAgnosticNADE`."""
-    return OrderAgnosticNADE(info, **params)
-
-
 NADE = ModelEntry(
     family="autoregressive",
     about="NADE: one hidden layer shared by all conditionals, dimensions in the order given",
     paper="Larochelle and Murray 2011, AISTATS",
-    build=build_nade,
+    build=FixedOrderNADE,
     domains=frozenset({"bits"}),
     params={"hidden": 500},
     training=Training(steps=800, batch_size=64, lr=3e-3, warmup=50, weight_decay=0.1, ema=0.98, validate_every=50),
@@ -320,7 +309,7 @@ EONADE = ModelEntry(
     family="autoregressive",
     about="deep NADE trained for every order, mean density of several orders, mixture-of-Gaussians head",
     paper="Uria, Murray and Larochelle 2014, 1310.1757",
-    build=build_eonade,
+    build=OrderAgnosticNADE,
     domains=frozenset({"continuous", "bits"}),
     params={"hidden": 128, "layers": 2, "orderings": 8, "components": 10, "dropout": 0.0},
     training=Training(
