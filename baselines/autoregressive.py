@@ -16,7 +16,7 @@ gives on the whole.
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -129,7 +129,7 @@ class CausalConv(nn.Module):
         channels_in, channels_out: C before and after.
         kernel: (height, width); along the axis it reaches back, across it, it is centred and must be odd.
         axis: 2 (past = rows above) or 3 (past = columns to the left).
-        dilation: along the axis.
+        dilation: along axis 3.
     """
 
     def __init__(
@@ -138,12 +138,8 @@ class CausalConv(nn.Module):
         super().__init__()
         self.axis = axis
         self.reach = (kernel[axis - 2] - 1) * dilation
-        if axis == 2:
-            self.conv = nn.Conv2d(channels_in, channels_out, kernel, padding=(0, kernel[1] // 2))
-        else:
-            self.conv = nn.Conv2d(
-                channels_in, channels_out, kernel, padding=(kernel[0] // 2, 0), dilation=(1, dilation)
-            )
+        padding = (0, kernel[1] // 2) if axis == 2 else (kernel[0] // 2, 0)
+        self.conv = nn.Conv2d(channels_in, channels_out, kernel, padding=padding, dilation=(1, dilation))
 
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
         """Any chunk of the axis; the past is zero, or what the memory holds and then is extended by x."""
@@ -379,26 +375,11 @@ class GatedPixelCNN(Autoregressive):
         return x.flatten(1)
 
 
-#: digits, shared by both models: stopped on validation, on average weights
-_IMAGES: dict[str, Any] = {
-    "dropout": 0.3,
-    "batch_size": 50,
-    "lr": 2e-3,
-    "weight_decay": 0.1,
-    "grad_clip": 20.0,
-    "ema": 0.98,
-    "validate_every": 50,
-}
+#: digits: stopped on validation, on average weights
+_IMAGES = {"dropout": 0.3, "batch_size": 50, "lr": 2e-3, "weight_decay": 0.1, "grad_clip": 20.0, "validate_every": 50}
 
 #: real tables: as images, with a mixture head; fewer rows than the densities have, soon learned by heart
-_TABLE: dict[str, Any] = {
-    "width": 64,
-    "components": 10,
-    "batch_size": 100,
-    "lr": 4e-3,
-    "weight_decay": 0.1,
-    "validate_every": 50,
-}
+_TABLE = {"width": 64, "components": 10, "batch_size": 100, "lr": 4e-3, "weight_decay": 0.1, "validate_every": 50}
 
 CAUSAL_CONV = ModelEntry(
     family="autoregressive",

@@ -461,20 +461,13 @@ REALNVP = ModelEntry(
 #: two splines of many bins say any conditional density of one number given another
 _PLANE = {"couplings": 2, "blocks": 2, "bins": 48, "sharpness": 3.0, "steps": 700}
 
+_SMOOTH = {"blocks": 1, "bins": 8, "sharpness": 1.0}
+
 #: few modes in many dimensions lie in the span of the first principal components
-_SPREAD = {"couplings": 2, "blocks": 1, "bins": 8, "sharpness": 1.0, "principal": True, "steps": 300}
+_SPREAD = {**_SMOOTH, "couplings": 2, "principal": True, "steps": 300}
 
 #: tables of thousands of rows are soon learned by heart
-_TABLE = {
-    "blocks": 1,
-    "bins": 8,
-    "sharpness": 1.0,
-    "hidden": 128,
-    "dropout": 0.2,
-    "batch_size": 128,
-    "weight_decay": 0.1,
-    "validate_every": 50,
-}
+_TABLE = {**_SMOOTH, "hidden": 128, "dropout": 0.2, "batch_size": 128, "weight_decay": 0.1, "validate_every": 50}
 
 SPLINE_FLOW = ModelEntry(
     family="flow",
@@ -494,14 +487,6 @@ SPLINE_FLOW = ModelEntry(
         "mushrooms": {"dropout": 0.1, "steps": 1000},
         "red-wine": {**_TABLE, "couplings": 6, "hidden": 64, "steps": 400},
         "white-wine": {**_TABLE, "lr": 2e-3, "steps": 600},
-        "parkinsons": {
-            **_TABLE,
-            "couplings": 6,
-            "blocks": 2,
-            "bins": 12,
-            "dropout": 0.1,
-            "batch_size": 256,
-            "steps": 1000,
-        },
+        "parkinsons": dict(_TABLE, couplings=6, blocks=2, bins=12, dropout=0.1, batch_size=256, steps=1000),
     },
 )
