@@ -27,6 +27,8 @@ from replicate.model import DataInfo, Model, ModelEntry, Training
 
 #: the last inputs of every convolution, while a sample is drawn
 Memory = dict[nn.Module, Tensor]
+#: rows and columns of an image
+Place = tuple[slice, slice]
 
 
 class Head(Protocol):
@@ -187,16 +189,13 @@ class Autoregressive(Model):
         """
         raise NotImplementedError
 
-    def _log_prob(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    def log_prob(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         parameters = self.conditionals(x, generator)
         return self.head.log_prob(parameters.flatten(0, 1), x.flatten()).view(x.shape).sum(-1)
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self._log_prob(x, None)
-
     def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
         """Mean negative log-likelihood in nats, with dropout while the model is in training mode."""
-        return -self._log_prob(batch, generator if self.training else None).mean()
+        return -self.log_prob(batch, generator if self.training else None).mean()
 
 
 class CausalConvBlock(nn.Module):
@@ -336,25 +335,19 @@ class GatedPixelCNN(Autoregressive):
         return told
 
     def _pixels(
-        self,
-        features: Tensor,
-        told: list[Tensor],
-        row: slice,
-        column: slice,
-        memory: Memory | None,
-        generator: torch.Generator | None,
+        self, features: Tensor, told: list[Tensor], at: Place, memory: Memory | None, generator: torch.Generator | None
     ) -> Tensor:
         """Features (n, F, h, w), shifted right, and the vertical stack's word -> head parameters (n, h * w, size)."""
-        h = self.horizontal_in(features, memory) + self.horizontal_position[:, row, column]
+        h = self.horizontal_in(features, memory) + self.horizontal_position[:, *at]
         for layer, message in zip(self.horizontal, told, strict=True):
             h = layer(h, message, memory, generator)
         h = dropout(F.silu(self.hidden(F.silu(h))), self.p, generator)
-        return (self.output(h) + self.output_bias[:, row, column]).flatten(2).transpose(1, 2)
+        return (self.output(h) + self.output_bias[:, *at]).flatten(2).transpose(1, 2)
 
     def conditionals(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         features = self.embed(x.view(-1, *self.image))
         told = self._rows(shifted(features, 2), 0, None)
-        return self._pixels(shifted(features, 3), told, slice(None), slice(None), None, generator)
+        return self._pixels(shifted(features, 3), told, (slice(None), slice(None)), None, generator)
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
@@ -368,7 +361,7 @@ class GatedPixelCNN(Autoregressive):
             left = x.new_zeros(n, self.embed.size, 1, 1)
             for c in range(width):
                 here = [message[..., c : c + 1] for message in told]
-                parameters = self._pixels(left, here, slice(r, r + 1), slice(c, c + 1), columns, None)
+                parameters = self._pixels(left, here, (slice(r, r + 1), slice(c, c + 1)), columns, None)
                 x[:, r, c] = self.head.sample(parameters.squeeze(1), generator)
                 left = self.embed(x[:, r : r + 1, c : c + 1])
             above = self.embed(x[:, r : r + 1])

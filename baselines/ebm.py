@@ -15,9 +15,6 @@ at temperature 1, with independent proposals from p0 mixed in, from chains that 
 model before its first step; they are neither restarted nor noised. So the chain targets the model itself and its log
 Z can be bracketed by annealing from p0. On densities g begins with a layer of sines (Tancik et al. 2020), without
 which it smooths narrow shapes away.
-
-Selection by validation likelihood needs log Z: `validation_loss` is the mean energy plus a short annealing run's
-log Z, an estimate of the NLL that is slightly too low.
 """
 
 from __future__ import annotations
@@ -42,15 +39,21 @@ class AnnealedEnergy(Model):
     check: tuple[int, int]
 
     @torch.no_grad()
-    def validation_loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
-        """Mean energy plus log Z of a short forward annealing run: an NLL estimate in nats, biased low."""
-        energy, (chains, steps) = self.energy(batch).mean(), self.check
-        x = self.base_sample(chains, generator)
-        total = torch.zeros(chains, dtype=torch.float64, device=x.device)
+    def annealed(self, n: int, steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return (log weights (n,) in float64, x (n, D)) of base samples after so many even steps to the model."""
+        x = self.base_sample(n, generator)
+        total = torch.zeros(n, dtype=torch.float64, device=x.device)
         for k in range(steps):
             increment, x = self.anneal(x, k / steps, (k + 1) / steps, generator)
             total += increment
-        return energy + (torch.logsumexp(total, 0) - math.log(chains) + self.base_log_z())
+        return total, x
+
+    @torch.no_grad()
+    def validation_loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        """Mean energy plus log Z of a short annealing run: an estimate of the NLL in nats, slightly too low."""
+        total, _ = self.annealed(*self.check, generator)
+        log_z = torch.logsumexp(total, 0) - math.log(len(total)) + self.base_log_z()
+        return self.energy(batch).mean() + log_z
 
 
 def _level_features(levels: int, count: int) -> Tensor:
@@ -191,11 +194,7 @@ class RBM(AnnealedEnergy):
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Anneal base samples to the model, then run Gibbs sweeps; (n, D). nfe counts both."""
         annealing, after = self.sweeps
-        x = self.base_sample(n, generator)
-        with torch.no_grad():
-            for k in range(annealing):
-                _, x = self.anneal(x, k / annealing, (k + 1) / annealing, generator)
-        return self.gibbs_sweeps(x, after, generator)
+        return self.gibbs_sweeps(self.annealed(n, annealing, generator)[1], after, generator)
 
     # log f_beta(v) = ((1 - beta) b0 + beta b)(v) + sum_j softplus(beta pre_j(v))
     def base_log_z(self) -> float:
@@ -437,15 +436,11 @@ class NeuralEBM(AnnealedEnergy):
         data, negatives = self.tilt(torch.cat([batch, moved])).split([len(batch), len(moved)])
         return data.mean() - negatives.mean()
 
+    @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Anneal base samples to the model, then go on at the model; (n, D). nfe counts every gradient."""
         annealing, after = self.sweeps
-        x = self.base_sample(n, generator)
-        with torch.no_grad():
-            for k in range(annealing):
-                x, _, _ = self._move(x, (k + 1) / annealing, self.moves, generator)
-            x, _, _ = self._move(x, 1.0, after * self.moves, generator)
-        return x
+        return self._move(self.annealed(n, annealing, generator)[1], 1.0, after * self.moves, generator)[0]
 
     # log f_beta(x) = log p0(x) - beta g(x)
     def base_log_z(self) -> float:

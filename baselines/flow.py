@@ -366,16 +366,13 @@ class Flow(Model):
             z = layer.inverse(z)
         return z
 
-    def _log_prob(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    def log_prob(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         z, logdet = self(x, generator)
         return logdet - 0.5 * z.square().sum(-1) - 0.5 * self.dim * math.log(2 * math.pi)
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self._log_prob(x, None)
-
     def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
         """Mean negative log-likelihood in nats, with dropout."""
-        return -self._log_prob(batch, generator).mean()
+        return -self.log_prob(batch, generator).mean()
 
     def validation_loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
         return -self.log_prob(batch).mean()

@@ -95,18 +95,14 @@ class Reorder(Layer):
     def __init__(self, order: Sequence[int]) -> None:
         super().__init__()
         self.order = tuple(order)
-        self.back = tuple(self.order.index(i) for i in range(4))
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        return self._in(self.order, x), x.new_zeros(len(x))
+        blocks = x.chunk(4, 1)
+        return torch.cat([blocks[i] for i in self.order], 1), x.new_zeros(len(x))
 
     def inverse(self, y: Tensor) -> Tensor:
-        return self._in(self.back, y)
-
-    @staticmethod
-    def _in(order: Sequence[int], x: Tensor) -> Tensor:
-        blocks = x.chunk(4, 1)
-        return torch.cat([blocks[i] for i in order], 1)
+        blocks = y.chunk(4, 1)
+        return torch.cat([blocks[self.order.index(i)] for i in range(4)], 1)
 
 
 class Conv1x1(Layer):

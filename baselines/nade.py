@@ -163,13 +163,6 @@ def random_masks(observed: Tensor, dim: int, generator: torch.Generator) -> Tens
     return (u.argsort(1).argsort(1) < observed).to(u.dtype)
 
 
-def he_start(layer: nn.Module) -> None:
-    """N(0, 2 / inputs) weights and zero biases."""
-    assert isinstance(layer, nn.Linear)
-    nn.init.kaiming_normal_(layer.weight)
-    nn.init.zeros_(layer.bias)
-
-
 class OrderAgnosticNADE(Model):
     """One network for the conditionals of every order; its density is the mean of those of K recorded orders.
 
@@ -204,10 +197,11 @@ class OrderAgnosticNADE(Model):
         self.capabilities = frozenset({"log_prob", "sample"} if self.bits else {"log_prob", "sample", "score"})
         self.head = head_for(info, components)
         self.input = nn.Linear(2 * info.dim, hidden)
-        self.inner = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers - 1))
-        if self.bits:
-            for layer in (self.input, *self.inner):
-                he_start(layer)
+        inner = [nn.Linear(hidden, hidden) for _ in range(layers - 1)]
+        for layer in (self.input, *inner) if self.bits else ():
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.inner = nn.ModuleList(inner)
         scale = 0.1 * hidden**-0.5
         self.output = nn.Parameter(scale * torch.randn(info.dim, self.head.size, hidden))
         self.output_bias = nn.Parameter(self.head.initial_bias().repeat(info.dim, 1))

@@ -38,11 +38,6 @@ START_ROWS, LLOYD_STEPS = 5000, 10
 SCORE_SEED = 0
 
 
-def normal_log_prob(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Return log N(x; mean, diag exp(2 log_std)), summed over the last dimension."""
-    return (-0.5 * ((x - mean) * (-log_std).exp()).square() - log_std - 0.5 * LOG_2PI).sum(-1)
-
-
 def randn(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
     """Draw standard normal noise with the dtype and device of `like`."""
     return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
@@ -153,7 +148,8 @@ class GaussianDecoder(Decoder):
         return mean, self.FLOOR + F.softplus(raw - self.FLOOR)
 
     def log_prob(self, out: Tensor, x: Tensor) -> Tensor:
-        return normal_log_prob(x[:, None], *self.mean_and_log_std(out))
+        mean, log_std = self.mean_and_log_std(out)
+        return (-0.5 * ((x[:, None] - mean) * (-log_std).exp()).square() - log_std - 0.5 * LOG_2PI).sum(-1)
 
     def sample(self, out: Tensor, generator: torch.Generator) -> Tensor:
         mean, log_std = self.mean_and_log_std(out)
