@@ -16,7 +16,7 @@ gives on the whole.
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ from replicate.model import DataInfo, Model, ModelEntry, Training
 
 #: the last inputs of every convolution, while a sample is drawn
 Memory = dict[nn.Module, Tensor]
+#: rows and columns of an image
+Place = tuple[slice, slice]
 
 
 class Head(Protocol):
@@ -129,7 +131,7 @@ class CausalConv(nn.Module):
         channels_in, channels_out: C before and after.
         kernel: (height, width); along the axis it reaches back, across it, it is centred and must be odd.
         axis: 2 (past = rows above) or 3 (past = columns to the left).
-        dilation: along the axis.
+        dilation: along axis 3.
     """
 
     def __init__(
@@ -138,12 +140,8 @@ class CausalConv(nn.Module):
         super().__init__()
         self.axis = axis
         self.reach = (kernel[axis - 2] - 1) * dilation
-        if axis == 2:
-            self.conv = nn.Conv2d(channels_in, channels_out, kernel, padding=(0, kernel[1] // 2))
-        else:
-            self.conv = nn.Conv2d(
-                channels_in, channels_out, kernel, padding=(kernel[0] // 2, 0), dilation=(1, dilation)
-            )
+        padding = (0, kernel[1] // 2) if axis == 2 else (kernel[0] // 2, 0)
+        self.conv = nn.Conv2d(channels_in, channels_out, kernel, padding=padding, dilation=(1, dilation))
 
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
         """Any chunk of the axis; the past is zero, or what the memory holds and then is extended by x."""
@@ -191,16 +189,13 @@ class Autoregressive(Model):
         """
         raise NotImplementedError
 
-    def _log_prob(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    def log_prob(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         parameters = self.conditionals(x, generator)
         return self.head.log_prob(parameters.flatten(0, 1), x.flatten()).view(x.shape).sum(-1)
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self._log_prob(x, None)
-
     def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
         """Mean negative log-likelihood in nats, with dropout while the model is in training mode."""
-        return -self._log_prob(batch, generator if self.training else None).mean()
+        return -self.log_prob(batch, generator if self.training else None).mean()
 
 
 class CausalConvBlock(nn.Module):
@@ -255,27 +250,20 @@ class CausalConvNet(Autoregressive):
     def conditionals(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return self._columns(shifted(self.embed(x.unsqueeze(1)), 3), 0, None, generator)
 
-    @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        memory: Memory = {}
-        x = self.position.new_zeros(n, self.dim)
-        features = self.position.new_zeros(n, self.embed.size, 1, 1)
-        for i in range(self.dim):
-            parameters = self._columns(features, i, memory, None).squeeze(1)
-            x[:, i] = self.head.sample(parameters, generator)
-            features = self.embed(x[:, i, None, None])
-        return x
+        return self.continued(self.position.new_zeros(n, 0), generator)
 
     @torch.no_grad()
     def continued(self, given: Tensor, generator: torch.Generator) -> Tensor:
-        """Exact draws (n, D - m) of what comes after the first m dimensions, which are given, (n, m) with m >= 1."""
+        """Exact draws (n, D - m) of what comes after the first m dimensions, which are given, (n, m)."""
         memory: Memory = {}
-        self._columns(shifted(self.embed(given.unsqueeze(1)), 3), 0, memory, None)
-        last, drawn = given[:, -1], []
+        features, drawn = self.position.new_zeros(len(given), self.embed.size, 1, 1), []
+        if given.shape[1]:
+            self._columns(shifted(self.embed(given.unsqueeze(1)), 3), 0, memory, None)
+            features = self.embed(given[:, -1, None, None])
         for i in range(given.shape[1], self.dim):
-            parameters = self._columns(self.embed(last[:, None, None]), i, memory, None).squeeze(1)
-            last = self.head.sample(parameters, generator)
-            drawn.append(last)
+            drawn.append(self.head.sample(self._columns(features, i, memory, None).squeeze(1), generator))
+            features = self.embed(drawn[-1][:, None, None])
         return torch.stack(drawn, dim=1)
 
 
@@ -347,25 +335,19 @@ class GatedPixelCNN(Autoregressive):
         return told
 
     def _pixels(
-        self,
-        features: Tensor,
-        told: list[Tensor],
-        row: slice,
-        column: slice,
-        memory: Memory | None,
-        generator: torch.Generator | None,
+        self, features: Tensor, told: list[Tensor], at: Place, memory: Memory | None, generator: torch.Generator | None
     ) -> Tensor:
         """Features (n, F, h, w), shifted right, and the vertical stack's word -> head parameters (n, h * w, size)."""
-        h = self.horizontal_in(features, memory) + self.horizontal_position[:, row, column]
+        h = self.horizontal_in(features, memory) + self.horizontal_position[:, *at]
         for layer, message in zip(self.horizontal, told, strict=True):
             h = layer(h, message, memory, generator)
         h = dropout(F.silu(self.hidden(F.silu(h))), self.p, generator)
-        return (self.output(h) + self.output_bias[:, row, column]).flatten(2).transpose(1, 2)
+        return (self.output(h) + self.output_bias[:, *at]).flatten(2).transpose(1, 2)
 
     def conditionals(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         features = self.embed(x.view(-1, *self.image))
         told = self._rows(shifted(features, 2), 0, None)
-        return self._pixels(shifted(features, 3), told, slice(None), slice(None), None, generator)
+        return self._pixels(shifted(features, 3), told, (slice(None), slice(None)), None, generator)
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
@@ -379,49 +361,24 @@ class GatedPixelCNN(Autoregressive):
             left = x.new_zeros(n, self.embed.size, 1, 1)
             for c in range(width):
                 here = [message[..., c : c + 1] for message in told]
-                parameters = self._pixels(left, here, slice(r, r + 1), slice(c, c + 1), columns, None)
+                parameters = self._pixels(left, here, (slice(r, r + 1), slice(c, c + 1)), columns, None)
                 x[:, r, c] = self.head.sample(parameters.squeeze(1), generator)
                 left = self.embed(x[:, r : r + 1, c : c + 1])
             above = self.embed(x[:, r : r + 1])
         return x.flatten(1)
 
 
-def build_causal_conv(info: DataInfo, **params: Any) -> Model:
-    """Build a `CausalConvNet`."""
-    return CausalConvNet(info, **params)
-
-
-def build_gated_pixelcnn(info: DataInfo, **params: Any) -> Model:
-    """Build a `GatedPixelCNN`."""
-    return GatedPixelCNN(info, **params)
-
-
-#: digits, shared by both models: stopped on validation, on average weights
-_IMAGES: dict[str, Any] = {
-    "dropout": 0.3,
-    "batch_size": 50,
-    "lr": 2e-3,
-    "weight_decay": 0.1,
-    "grad_clip": 20.0,
-    "ema": 0.98,
-    "validate_every": 50,
-}
+#: digits: stopped on validation, on average weights
+_IMAGES = {"dropout": 0.3, "batch_size": 50, "lr": 2e-3, "weight_decay": 0.1, "grad_clip": 20.0, "validate_every": 50}
 
 #: real tables: as images, with a mixture head; fewer rows than the densities have, soon learned by heart
-_TABLE: dict[str, Any] = {
-    "width": 64,
-    "components": 10,
-    "batch_size": 100,
-    "lr": 4e-3,
-    "weight_decay": 0.1,
-    "validate_every": 50,
-}
+_TABLE = {"width": 64, "components": 10, "batch_size": 100, "lr": 4e-3, "weight_decay": 0.1, "validate_every": 50}
 
 CAUSAL_CONV = ModelEntry(
     family="autoregressive",
     about="1-D causal convolution over the dimensions in order, softmax or mixture-of-Gaussians head",
     paper="Tomczak 2022, Deep Generative Modeling, chapter 2",
-    build=build_causal_conv,
+    build=CausalConvNet,
     domains=frozenset({"continuous", "levels", "bits"}),
     params={"width": 48, "layers": 2, "kernel": 7, "dropout": 0.0, "components": 16, "octaves": 6},
     training=Training(steps=650, batch_size=256, lr=8e-3, warmup=50, grad_clip=5.0, ema=0.98),
@@ -444,7 +401,7 @@ GATED_PIXELCNN = ModelEntry(
     family="autoregressive",
     about="2-D causal convolution in two gated stacks, softmax head",
     paper="van den Oord et al. 2016, 1606.05328",
-    build=build_gated_pixelcnn,
+    build=GatedPixelCNN,
     domains=frozenset({"levels", "bits"}),
     params={"width": 32, "layers": 5, "kernel": 3, "dropout": 0.3},
     training=Training(

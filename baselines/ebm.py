@@ -15,15 +15,12 @@ at temperature 1, with independent proposals from p0 mixed in, from chains that 
 model before its first step; they are neither restarted nor noised. So the chain targets the model itself and its log
 Z can be bracketed by annealing from p0. On densities g begins with a layer of sines (Tancik et al. 2020), without
 which it smooths narrow shapes away.
-
-Selection by validation likelihood needs log Z: `validation_loss` is the mean energy plus a short annealing run's
-log Z, an estimate of the NLL that is slightly too low.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -35,16 +32,28 @@ from baselines.layers import from_settings
 from replicate.model import DataInfo, Family, Model, ModelEntry, Training
 
 
-def _short_log_z(model: Model, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Return log Z by one short forward annealing run of (chains, steps), biased low; a float64 scalar."""
-    chains, steps = size
-    with torch.no_grad():
-        x = model.base_sample(chains, generator)
-        total = torch.zeros(chains, dtype=torch.float64, device=x.device)
+class AnnealedEnergy(Model):
+    """An energy whose log Z can be annealed; validation does so with `check`: (chains, annealing steps)."""
+
+    family: ClassVar[Family] = "ebm"
+    check: tuple[int, int]
+
+    @torch.no_grad()
+    def annealed(self, n: int, steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return (log weights (n,) in float64, x (n, D)) of base samples after so many even steps to the model."""
+        x = self.base_sample(n, generator)
+        total = torch.zeros(n, dtype=torch.float64, device=x.device)
         for k in range(steps):
-            increment, x = model.anneal(x, k / steps, (k + 1) / steps, generator)
+            increment, x = self.anneal(x, k / steps, (k + 1) / steps, generator)
             total += increment
-        return torch.logsumexp(total, 0) - math.log(chains) + model.base_log_z()
+        return total, x
+
+    @torch.no_grad()
+    def validation_loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        """Mean energy plus log Z of a short annealing run: an estimate of the NLL in nats, slightly too low."""
+        total, _ = self.annealed(*self.check, generator)
+        log_z = torch.logsumexp(total, 0) - math.log(len(total)) + self.base_log_z()
+        return self.energy(batch).mean() + log_z
 
 
 def _level_features(levels: int, count: int) -> Tensor:
@@ -80,7 +89,7 @@ def _softplus_change(pre: Tensor, beta: float, beta_next: float) -> Tensor:
     return math.copysign(1.0, beta_next - beta) * change.sum(-1, dtype=torch.float64)
 
 
-class RBM(Model):
+class RBM(AnnealedEnergy):
     """Restricted Boltzmann machine with Bernoulli hidden and Bernoulli or softmax visible units.
 
     f(v) = exp(-F(v)) with the free energy F(v) = -sum_d b[d, v_d] - sum_j softplus(c_j + sum_d phi(v_d) . W[d, :, j]).
@@ -96,7 +105,6 @@ class RBM(Model):
         check: (chains, annealing steps) of the log Z inside `validation_loss`.
     """
 
-    family: ClassVar[Family] = "ebm"
     capabilities = frozenset({"energy", "annealing", "sample"})
     phi: Tensor
     base_bias: Tensor
@@ -183,18 +191,10 @@ class RBM(Model):
         both = self.free_energy(torch.cat([batch, negatives]))
         return both[: len(batch)].mean() - both[len(batch) :].mean()
 
-    def validation_loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
-        """Mean free energy plus log Z of a short annealing run: an NLL estimate in nats, biased low."""
-        return self.free_energy(batch).mean() + _short_log_z(self, self.check, generator)
-
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Anneal base samples to the model, then run Gibbs sweeps; (n, D). nfe counts both."""
         annealing, after = self.sweeps
-        x = self.base_sample(n, generator)
-        with torch.no_grad():
-            for k in range(annealing):
-                _, x = self.anneal(x, k / annealing, (k + 1) / annealing, generator)
-        return self.gibbs_sweeps(x, after, generator)
+        return self.gibbs_sweeps(self.annealed(n, annealing, generator)[1], after, generator)
 
     # log f_beta(v) = ((1 - beta) b0 + beta b)(v) + sum_j softplus(beta pre_j(v))
     def base_log_z(self) -> float:
@@ -339,7 +339,7 @@ class NeuralSettings:
     check: tuple[int, int] = (500, 50)
 
 
-class NeuralEBM(Model):
+class NeuralEBM(AnnealedEnergy):
     """p(x) = p0(x) exp(-g(x)) / Z with a Gaussian (mixture) base p0 and a multilayer perceptron g.
 
     Args:
@@ -347,7 +347,6 @@ class NeuralEBM(Model):
         s: see `NeuralSettings`.
     """
 
-    family: ClassVar[Family] = "ebm"
     capabilities = frozenset({"energy", "score", "annealing", "sample"})
     replay: Tensor
     spread: Tensor
@@ -437,20 +436,11 @@ class NeuralEBM(Model):
         data, negatives = self.tilt(torch.cat([batch, moved])).split([len(batch), len(moved)])
         return data.mean() - negatives.mean()
 
-    def validation_loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
-        """Mean energy plus log Z of a short annealing run: an NLL estimate in nats, biased low."""
-        with torch.no_grad():
-            return self.energy(batch).mean() + _short_log_z(self, self.check, generator)
-
+    @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Anneal base samples to the model, then go on at the model; (n, D). nfe counts every gradient."""
         annealing, after = self.sweeps
-        x = self.base_sample(n, generator)
-        with torch.no_grad():
-            for k in range(annealing):
-                x, _, _ = self._move(x, (k + 1) / annealing, self.moves, generator)
-            x, _, _ = self._move(x, 1.0, after * self.moves, generator)
-        return x
+        return self._move(self.annealed(n, annealing, generator)[1], 1.0, after * self.moves, generator)[0]
 
     # log f_beta(x) = log p0(x) - beta g(x)
     def base_log_z(self) -> float:
@@ -476,17 +466,13 @@ RBM_CD = ModelEntry(
     domains=frozenset({"levels", "bits"}),
     params={"hidden": 200, "features": 3, "gibbs": 10, "chains": 0},
     training=Training(steps=1000, batch_size=100, lr=1e-3, weight_decay=1.0, ema=0.998, validate_every=250),
-    overrides={
-        "bits": {"gibbs": 5, "steps": 2000, "lr": 2e-3, "weight_decay": 0.1, "validate_every": 500},
-    },
+    overrides={"bits": {"gibbs": 5, "steps": 2000, "lr": 2e-3, "weight_decay": 0.1, "validate_every": 500}},
 )
 
-RBM_PCD = ModelEntry(
-    family="ebm",
+RBM_PCD = replace(
+    RBM_CD,
     about="restricted Boltzmann machine, persistent contrastive divergence",
     paper="Tieleman 2008, ICML",
-    build=RBM,
-    domains=frozenset({"levels", "bits"}),
     params={"hidden": 200, "features": 3, "gibbs": 1, "chains": 200},
     training=Training(steps=3000, batch_size=100, lr=2e-3, weight_decay=0.1, ema=0.998, validate_every=1000),
     # 400 rows
@@ -498,15 +484,9 @@ WIDE: dict[str, Any] = {"frequency": 0.0, "jump": 0.0, "hidden": 128, "layers": 
 
 #: real tables, narrow in some directions: a base that is narrow there leaves less to an energy, and within bounds it
 #: cannot run off where there are no data
-_TABLE: dict[str, Any] = {
-    **WIDE,
-    "components": 10,
-    "inflation": 1.2,
-    "bound": 10.0,
-    "weight_decay": 0.1,
-    "steps": 1500,
-    "validate_every": 300,
-}
+_TABLE = dict(WIDE, components=10, inflation=1.2, bound=10.0, weight_decay=0.1, steps=1500, validate_every=300)
+
+_LEVELS = {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.1, "steps": 1500, "validate_every": 500}
 
 NEURAL_EBM = ModelEntry(
     family="ebm",
@@ -535,19 +515,6 @@ NEURAL_EBM = ModelEntry(
         # without a prior a component of the base can sit on copies of one row, and the two sides of log Z part by nats
         "white-wine": {**_TABLE, "lr": 1e-3, "bound": 5.0, "prior": 5.0},
         "parkinsons": {**_TABLE, "lr": 5e-4, "weight_decay": 0.3, "bound": 5.0, "prior": 5.0},
-        "levels": {
-            "hidden": 256,
-            "layers": 2,
-            "frequency": 0.0,
-            "inflation": 1.02,
-            "moves": 2,
-            "jump": 0.0,
-            "check": (100, 100),
-            "lr": 1e-3,
-            "betas": (0.9, 0.999),
-            "weight_decay": 0.1,
-            "steps": 1500,
-            "validate_every": 500,
-        },
+        "levels": {**WIDE, **_LEVELS, "hidden": 256, "inflation": 1.02, "moves": 2, "check": (100, 100)},
     },
 )

@@ -173,13 +173,27 @@ class LULinear(Layer):
         return torch.linalg.solve_triangular(upper, inner, upper=True).T
 
 
+class Transform:
+    """How a coupling moves single numbers, each by `size` parameters of its own; at parameters 0 none moves."""
+
+    size: int
+
+    def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """Map x (..) with parameters (.., size) to (y (..), log |dy/dx| (..))."""
+        raise NotImplementedError
+
+    def inverse(self, y: Tensor, parameters: Tensor) -> Tensor:
+        """Map y (..) with parameters (.., size) back to x (..)."""
+        raise NotImplementedError
+
+
 class Coupling(Layer):
     """Dimensions `kept` pass unchanged and decide how the others move ([1] eq. 4-5).
 
     Args:
         dim: D.
         kept: indices of the dimensions that pass unchanged.
-        parameters: parameters a moved dimension needs.
+        transform: of a moved dimension.
         shape: of the conditioner.
     """
 
@@ -187,67 +201,58 @@ class Coupling(Layer):
     moved: Tensor
     order: Tensor
 
-    def __init__(self, dim: int, kept: Sequence[int], parameters: int, shape: Shape) -> None:
+    def __init__(self, dim: int, kept: Sequence[int], transform: Transform, shape: Shape) -> None:
         super().__init__()
         moved = [d for d in range(dim) if d not in set(kept)]
         if not moved:
             raise ValueError("a coupling needs at least one dimension to move")
-        self.parameters_each = parameters
+        self.transform = transform
         self.register_buffer("kept", torch.tensor(list(kept), dtype=torch.int64))
         self.register_buffer("moved", torch.tensor(moved, dtype=torch.int64))
         self.register_buffer("order", torch.tensor([*kept, *moved], dtype=torch.int64).argsort())
-        self.conditioner = Conditioner(len(kept), len(moved) * parameters, shape)
+        self.conditioner = Conditioner(len(kept), len(moved) * transform.size, shape)
 
     def _parameters_of(self, kept: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Parameters (n, moved, parameters each) from the kept dimensions (n, kept)."""
-        return self.conditioner(kept, generator).view(len(kept), -1, self.parameters_each)
+        """Parameters (n, moved, size) from the kept dimensions (n, kept)."""
+        return self.conditioner(kept, generator).view(len(kept), -1, self.transform.size)
 
     def _join(self, kept: Tensor, moved: Tensor) -> Tensor:
         return torch.cat([kept, moved], 1)[:, self.order]
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         kept = x[:, self.kept]
-        y, logdet = self.transform(x[:, self.moved], self._parameters_of(kept, generator))
+        y, logdet = self.transform.forward(x[:, self.moved], self._parameters_of(kept, generator))
         return self._join(kept, y), logdet.sum(-1)
 
     def inverse(self, y: Tensor) -> Tensor:
         kept = y[:, self.kept]
-        return self._join(kept, self.untransform(y[:, self.moved], self._parameters_of(kept)))
-
-    def transform(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """Map moved dimensions x (n, m) with parameters (n, m, p) to (y (n, m), log |dy/dx| (n, m))."""
-        raise NotImplementedError
-
-    def untransform(self, y: Tensor, parameters: Tensor) -> Tensor:
-        """Map moved dimensions y (n, m) with parameters (n, m, p) back to x (n, m)."""
-        raise NotImplementedError
+        return self._join(kept, self.transform.inverse(y[:, self.moved], self._parameters_of(kept)))
 
 
-class AffineCoupling(Coupling):
+class Affine(Transform):
     """y = exp(s) x + t ([1] eq. 7) with s = bound tanh(raw / bound), so that no scale can run away."""
 
-    def __init__(self, dim: int, kept: Sequence[int], shape: Shape, bound: float = 3.0) -> None:
-        super().__init__(dim, kept, 2, shape)
-        self.bound = bound
+    def __init__(self, bound: float = 3.0) -> None:
+        self.size, self.bound = 2, bound
 
     def _log_scale(self, raw: Tensor) -> Tensor:
         return self.bound * torch.tanh(raw / self.bound)
 
-    def transform(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         raw, shift = parameters.unbind(-1)
         s = self._log_scale(raw)
         return torch.addcmul(shift, x, s.exp()), s
 
-    def untransform(self, y: Tensor, parameters: Tensor) -> Tensor:
+    def inverse(self, y: Tensor, parameters: Tensor) -> Tensor:
         raw, shift = parameters.unbind(-1)
         return (y - shift) * torch.exp(-self._log_scale(raw))
 
 
-class SplineCoupling(Coupling):
-    """Moved dimensions through monotone rational-quadratic splines on [-bound, bound], the identity outside.
+class Spline(Transform):
+    """Monotone rational-quadratic splines on [-bound, bound], the identity outside.
 
     Args:
-        bins: K; each moved dimension takes K widths, K heights and K - 1 inner slopes ([2] section 3.1).
+        bins: K; each moved number takes K widths, K heights and K - 1 inner slopes ([2] section 3.1).
         bound: half width B of the interval.
     """
 
@@ -256,9 +261,8 @@ class SplineCoupling(Coupling):
     SMALLEST_SLOPE = 1e-3
     _UNIT = math.log(math.expm1(1 - SMALLEST_SLOPE))
 
-    def __init__(self, dim: int, kept: Sequence[int], shape: Shape, bins: int = 8, bound: float = 4.0) -> None:
-        super().__init__(dim, kept, 3 * bins - 1, shape)
-        self.bins, self.bound = bins, bound
+    def __init__(self, bins: int = 8, bound: float = 4.0) -> None:
+        self.size, self.bins, self.bound = 3 * bins - 1, bins, bound
 
     def _sizes(self, parameters: Tensor) -> Tensor:
         """Parameters (n, m, 3K - 1) -> widths and heights of the bins (n, m, 2, K); each K sum to 2B."""
@@ -284,7 +288,7 @@ class SplineCoupling(Coupling):
         d0, d1 = (F.softplus(raw + self._UNIT) + self.SMALLEST_SLOPE).unbind(-1)  # raw 0 is slope 1
         return x_k, w, y_k, h, d0, d1
 
-    def transform(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         """[2] eq. 4 and 5, in logarithms."""
         inside = x.abs() < self.bound
         x_in = x.clamp(-self.bound, self.bound)
@@ -298,7 +302,7 @@ class SplineCoupling(Coupling):
         logdet = 2 * (s.log() - denominator.log()) + numerator.log()
         return torch.where(inside, y, x), torch.where(inside, logdet, 0.0)
 
-    def untransform(self, y: Tensor, parameters: Tensor) -> Tensor:
+    def inverse(self, y: Tensor, parameters: Tensor) -> Tensor:
         """[2] eq. 6-8: the root of a quadratic, in the form that does not cancel."""
         inside = y.abs() < self.bound
         y_in = y.clamp(-self.bound, self.bound)
@@ -313,6 +317,17 @@ class SplineCoupling(Coupling):
         return torch.where(inside, x_k + xi * w, y)
 
 
+def transform_of(coupling: str, bins: int, bound: float) -> Transform:
+    """Return the transform of that name.
+
+    Raises:
+        ValueError: no such coupling.
+    """
+    if coupling not in ("affine", "spline"):
+        raise ValueError(f"coupling is {coupling!r}; it must be 'affine' or 'spline'")
+    return Affine(bound) if coupling == "affine" else Spline(bins, bound)
+
+
 class Flow(Model):
     """Layers from data to a standard normal.
 
@@ -323,35 +338,41 @@ class Flow(Model):
 
     family = "flow"
     capabilities = frozenset({"log_prob", "score", "sample"})
+    layers: Sequence[Layer]
 
     def __init__(self, dim: int, layers: Sequence[Layer]) -> None:
         super().__init__()
         self.dim = dim
-        self.layers = nn.ModuleList(layers)
-
-    def _steps(self) -> list[Layer]:
-        return cast(list[Layer], list(self.layers))
+        self.layers = cast(Sequence[Layer], nn.ModuleList(layers))
 
     @torch.no_grad()
     def initialise(self, train: Tensor, generator: torch.Generator) -> None:
         x = train
-        for layer in self._steps():
+        for layer in self.layers:
             layer.initialise(x)
             x, _ = layer(x)
 
-    def _log_prob(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        total = x.new_zeros(x.shape[0])
-        for layer in self._steps():
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Map x (n, D) to (z (n, D), log |det dz/dx| (n,)); a generator switches dropout on."""
+        total = x.new_zeros(len(x))
+        for layer in self.layers:
             x, logdet = layer(x, generator)
             total = total + logdet
-        return total - 0.5 * x.square().sum(-1) - 0.5 * self.dim * math.log(2 * math.pi)
+        return x, total
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self._log_prob(x, None)
+    def inverse(self, z: Tensor) -> Tensor:
+        """Map z (n, D) to x (n, D)."""
+        for layer in reversed(self.layers):
+            z = layer.inverse(z)
+        return z
+
+    def log_prob(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        z, logdet = self(x, generator)
+        return logdet - 0.5 * z.square().sum(-1) - 0.5 * self.dim * math.log(2 * math.pi)
 
     def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
         """Mean negative log-likelihood in nats, with dropout."""
-        return -self._log_prob(batch, generator).mean()
+        return -self.log_prob(batch, generator).mean()
 
     def validation_loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
         return -self.log_prob(batch).mean()
@@ -360,9 +381,7 @@ class Flow(Model):
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         parameter = next(self.parameters())
         z = torch.randn(n, self.dim, generator=generator, device=parameter.device, dtype=parameter.dtype)
-        for layer in reversed(self._steps()):
-            z = layer.inverse(z)
-        return z
+        return self.inverse(z)
 
 
 def splits(dim: int, count: int) -> list[list[int]]:
@@ -379,74 +398,43 @@ def splits(dim: int, count: int) -> list[list[int]]:
     return result
 
 
-def _stack(info: DataInfo, couplings: Sequence[Layer], principal: bool, shrinkage: float = 0.0) -> Flow:
-    """Whitening, then the couplings, with an LU layer between their pairs."""
-    layers: list[Layer] = [Whitening(info.dim, principal, shrinkage)]
-    for i, coupling in enumerate(couplings):
-        if i % 2 == 0 and i > 0:
-            layers.append(LULinear(info.dim))
-        layers.append(coupling)
-    return Flow(info.dim, layers)
-
-
-def build_realnvp(
-    info: DataInfo,
-    couplings: int = 8,
-    hidden: int = 64,
-    blocks: int = 1,
-    dropout: float = 0.0,
-    sharpness: float = 1.0,
-    bound: float = 3.0,
-    principal: bool = False,
-) -> Flow:
-    """Build RealNVP; see `Shape`, `AffineCoupling` and `Whitening` for the arguments.
-
-    Example:
-        Before training it is the data's Gaussian fit, whose NLL on N(3, 4 I) is 2/2 log(2 pi e 4) = 4.224 nats:
-
-        >>> g = torch.Generator().manual_seed(0)
-        >>> x = 3 + 2 * torch.randn(2000, 2, generator=g)
-        >>> flow = build_realnvp(DataInfo(2, "continuous"), couplings=2, hidden=8)
-        >>> flow.initialise(x, g)
-        >>> round(float(-flow.log_prob(x).detach().mean()), 1)
-        4.2
-    """
-    shape = Shape(hidden, blocks, dropout, sharpness)
-    parts = [AffineCoupling(info.dim, kept, shape, bound) for kept in splits(info.dim, couplings)]
-    return _stack(info, parts, principal)
-
-
 @dataclass(frozen=True)
-class SplineFlowSettings:
-    """Settings of the spline flow; see `Shape`, `SplineCoupling` and `Whitening`."""
+class FlowSettings(Shape):
+    """Settings of a flow of vectors; see `Shape`, `transform_of` and `Whitening`."""
 
+    coupling: str = "spline"
     couplings: int = 4
-    hidden: int = 64
-    blocks: int = 1
-    dropout: float = 0.0
-    sharpness: float = 1.0
     bins: int = 16
     bound: float = 4.0
     principal: bool = False
     shrinkage: float = 0.0
 
 
-def build_spline_flow(info: DataInfo, s: SplineFlowSettings) -> Flow:
-    """Build a spline flow.
+def build(info: DataInfo, s: FlowSettings) -> Flow:
+    """Build a flow: whitening, then the couplings, with an LU layer between their pairs.
 
     Example:
         Before training it is the data's Gaussian fit, whose NLL on N(3, 4 I) is 2/2 log(2 pi e 4) = 4.224 nats:
 
         >>> g = torch.Generator().manual_seed(0)
         >>> x = 3 + 2 * torch.randn(2000, 2, generator=g)
-        >>> flow = build_spline_flow(DataInfo(2, "continuous"), SplineFlowSettings(couplings=2, hidden=8))
-        >>> flow.initialise(x, g)
-        >>> round(float(-flow.log_prob(x).detach().mean()), 1)
+        >>> for make in (build_realnvp, build_spline_flow):
+        ...     flow = make(DataInfo(2, "continuous"), couplings=2, hidden=8)
+        ...     flow.initialise(x, g)
+        ...     print(round(float(-flow.log_prob(x).detach().mean()), 1))
+        4.2
         4.2
     """
-    shape = Shape(s.hidden, s.blocks, s.dropout, s.sharpness)
-    parts = [SplineCoupling(info.dim, kept, shape, s.bins, s.bound) for kept in splits(info.dim, s.couplings)]
-    return _stack(info, parts, s.principal, s.shrinkage)
+    layers: list[Layer] = [Whitening(info.dim, s.principal, s.shrinkage)]
+    for i, kept in enumerate(splits(info.dim, s.couplings)):
+        if i % 2 == 0 and i > 0:
+            layers.append(LULinear(info.dim))
+        layers.append(Coupling(info.dim, kept, transform_of(s.coupling, s.bins, s.bound), s))
+    return Flow(info.dim, layers)
+
+
+build_realnvp = from_settings(build, FlowSettings, coupling="affine", couplings=8, bound=3.0)
+build_spline_flow = from_settings(build, FlowSettings)
 
 
 #: 1000 images: what limits the fit is overfitting, so dropout, and the step that validation likes best
@@ -470,26 +458,19 @@ REALNVP = ModelEntry(
 #: two splines of many bins say any conditional density of one number given another
 _PLANE = {"couplings": 2, "blocks": 2, "bins": 48, "sharpness": 3.0, "steps": 700}
 
+_SMOOTH = {"blocks": 1, "bins": 8, "sharpness": 1.0}
+
 #: few modes in many dimensions lie in the span of the first principal components
-_SPREAD = {"couplings": 2, "blocks": 1, "bins": 8, "sharpness": 1.0, "principal": True, "steps": 300}
+_SPREAD = {**_SMOOTH, "couplings": 2, "principal": True, "steps": 300}
 
 #: tables of thousands of rows are soon learned by heart
-_TABLE = {
-    "blocks": 1,
-    "bins": 8,
-    "sharpness": 1.0,
-    "hidden": 128,
-    "dropout": 0.2,
-    "batch_size": 128,
-    "weight_decay": 0.1,
-    "validate_every": 50,
-}
+_TABLE = {**_SMOOTH, "hidden": 128, "dropout": 0.2, "batch_size": 128, "weight_decay": 0.1, "validate_every": 50}
 
 SPLINE_FLOW = ModelEntry(
     family="flow",
     about="rational-quadratic spline coupling flow",
     paper="Durkan, Bekasov, Murray, Papamakarios 2019, 1906.04032",
-    build=from_settings(build_spline_flow, SplineFlowSettings),
+    build=build_spline_flow,
     domains=frozenset({"continuous"}),
     params={"couplings": 4, "hidden": 64, "blocks": 1, "bins": 8},
     training=Training(steps=500, batch_size=512, lr=3e-3, ema=0.99),
@@ -503,14 +484,6 @@ SPLINE_FLOW = ModelEntry(
         "mushrooms": {"dropout": 0.1, "steps": 1000},
         "red-wine": {**_TABLE, "couplings": 6, "hidden": 64, "steps": 400},
         "white-wine": {**_TABLE, "lr": 2e-3, "steps": 600},
-        "parkinsons": {
-            **_TABLE,
-            "couplings": 6,
-            "blocks": 2,
-            "bins": 12,
-            "dropout": 0.1,
-            "batch_size": 256,
-            "steps": 1000,
-        },
+        "parkinsons": dict(_TABLE, couplings=6, blocks=2, bins=12, dropout=0.1, batch_size=256, steps=1000),
     },
 )

@@ -20,19 +20,17 @@ Deviations:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baselines import flow
-from baselines.flow import Layer, Shape
+from baselines.flow import Flow, Layer, Shape, Transform, transform_of
 from baselines.layers import dropout, from_settings
-from replicate.model import DataInfo, Model, ModelEntry, Training
+from replicate.model import DataInfo, ModelEntry, Training
 
 #: training images that the actnorms are initialised from
 INITIAL = 1_024
@@ -97,18 +95,14 @@ class Reorder(Layer):
     def __init__(self, order: Sequence[int]) -> None:
         super().__init__()
         self.order = tuple(order)
-        self.back = tuple(self.order.index(i) for i in range(4))
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        return self._in(self.order, x), x.new_zeros(len(x))
+        blocks = x.chunk(4, 1)
+        return torch.cat([blocks[i] for i in self.order], 1), x.new_zeros(len(x))
 
     def inverse(self, y: Tensor) -> Tensor:
-        return self._in(self.back, y)
-
-    @staticmethod
-    def _in(order: Sequence[int], x: Tensor) -> Tensor:
-        blocks = x.chunk(4, 1)
-        return torch.cat([blocks[i] for i in order], 1)
+        blocks = y.chunk(4, 1)
+        return torch.cat([blocks[self.order.index(i)] for i in range(4)], 1)
 
 
 class Conv1x1(Layer):
@@ -196,58 +190,40 @@ class ResNet(nn.Module):
         return self.last(F.relu(h))
 
 
-class ImageCoupling(flow.Coupling):
+class ImageCoupling(Layer):
     """The first half of the channels passes unchanged and decides how the second half moves.
-
-    Its subclasses take `transform` and `untransform` from the couplings of vectors.
 
     Args:
         channels: C.
-        parameters: parameters a moved value needs.
+        transform: of a moved value.
         shape, places: of the conditioner, see `ResNet`.
     """
 
-    def __init__(self, channels: int, parameters: int, shape: Shape, places: tuple[int, int] | None = None) -> None:
-        nn.Module.__init__(self)  # what a coupling of vectors holds besides has no meaning here
-        self.parameters_each = parameters
-        self.resnet = ResNet(channels // 2, channels // 2 * parameters, shape, places)
+    def __init__(
+        self, channels: int, transform: Transform, shape: Shape, places: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__()
+        self.transform = transform
+        self.resnet = ResNet(channels // 2, channels // 2 * transform.size, shape, places)
 
     def _of(self, kept: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Parameters (n, C/2, H, W, parameters each) from the kept channels (n, C/2, H, W)."""
-        return self.resnet(kept, generator).unflatten(1, (-1, self.parameters_each)).movedim(2, -1)
+        """Parameters (n, C/2, H, W, size) from the kept channels (n, C/2, H, W)."""
+        return self.resnet(kept, generator).unflatten(1, (-1, self.transform.size)).movedim(2, -1)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         kept, moved = x.chunk(2, 1)
-        y, logdet = self.transform(moved.contiguous(), self._of(kept, generator))
+        y, logdet = self.transform.forward(moved.contiguous(), self._of(kept, generator))
         return torch.cat([kept, y], 1), logdet.flatten(1).sum(-1)
 
     def inverse(self, y: Tensor) -> Tensor:
         kept, moved = y.chunk(2, 1)
-        return torch.cat([kept, self.untransform(moved.contiguous(), self._of(kept))], 1)
-
-
-class AffineImageCoupling(ImageCoupling, flow.AffineCoupling):
-    """exp(s) x + t with s between -bound and bound."""
-
-    def __init__(self, channels: int, shape: Shape, bound: float, places: tuple[int, int] | None = None) -> None:
-        super().__init__(channels, 2, shape, places)
-        self.bound = bound
-
-
-class SplineImageCoupling(ImageCoupling, flow.SplineCoupling):
-    """Splines of so many bins on [-bound, bound], the identity outside."""
-
-    def __init__(
-        self, channels: int, shape: Shape, bound: float, bins: int, places: tuple[int, int] | None = None
-    ) -> None:
-        super().__init__(channels, 3 * bins - 1, shape, places)
-        self.bound, self.bins = bound, bins
+        return torch.cat([kept, self.transform.inverse(moved.contiguous(), self._of(kept))], 1)
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
-class ImageFlow(Model):
+class ImageFlow(Flow):
     """From images to a standard normal of as many dimensions.
 
     Args:
@@ -256,25 +232,20 @@ class ImageFlow(Model):
             of the channels leaves after every scale but the last.
     """
 
-    family = "flow"
-    capabilities = frozenset({"log_prob", "score", "sample"})
     costly_score = True
+    scales: Sequence[Sequence[Layer]]
 
     def __init__(self, image: tuple[int, int], scales: Sequence[Sequence[Layer]]) -> None:
-        super().__init__()
-        self.image, self.dim = image, image[0] * image[1]
-        self.scales = nn.ModuleList(nn.ModuleList(layers) for layers in scales)
-
-    def layers_of_scales(self) -> list[list[Layer]]:
-        """Return the layers of each scale."""
-        return [cast(list[Layer], list(cast(nn.ModuleList, scale))) for scale in self.scales]
+        super().__init__(image[0] * image[1], ())  # its layers stand in the scales
+        self.image = image
+        self.scales = cast(Sequence[Sequence[Layer]], nn.ModuleList(nn.ModuleList(layers) for layers in scales))
 
     @torch.no_grad()
     def initialise(self, train: Tensor, generator: torch.Generator) -> None:
         """Actnorms from the first images of a random order."""
         chosen = torch.randperm(len(train), generator=generator, device=train.device)[:INITIAL]
         h = train[chosen].view(-1, 1, *self.image)
-        for layers in self.layers_of_scales():
+        for layers in self.scales:
             for layer in layers:
                 layer.initialise(h)
                 h, _ = layer(h)
@@ -284,7 +255,7 @@ class ImageFlow(Model):
         """Map x (n, D) to (z (n, D), log |det dz/dx| (n,)); what leaves first comes first in z."""
         h, total = x.view(-1, 1, *self.image), x.new_zeros(len(x))
         left: list[Tensor] = []
-        for scale, layers in enumerate(self.layers_of_scales()):
+        for scale, layers in enumerate(self.scales):
             for layer in layers:
                 h, logdet = layer(h, generator)
                 total = total + logdet
@@ -294,38 +265,17 @@ class ImageFlow(Model):
         return torch.cat([*left, h.flatten(1)], 1), total
 
     def inverse(self, z: Tensor) -> Tensor:
-        """Map z (n, D) to x (n, D)."""
         last = len(self.scales) - 1
         halves = [self.dim // 2 ** (scale + 1) for scale in range(last)]
         *left, rest = z.split([*halves, self.dim // 2**last], 1)
         height, width = (side // 2 ** (last + 1) for side in self.image)
         h = rest.view(len(z), -1, height, width)
-        for scale, layers in reversed(list(enumerate(self.layers_of_scales()))):
+        for scale, layers in reversed(list(enumerate(self.scales))):
             if scale < last:
                 h = torch.cat([h, left[scale].view_as(h)], 1)
             for layer in reversed(layers):
                 h = layer.inverse(h)
         return h.flatten(1)
-
-    def _log_prob(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        z, logdet = self(x, generator)
-        return logdet - 0.5 * z.square().sum(-1) - 0.5 * self.dim * math.log(2 * math.pi)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self._log_prob(x, None)
-
-    def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
-        """Mean negative log-likelihood in nats, with dropout."""
-        return -self._log_prob(batch, generator).mean()
-
-    def validation_loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
-        return -self.log_prob(batch).mean()
-
-    @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        parameter = next(self.parameters())
-        z = torch.randn(n, self.dim, generator=generator, device=parameter.device, dtype=parameter.dtype)
-        return self.inverse(z)
 
 
 def mixing(permutation: str, channels: int, depth: int) -> list[list[Layer]]:
@@ -339,10 +289,8 @@ def mixing(permutation: str, channels: int, depth: int) -> list[list[Layer]]:
     if permutation == "conv1x1":
         return [[Conv1x1(channels)] for _ in range(depth)]
     if permutation == "mask":
-        made: list[list[Layer]] = [[]]
-        for step in range(1, depth):
-            made.append([Reorder(BY_ROWS if step == (depth + 1) // 2 else SWAPPED)])
-        return made
+        half = (depth + 1) // 2
+        return [[], *([Reorder(BY_ROWS if step == half else SWAPPED)] for step in range(1, depth))]
     raise ValueError(f"permutation is {permutation!r}; it must be 'mask' or 'conv1x1'")
 
 
@@ -387,8 +335,7 @@ def build(info: DataInfo, s: ImageFlowSettings) -> ImageFlow:
         >>> round(float(-flow.log_prob(x).detach().mean()), 1)
         8.5
     """
-    if s.coupling not in ("affine", "spline"):
-        raise ValueError(f"coupling is {s.coupling!r}; it must be 'affine' or 'spline'")
+    transform = transform_of(s.coupling, s.bins, s.bound)
     if info.image is None or any(side % 2 for side in info.image):
         found = "these data are no images" if info.image is None else f"these have {info.image[0]} x {info.image[1]}"
         raise ValueError(f"an image flow needs images of even sides, and {found}; use realnvp or spline-flow")
@@ -399,62 +346,34 @@ def build(info: DataInfo, s: ImageFlowSettings) -> ImageFlow:
         places = (height, width) if s.positions else None
         layers: list[Layer] = [Squeeze()]
         for mixed in mixing(s.permutation, channels, s.depth):
-            layers += [ActNorm(channels), *mixed]
-            if s.coupling == "affine":
-                layers.append(AffineImageCoupling(channels, shape, s.bound, places))
-            else:
-                layers.append(SplineImageCoupling(channels, shape, s.bound, s.bins, places))
+            layers += [ActNorm(channels), *mixed, ImageCoupling(channels, transform, shape, places)]
         made.append(layers)
     return ImageFlow(info.image, made)
 
-
-#: affine couplings under fixed masks, between learned 1x1 convolutions, and spline couplings between these
-build_realnvp = from_settings(build, ImageFlowSettings, coupling="affine", permutation="mask")
-build_glow = from_settings(build, ImageFlowSettings, coupling="affine", permutation="conv1x1")
-build_spline = from_settings(build, ImageFlowSettings, coupling="spline", permutation="conv1x1")
-
-
-_PARAMS: dict[str, Any] = {
-    "scales": 2,
-    "depth": 4,
-    "hidden": 32,
-    "blocks": 1,
-    "dropout": 0.2,
-    "positions": False,
-    "bound": 4.0,
-}
-#: sized for 8x8 digits on a CPU
-_TRAINING = Training(steps=600, batch_size=100, lr=2e-3, warmup=50, grad_clip=100.0, ema=0.99, validate_every=50)
 
 IMAGE_REALNVP = ModelEntry(
     family="flow",
     about="multi-scale flow of images, affine couplings under fixed masks",
     paper="Dinh, Sohl-Dickstein, Bengio 2017, 1605.08803",
-    build=build_realnvp,
+    build=from_settings(build, ImageFlowSettings, coupling="affine", permutation="mask"),
     domains=frozenset({"continuous"}),
-    params=_PARAMS,
-    training=_TRAINING,
+    params={"scales": 2, "depth": 4, "hidden": 32, "blocks": 1, "dropout": 0.2, "positions": False, "bound": 4.0},
+    # sized for 8x8 digits on a CPU
+    training=Training(steps=600, batch_size=100, lr=2e-3, warmup=50, grad_clip=100.0, ema=0.99, validate_every=50),
     needs_image=True,
 )
 
-GLOW = ModelEntry(
-    family="flow",
+GLOW = replace(
+    IMAGE_REALNVP,
     about="multi-scale flow of images, affine couplings and 1x1 convolutions",
     paper="Kingma, Dhariwal 2018, 1807.03039",
-    build=build_glow,
-    domains=frozenset({"continuous"}),
-    params=_PARAMS,
-    training=_TRAINING,
-    needs_image=True,
+    build=from_settings(build, ImageFlowSettings, coupling="affine", permutation="conv1x1"),
 )
 
-IMAGE_SPLINE_FLOW = ModelEntry(
-    family="flow",
+IMAGE_SPLINE_FLOW = replace(
+    IMAGE_REALNVP,
     about="multi-scale flow of images, spline couplings and 1x1 convolutions",
     paper="Durkan, Bekasov, Murray, Papamakarios 2019, 1906.04032",
-    build=build_spline,
-    domains=frozenset({"continuous"}),
-    params={**_PARAMS, "positions": True, "bins": 8},
-    training=_TRAINING,
-    needs_image=True,
+    build=from_settings(build, ImageFlowSettings, coupling="spline", permutation="conv1x1"),
+    params={**IMAGE_REALNVP.params, "positions": True, "bins": 8},
 )

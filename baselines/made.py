@@ -10,8 +10,6 @@ mixture of Gaussians a dimension.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -180,11 +178,6 @@ class MaskedAutoencoder(Model):
         return x
 
 
-def build_made(info: DataInfo, **params: Any) -> Model:
-    """Build a `MaskedAutoencoder`."""
-    return MaskedAutoencoder(info, **params)
-
-
 _TABLE: dict[str, float] = {"hidden": 256, "layers": 2, "batch_size": 100, "validate_every": 500}
 _BITS: dict[str, float] = {"hidden": 512, "batch_size": 100}
 
@@ -192,7 +185,7 @@ MADE = ModelEntry(
     family="autoregressive",
     about="MADE: masked autoencoder, mean density over its sets of masks, mixture-of-Gaussians head",
     paper="Germain et al. 2015, 1502.03509",
-    build=build_made,
+    build=MaskedAutoencoder,
     domains=frozenset({"continuous", "bits"}),
     params={"hidden": 200, "layers": 1, "masks": 8, "components": 10, "dropout": 0.0},
     training=Training(

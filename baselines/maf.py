@@ -98,27 +98,6 @@ class Reverse(Layer):
         return y.flip(1)
 
 
-class MaskedAutoregressiveFlow(Flow):
-    """Blocks of autoregression and actnorm, the dimensions reversed between them.
-
-    Args:
-        dim: D.
-        blocks: how many; 1 is MADE.
-        hidden, layers, dropout, reach: see `MaskedNet`.
-        bound: see `Autoregression`.
-    """
-
-    def __init__(
-        self, dim: int, blocks: int, hidden: int, layers: int, dropout: float, bound: float, reach: float = 0.0
-    ) -> None:
-        made: list[Layer] = []
-        for block in range(blocks):
-            made += [Reverse()] if block else []
-            made += [Autoregression(MaskedNet(dim, hidden, layers, dropout, reach), bound), ActNorm(dim, sides=0)]
-        super().__init__(dim, made)
-        self.nfe = dim * blocks
-
-
 def build_maf(
     info: DataInfo,
     blocks: int = 5,
@@ -127,8 +106,14 @@ def build_maf(
     dropout: float = 0.0,
     bound: float = 5.0,
     reach: float = 0.0,
-) -> MaskedAutoregressiveFlow:
-    """Build a `MaskedAutoregressiveFlow`.
+) -> Flow:
+    """Build blocks of autoregression and actnorm, the dimensions reversed between them.
+
+    Args:
+        info: continuous data.
+        blocks: how many; 1 is MADE.
+        hidden, layers, dropout, reach: see `MaskedNet`.
+        bound: see `Autoregression`.
 
     Example:
         Before training it is the data's Gaussian fit, whose NLL on N(3, 4 I) is 2/2 log(2 pi e 4) = 4.224 nats:
@@ -140,7 +125,13 @@ def build_maf(
         >>> round(float(-flow.log_prob(x).detach().mean()), 1)
         4.2
     """
-    return MaskedAutoregressiveFlow(info.dim, blocks, hidden, layers, dropout, bound, reach)
+    made: list[Layer] = []
+    for block in range(blocks):
+        made += [Reverse()] if block else []
+        made += [Autoregression(MaskedNet(info.dim, hidden, layers, dropout, reach), bound), ActNorm(info.dim, sides=0)]
+    flow = Flow(info.dim, made)
+    flow.nfe = info.dim * blocks
+    return flow
 
 
 MAF = ModelEntry(

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -164,13 +163,6 @@ def random_masks(observed: Tensor, dim: int, generator: torch.Generator) -> Tens
     return (u.argsort(1).argsort(1) < observed).to(u.dtype)
 
 
-def he_start(layer: nn.Module) -> None:
-    """N(0, 2 / inputs) weights and zero biases."""
-    assert isinstance(layer, nn.Linear)
-    nn.init.kaiming_normal_(layer.weight)
-    nn.init.zeros_(layer.bias)
-
-
 class OrderAgnosticNADE(Model):
     """One network for the conditionals of every order; its density is the mean of those of K recorded orders.
 
@@ -205,10 +197,11 @@ class OrderAgnosticNADE(Model):
         self.capabilities = frozenset({"log_prob", "sample"} if self.bits else {"log_prob", "sample", "score"})
         self.head = head_for(info, components)
         self.input = nn.Linear(2 * info.dim, hidden)
-        self.inner = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers - 1))
-        if self.bits:
-            for layer in (self.input, *self.inner):
-                he_start(layer)
+        inner = [nn.Linear(hidden, hidden) for _ in range(layers - 1)]
+        for layer in (self.input, *inner) if self.bits else ():
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.inner = nn.ModuleList(inner)
         scale = 0.1 * hidden**-0.5
         self.output = nn.Parameter(scale * torch.randn(info.dim, self.head.size, hidden))
         self.output_bias = nn.Parameter(self.head.initial_bias().repeat(info.dim, 1))
@@ -292,21 +285,11 @@ class OrderAgnosticNADE(Model):
         return x
 
 
-def build_nade(info: DataInfo, **params: Any) -> Model:
-    """Build a `FixedOrderNADE`."""
-    return FixedOrderNADE(info, **params)
-
-
-def build_eonade(info: DataInfo, **params: Any) -> Model:
-    """Build an `OrderAgnosticNADE`."""
-    return OrderAgnosticNADE(info, **params)
-
-
 NADE = ModelEntry(
     family="autoregressive",
     about="NADE: one hidden layer shared by all conditionals, dimensions in the order given",
     paper="Larochelle and Murray 2011, AISTATS",
-    build=build_nade,
+    build=FixedOrderNADE,
     domains=frozenset({"bits"}),
     params={"hidden": 500},
     training=Training(steps=800, batch_size=64, lr=3e-3, warmup=50, weight_decay=0.1, ema=0.98, validate_every=50),
@@ -320,7 +303,7 @@ EONADE = ModelEntry(
     family="autoregressive",
     about="deep NADE trained for every order, mean density of several orders, mixture-of-Gaussians head",
     paper="Uria, Murray and Larochelle 2014, 1310.1757",
-    build=build_eonade,
+    build=OrderAgnosticNADE,
     domains=frozenset({"continuous", "bits"}),
     params={"hidden": 128, "layers": 2, "orderings": 8, "components": 10, "dropout": 0.0},
     training=Training(

@@ -150,15 +150,12 @@ class CategoricalMixture(Reference):
             prior = self.strength * (centre * log_p).sum()
             self.objective[i] = (evidence.sum() + prior) / len(train)
             responsibility = (joint - evidence).exp()
-            log_w, log_p = self._maximise(responsibility, onehot, centre)
+            # M step: the posterior modes
+            mass = responsibility.sum(0)
+            counts = (responsibility.T @ onehot).view(-1, *centre.shape) + self.strength * centre
+            log_w, log_p = (mass / mass.sum()).log(), (counts / (mass + self.strength)[:, None, None]).log()
         self.log_w.copy_(log_w)
         self.log_p.copy_(log_p)
-
-    def _maximise(self, responsibility: Tensor, onehot: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-        """M step: the posterior modes given responsibilities (n, K), one-hot data (n, D L), prior means (D, L)."""
-        mass = responsibility.sum(0)
-        counts = (responsibility.T @ onehot).view(-1, *centre.shape) + self.strength * centre
-        return (mass / mass.sum()).log(), (counts / (mass + self.strength)[:, None, None]).log()
 
     def log_prob(self, x: Tensor) -> Tensor:
         onehot = F.one_hot(x.long(), self.levels).to(self.log_p.dtype).flatten(1)
@@ -206,11 +203,7 @@ class FullGaussianMixture(Reference):
         seed = int(torch.randint(2**31 - 1, (), generator=generator, device=device))
         rows = torch.randperm(len(train), generator=generator, device=device)[: self.fit_rows]
         fit = GaussianMixture(
-            len(self.log_w),
-            covariance_type=self.covariance,
-            reg_covar=self.ridge,
-            max_iter=200,
-            random_state=seed,
+            len(self.log_w), covariance_type=self.covariance, reg_covar=self.ridge, max_iter=200, random_state=seed
         ).fit(train[rows].double().cpu().numpy())
         self.log_w.copy_(torch.from_numpy(fit.weights_).log())
         self.means.copy_(torch.from_numpy(fit.means_))

@@ -17,7 +17,7 @@ Departures:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -36,11 +36,6 @@ START_RAW = -2.5
 START_ROWS, LLOYD_STEPS = 5000, 10
 #: seed of the fixed latent points behind `VariationalAutoencoder.score`
 SCORE_SEED = 0
-
-
-def normal_log_prob(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Return log N(x; mean, diag exp(2 log_std)), summed over the last dimension."""
-    return (-0.5 * ((x - mean) * (-log_std).exp()).square() - log_std - 0.5 * LOG_2PI).sum(-1)
 
 
 def randn(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
@@ -153,7 +148,8 @@ class GaussianDecoder(Decoder):
         return mean, self.FLOOR + F.softplus(raw - self.FLOOR)
 
     def log_prob(self, out: Tensor, x: Tensor) -> Tensor:
-        return normal_log_prob(x[:, None], *self.mean_and_log_std(out))
+        mean, log_std = self.mean_and_log_std(out)
+        return (-0.5 * ((x[:, None] - mean) * (-log_std).exp()).square() - log_std - 0.5 * LOG_2PI).sum(-1)
 
     def sample(self, out: Tensor, generator: torch.Generator) -> Tensor:
         mean, log_std = self.mean_and_log_std(out)
@@ -312,11 +308,8 @@ class VariationalAutoencoder(Model):
 
         With narrow noise on both sides the model then starts as its prior, rotated: a mixture of Gaussians.
         """
-        axes = (
-            torch.linalg.eigh(train.T.cov().view(2 * (self.info.dim,)).double())[1]
-            .flip(1)[:, : self.latent]
-            .to(train.dtype)
-        )
+        basis = torch.linalg.eigh(train.T.cov().view(2 * (self.info.dim,)).double())[1]
+        axes = basis.flip(1)[:, : self.latent].to(train.dtype)
         for net, weight, width in ((self.encode, axes.T, self.latent), (self.decode, axes, self.info.dim)):
             net.linear.weight.zero_()
             net.linear.weight[: weight.shape[0], : weight.shape[1]] = weight
@@ -384,41 +377,13 @@ class VariationalAutoencoder(Model):
         return self.decoder.sample(self.decode(z), generator)
 
 
-_PARAMS: dict[str, float] = {
-    "latent": 16,
-    "width": 128,
-    "blocks": 1,
-    "components": 20,
-    "dropout": 0.2,
-    "input_dropout": 0.2,
-    "beta_warmup": 300,
-}
-_CONTINUOUS: dict[str, float] = {
-    "latent": 2,
-    "width": 64,
-    "components": 100,
-    "dropout": 0.0,
-    "input_dropout": 0.0,
-    "beta_warmup": 0,
-    "steps": 700,
-    "batch_size": 256,
-    "lr": 4e-3,
-    "weight_decay": 0.0,
-    "ema": 0.98,
-    "validate_every": 0,
-}
+_PARAMS = {"latent": 16, "width": 128, "blocks": 1, "components": 20, "dropout": 0.2, "input_dropout": 0.2}
+_NO_DROPOUT = {"dropout": 0.0, "input_dropout": 0.0}
+_SHORT = {"steps": 700, "batch_size": 256, "lr": 4e-3, "weight_decay": 0.0, "ema": 0.98, "validate_every": 0}
+_LONG = {"steps": 3000, "batch_size": 128, "lr": 3e-3, "weight_decay": 0.1, "ema": 0.99, "validate_every": 250}
+_CONTINUOUS = {**_SHORT, **_NO_DROPOUT, "latent": 2, "width": 64, "components": 100, "beta_warmup": 0}
 #: real tables
-_TABLE: dict[str, float] = {
-    "latent": 8,
-    "width": 128,
-    "components": 40,
-    "steps": 3000,
-    "batch_size": 128,
-    "lr": 3e-3,
-    "weight_decay": 0.1,
-    "ema": 0.99,
-    "validate_every": 250,
-}
+_TABLE = {**_LONG, "latent": 8, "width": 128, "components": 40}
 _DIMENSIONS: dict[str, dict[str, float]] = {f"mixture-{d}": {"latent": d, "components": 10} for d in (8, 32, 64)}
 
 VAE = ModelEntry(
@@ -427,7 +392,7 @@ VAE = ModelEntry(
     paper="Kingma and Welling 2014, arXiv:1312.6114",
     build=from_settings(VariationalAutoencoder, VaeSettings),
     domains=frozenset({"continuous", "levels", "bits"}),
-    params={**_PARAMS, "draws": 1},
+    params={**_PARAMS, "beta_warmup": 300, "draws": 1},
     training=Training(steps=1500, batch_size=128, lr=2e-3, weight_decay=0.1, ema=0.99, validate_every=100),
     overrides={
         "continuous": _CONTINUOUS,
@@ -437,17 +402,15 @@ VAE = ModelEntry(
         "parkinsons": {**_TABLE, "latent": 10},
     },
 )
-IWAE = ModelEntry(
-    family="vae",
+IWAE = replace(
+    VAE,
     about="importance-weighted autoencoder trained by the IW-k bound",
     paper="Burda, Grosse and Salakhutdinov 2016, arXiv:1509.00519",
-    build=from_settings(VariationalAutoencoder, VaeSettings),
-    domains=frozenset({"continuous", "levels", "bits"}),
-    params={**_PARAMS, "draws": 5},
-    training=Training(steps=700, batch_size=128, lr=2e-3, weight_decay=0.1, ema=0.99, validate_every=100),
+    params={**VAE.params, "draws": 5},
+    training=replace(VAE.training, steps=700),
     overrides={
         "continuous": {**_CONTINUOUS, "steps": 500, "batch_size": 128},
         **{task: {**changes, "steps": 700} for task, changes in _DIMENSIONS.items()},
-        "mushrooms": {"latent": 24, "dropout": 0.0, "input_dropout": 0.0, "steps": 2500, "validate_every": 250},
+        "mushrooms": {**_NO_DROPOUT, "latent": 24, "steps": 2500, "validate_every": 250},
     },
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.flow import Layer, Shape
+from baselines.flow import Affine, Layer, Shape, Spline
 from baselines.image_flow import (
     BY_ROWS,
     GLOW,
@@ -19,12 +19,11 @@ from baselines.image_flow import (
     IMAGE_SPLINE_FLOW,
     SWAPPED,
     ActNorm,
-    AffineImageCoupling,
     Conv1x1,
+    ImageCoupling,
     ImageFlow,
     ImageFlowSettings,
     Reorder,
-    SplineImageCoupling,
     Squeeze,
     build,
 )
@@ -102,9 +101,9 @@ LAYERS: dict[str, Callable[[], Any]] = {
     "actnorm-of-vectors": lambda: randomised(ActNorm(DIM, sides=0)),
     "reorder": lambda: Images(Reorder((2, 0, 3, 1)), 4, 2, 2),
     "conv1x1": lambda: Images(randomised(Conv1x1(4)), 4, 2, 2),
-    "affine": lambda: Images(randomised(AffineImageCoupling(4, SMALL, 2.0)), 4, 2, 2),
-    "affine-with-positions": lambda: Images(randomised(AffineImageCoupling(4, SMALL, 2.0, (2, 2))), 4, 2, 2),
-    "spline": lambda: Images(randomised(SplineImageCoupling(4, SMALL, 3.0, 5)), 4, 2, 2),
+    "affine": lambda: Images(randomised(ImageCoupling(4, Affine(2.0), SMALL)), 4, 2, 2),
+    "affine-with-positions": lambda: Images(randomised(ImageCoupling(4, Affine(2.0), SMALL, (2, 2))), 4, 2, 2),
+    "spline": lambda: Images(randomised(ImageCoupling(4, Spline(5, 3.0), SMALL)), 4, 2, 2),
     "image-realnvp": lambda: small_flow(IMAGE_REALNVP, 4, 4),
     "glow": lambda: small_flow(GLOW, 4, 4),
     "image-spline-flow": lambda: small_flow(IMAGE_SPLINE_FLOW, 4, 4),
@@ -137,7 +136,7 @@ class TestEveryLayer:
 
 def test_couplings_start_as_the_identity_and_a_1x1_convolution_as_a_rotation() -> None:
     x = 2.0 * torch.randn(20, 4, 2, 2, generator=seeded(3), dtype=torch.float64)
-    for layer in (AffineImageCoupling(4, SMALL, 2.0), SplineImageCoupling(4, SMALL, 3.0, 5)):
+    for layer in (ImageCoupling(4, Affine(2.0), SMALL), ImageCoupling(4, Spline(5, 3.0), SMALL)):
         y, logdet = layer.double()(x)
         torch.testing.assert_close(y, x)
         torch.testing.assert_close(logdet, torch.zeros_like(logdet), atol=1e-12, rtol=0)
@@ -187,8 +186,8 @@ def test_masks_move_each_colour_of_the_checkerboard_and_then_each_row_of_its_squ
     model = build(info_of(4, 4), ImageFlowSettings("affine", "mask", scales=1, depth=4, hidden=4))
     pixels = torch.arange(16.0).view(1, 1, 4, 4)
     moved: list[list[int]] = []
-    for layer in model.layers_of_scales()[0]:
-        if isinstance(layer, AffineImageCoupling):
+    for layer in model.scales[0]:
+        if isinstance(layer, ImageCoupling):
             moved.append(sorted(pixels.chunk(2, 1)[1].flatten().int().tolist()))
         elif not isinstance(layer, ActNorm):
             pixels, _ = layer(pixels)
@@ -281,7 +280,7 @@ def test_positions_tell_places_apart() -> None:
     """Without them a coupling of 1x1 filters treats every place alike; with them it does not."""
     x = torch.ones(1, 4, 4, 4, dtype=torch.float64)
     for places, alike in ((None, True), ((4, 4), False)):
-        layer = randomised(AffineImageCoupling(4, Shape(hidden=6, blocks=0), 2.0, places))
+        layer = randomised(ImageCoupling(4, Affine(2.0), Shape(hidden=6, blocks=0), places))
         inside = layer(x)[0][:, :, 1:3, 1:3]  # the border sees the padding
         assert torch.allclose(inside, inside[:, :, :1, :1].expand_as(inside)) is alike
 

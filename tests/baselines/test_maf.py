@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.flow import Layer
-from baselines.maf import MAF, Autoregression, MaskedAutoregressiveFlow, MaskedNet, Reverse, build_maf
+from baselines.flow import Flow, Layer
+from baselines.maf import MAF, Autoregression, MaskedNet, Reverse, build_maf
 from replicate.model import DataInfo, Training
 from replicate.runs.seeds import Streams
 from replicate.runs.training import train
@@ -41,44 +41,24 @@ def randomised(module: M, scale: float = 0.3) -> M:
     return module
 
 
-def small_maf(dim: int = DIM, blocks: int = 3, scale: float = 0.3, reach: float = 0.0) -> MaskedAutoregressiveFlow:
+def small_maf(dim: int = DIM, blocks: int = 3, scale: float = 0.3, reach: float = 0.0) -> Flow:
     model = build_maf(DataInfo(dim, "continuous"), blocks=blocks, hidden=12, reach=reach)
     model.double()
     model.initialise(torch.randn(200, dim, generator=seeded(1), dtype=torch.float64), seeded())
     return randomised(model, scale).eval()
 
 
-class Whole(Layer):
-    """A flow's layers one after the other, as one layer."""
-
-    def __init__(self, flow: MaskedAutoregressiveFlow) -> None:
-        super().__init__()
-        self.flow = flow
-
-    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        z, logdet = x, x.new_zeros(len(x))
-        for layer in self.flow.layers:
-            z, part = layer(z, generator)
-            logdet = logdet + part
-        return z, logdet
-
-    def inverse(self, y: Tensor) -> Tensor:
-        for layer in reversed(self.flow._steps()):
-            y = layer.inverse(y)
-        return y
-
-
 def block(dim: int = DIM, layers: int = 2) -> Autoregression:
     return randomised(Autoregression(MaskedNet(dim, 12, layers, 0.0), 3.0))
 
 
-LAYERS: dict[str, Callable[[], Layer]] = {
+LAYERS: dict[str, Callable[[], Layer | Flow]] = {
     "autoregression": block,
     "autoregression-one-layer": lambda: block(layers=1),
     "reverse": Reverse,
-    "maf": lambda: Whole(small_maf()),
-    "made": lambda: Whole(small_maf(blocks=1)),
-    "maf-within-reach": lambda: Whole(small_maf(reach=2.0)),
+    "maf": small_maf,
+    "made": lambda: small_maf(blocks=1),
+    "maf-within-reach": lambda: small_maf(reach=2.0),
 }
 
 
@@ -116,7 +96,7 @@ def test_blocks_take_the_dimensions_in_turned_order() -> None:
     """In the second block the last dimension comes first: it moves alone, and all others may move by it."""
     model = small_maf(blocks=2)
     x = torch.randn(DIM, generator=seeded(4), dtype=torch.float64)
-    first, norm, *rest = model._steps()
+    first, norm, *rest = model.layers
     middle = norm(first(x[None])[0])[0][0]
 
     def second(row: Tensor) -> Tensor:
@@ -133,7 +113,7 @@ def test_blocks_take_the_dimensions_in_turned_order() -> None:
 def test_one_block_is_a_product_of_normal_conditionals() -> None:
     """MADE: m and a of each dimension from the network, written out."""
     model = small_maf(blocks=1)
-    auto, norm = model._steps()
+    auto, norm = model.layers
     assert isinstance(auto, Autoregression)
     x = torch.randn(20, DIM, generator=seeded(5), dtype=torch.float64)
     shift, raw = auto.net(x)
@@ -162,7 +142,7 @@ def test_samples_are_latents_sent_back_one_dimension_at_a_time() -> None:
     model = small_maf()
     x = model.sample(20, seeded(7))
     z = torch.randn(20, DIM, generator=seeded(7), dtype=torch.float64)
-    torch.testing.assert_close(Whole(model)(x)[0], z, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(model(x)[0], z, rtol=1e-8, atol=1e-8)
 
 
 def test_an_example_does_not_depend_on_its_batch_mates() -> None:
