@@ -26,8 +26,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from replicate.resume import State, resumable
-from replicate.sampling.langevin import Chain, LogDensity, Recorder, Score, check_settings, mala
+from replicate.resume import State
+from replicate.sampling.langevin import Chain, LogDensity, Score, check_settings, mala, path_of, recorded
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,7 @@ class Rounds:
 
 @torch.no_grad()
 def parallel_tempering(
-    log_density: LogDensity,
-    score: Score,
-    x: Tensor,
-    temperatures: Tensor,
-    rounds: Rounds,
-    generator: torch.Generator,
+    log_density: LogDensity, score: Score, x: Tensor, temperatures: Tensor, rounds: Rounds, generator: torch.Generator
 ) -> Tempered:
     """Run rounds of Langevin steps at every temperature and one offer of exchanges; all start from x.
 
@@ -132,16 +127,9 @@ def parallel_tempering(
     t = temperatures.to(x)
     root = t.sqrt().repeat_interleave(n)[:, None]
     row = t.repeat_interleave(n)
-    recorder = Recorder(rounds.record_every)
-    recorder.see(0, x)
-    state: State = {
-        "y": x.repeat(k, 1) / root,
-        "accepted": 0.0,
-        "swapped": torch.zeros(k - 1, dtype=torch.float64, device=x.device),
-        "generator": generator,
-        "recorder": recorder,
-    }
-    for r in resumable("parallel tempering", rounds.count, state):
+    swaps = torch.zeros(k - 1, dtype=torch.float64, device=x.device)
+    state: State = {"x": x, "y": x.repeat(k, 1) / root, "accepted": 0.0, "swapped": swaps, "generator": generator}
+    for r in recorded("parallel tempering", rounds.count, state, rounds.record_every):
         tempered_density, tempered_score = lambda y: log_density(y * root) / row, lambda y: score(y * root) / root
         moved = mala(tempered_density, tempered_score, state["y"], rounds.steps, rounds.step_size, generator)
         now = moved.samples * root
@@ -150,12 +138,9 @@ def parallel_tempering(
             swapped, accept = exchange(now.view(k, n, dim), log_p.view(k, n), t, r % 2, generator)
             now = swapped.view(k * n, dim)
             state["swapped"][r % 2 :: 2] += accept.double().mean(1)
-        state["y"] = now / root
+        state["x"], state["y"] = now[:n], now / root
         state["accepted"] += moved.acceptance or 0.0
-        recorder.see(r + 1, now[:n])
     offered = torch.tensor([(rounds.count + 1 - i % 2) // 2 for i in range(k - 1)], device=x.device)
     acceptance = state["accepted"] / rounds.count if rounds.count and rounds.steps else math.nan
-    coldest = Chain(
-        (state["y"] * root)[:n], recorder.path(), nfe=k * rounds.count * (rounds.steps + 1), acceptance=acceptance
-    )
-    return Tempered(coldest, state["swapped"] / offered)
+    nfe = k * rounds.count * (rounds.steps + 1)
+    return Tempered(Chain((state["y"] * root)[:n], path_of(state), nfe, acceptance), state["swapped"] / offered)
