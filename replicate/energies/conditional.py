@@ -183,8 +183,7 @@ class ConditionalEnergy(Model):
 
     def energy(self, x: Tensor) -> Tensor:
         """Return F of rows (n, a + b), nats, shape (n,)."""
-        out: Tensor = self.network(x[:, : self.observed], x[:, self.observed :])
-        return out
+        return self.network(x[:, : self.observed], x[:, self.observed :])
 
     def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
         jittered = batch + self.jitter * standard_normal_like(batch, generator)
@@ -280,12 +279,8 @@ def langevin_answers(
 
     Args:
         network: F.
-        x: observations, shape (n, a).
-        starts: s for each, shape (n, s, b).
-        steps: number of steps.
-        step_size: eps, in squared units of y.
-        temperature: T.
-        generator: on y's device.
+        x, starts: observations, shape (n, a), and s answers for each, shape (n, s, b).
+        steps, step_size, temperature, generator: as for `replicate.sampling.langevin.ula`.
 
     Raises:
         ValueError: steps < 0, step_size <= 0 or temperature <= 0.
@@ -311,8 +306,7 @@ def langevin_answers(
         y = state["y"]
         noise = standard_normal_like(y, generator)
         state["y"] = reflected(langevin_step(y, score(y), step_size, noise, temperature))
-    out: Tensor = state["y"]
-    return out
+    return state["y"]
 
 
 # -- right against wrong

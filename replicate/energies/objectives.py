@@ -139,12 +139,10 @@ class Quadrature(nn.Module):
         2.0
     """
 
-    nodes: Tensor
-
     def __init__(self, half_width: float, points: int) -> None:
         super().__init__()
         nodes, self.log_cell = grid(half_width, points, 2)
-        self.register_buffer("nodes", nodes, persistent=False)
+        self.nodes: Tensor = nn.Buffer(nodes, persistent=False)
 
     def forward(self, energy: EnergyFunction) -> Tensor:
         """Return log Z in nats, a scalar."""
@@ -181,13 +179,10 @@ class Noise(Owner):
 class FittedGaussian(Noise):
     """The Gaussian with the data's mean and covariance."""
 
-    mean: Tensor
-    chol: Tensor
-
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.empty(0))
-        self.register_buffer("chol", torch.empty(0, 0))
+        self.mean: Tensor = nn.Buffer(torch.empty(0))
+        self.chol: Tensor = nn.Buffer(torch.empty(0, 0))
 
     def fit(self, train: Tensor, generator: torch.Generator) -> None:
         fitted = GaussianNoise.fit(train)
@@ -335,12 +330,10 @@ class PersistentCD(_Chains):
         (torch.Size([10, 2]), False)
     """
 
-    state: Tensor
-
     def __init__(self, kernel: Kernel, k: int, chains: int, start: Noise | None = None) -> None:
         super().__init__(kernel, k)
         self.chains, self.start = chains, start or FittedGaussian()
-        self.register_buffer("state", torch.empty(0, 0))
+        self.state: Tensor = nn.Buffer(torch.empty(0, 0))
 
     def prepare(self, train: Tensor, generator: torch.Generator) -> None:
         self.start.fit(train, generator)
@@ -482,12 +475,10 @@ class MinimumKSD(Objective):
         0.0
     """
 
-    scale: Tensor
-
     def __init__(self, bandwidth: float = 1.0) -> None:
         super().__init__()
         self.bandwidth = bandwidth
-        self.register_buffer("scale", torch.ones(()))
+        self.scale: Tensor = nn.Buffer(torch.ones(()))
 
     def prepare(self, train: Tensor, generator: torch.Generator) -> None:
         self.scale = train.new_tensor(self.bandwidth * median_distance(train[:BANDWIDTH_EXAMPLES]))

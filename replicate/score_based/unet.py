@@ -122,12 +122,10 @@ class PixelFeatures(nn.Module):
         spacing: between neighbouring levels, in units of y.
     """
 
-    frequencies: Tensor
-
     def __init__(self, octaves: int, spacing: float) -> None:
         super().__init__()
         periods = spacing * 2.0 ** torch.arange(octaves)
-        self.register_buffer("frequencies", 2 * math.pi / periods)
+        self.frequencies: Tensor = nn.Buffer(2 * math.pi / periods)
 
     def forward(self, y: Tensor, rho: Tensor) -> Tensor:
         """Map y (n, D) and rho (n, 1) to features (n, 2 octaves, D)."""
