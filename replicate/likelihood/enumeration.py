@@ -46,6 +46,7 @@ def log_sum_over_states(
     return torch.logsumexp(torch.stack(parts), 0)
 
 
+@torch.no_grad()
 def enumerate_log_z(
     energy: Callable[[Tensor], Tensor],
     dim: int,
@@ -67,9 +68,7 @@ def enumerate_log_z(
         >>> round(enumerate_log_z(lambda x: -x.sum(1), dim=3).value, 4)
         3.9398
     """
-    with torch.no_grad():
-        value = log_sum_over_states(lambda x: -energy(x), dim, levels, chunk, device)
-    return Estimate.exact(value, "nats")
+    return Estimate.exact(log_sum_over_states(lambda x: -energy(x), dim, levels, chunk, device), "nats")
 
 
 def rbm_log_z(weights: Tensor, visible_bias: Tensor, hidden_bias: Tensor, chunk: int = 2**12) -> Tensor:

@@ -43,14 +43,6 @@ def grid(half_width: float, points: int, dim: int, dtype: torch.dtype = torch.fl
 
 
 @torch.no_grad()
-def _log_integral(
-    log_f: Callable[[Tensor], Tensor], half_width: float, points: int, dim: int, dtype: torch.dtype, device: str
-) -> float:
-    nodes, log_cell = grid(half_width, points, dim, dtype)
-    parts = [torch.logsumexp(log_f(part.to(device)).detach().double(), 0) for part in nodes.split(CHUNK)]
-    return float(torch.logsumexp(torch.stack(parts), 0)) + log_cell
-
-
 def log_z(
     log_f: Callable[[Tensor], Tensor],
     half_width: float,
@@ -85,6 +77,11 @@ def log_z(
     """
     if points < 2:
         raise ValueError(f"log_z compares with half the resolution and needs points >= 2; got {points}")
-    fine = _log_integral(log_f, half_width, points, dim, dtype, device)
-    coarse = _log_integral(log_f, half_width, points // 2, dim, dtype, device)
+
+    def at(points: int) -> float:
+        nodes, log_cell = grid(half_width, points, dim, dtype)
+        parts = [torch.logsumexp(log_f(part.to(device)).detach().double(), 0) for part in nodes.split(CHUNK)]
+        return float(torch.logsumexp(torch.stack(parts), 0)) + log_cell
+
+    fine, coarse = at(points), at(points // 2)
     return Estimate(fine, abs(fine - coarse), "estimate", "nats", points**dim)

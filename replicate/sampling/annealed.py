@@ -36,14 +36,12 @@ def annealed_langevin(
     """Take Langevin steps at each noise level in turn, from the largest to the smallest.
 
     Args:
-        score_at: (x (n, D), sigma (n,)) -> score of the data noised by N(0, sigma^2 I), shape (n, D).
+        score_at: see `ScoreAtLevel`.
         sigmas: noise levels, decreasing, shape (L,).
-        x: starting states, shape (n, D); not changed.
         steps_per_level: Langevin steps at each level (T in the paper).
         step_size: eps, the step size at the last level, in squared units of x.
-        generator: on x's device.
         denoise: end with Tweedie's mean.
-        record_every: steps between two states in `path`; 0 keeps none.
+        x, generator, record_every: as for `ula`.
 
     Raises:
         ValueError: `sigmas` are not positive and decreasing, or a setting is out of range.

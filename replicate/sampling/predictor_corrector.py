@@ -68,8 +68,7 @@ def transition(sde: SDE, times: Tensor) -> tuple[Tensor, Tensor]:
 def corrector_step(x: Tensor, score: Tensor, snr: float, noise: Tensor) -> Tensor:
     """Take one Langevin step of the size that gives the signal-to-noise ratio `snr`; return x, shape (n, D)."""
     ratio = noise.norm(dim=-1).mean() / score.norm(dim=-1).mean()
-    step_size = 4 * (snr * ratio).square()
-    return langevin_step(x, score, step_size, noise)
+    return langevin_step(x, score, 4 * (snr * ratio).square(), noise)
 
 
 def posterior_mean(x: Tensor, score: Tensor, scale: Tensor, std: Tensor) -> Tensor:
@@ -106,7 +105,7 @@ def predictor_corrector(
     """Draw samples by predictor and corrector steps down the time grid.
 
     Args:
-        score_at: (x (n, D), t (n,)) -> score of x at time t, shape (n, D).
+        score_at: see `ScoreAt`.
         sde: the forward SDE.
         shape: (n, D) of the samples.
         steps: steps of the time grid.

@@ -13,8 +13,7 @@ Within a temperature the chain is `mala` with temperature T_k and step size eps 
 as wide. All replicas are one call of it: in y = x / sqrt(T) the law is q(y) ~ p(sqrt(T) y)^(1/T), whose score is
 score(x) / sqrt(T), at temperature 1 and step size eps.
 
-Departure: each round evaluates score and density at its first state again, although the round before knew them; the
-count includes it.
+Departure: each round evaluates score and density at its first state again, which the count includes.
 """
 
 from __future__ import annotations
