@@ -20,9 +20,8 @@ N(0, sigma^2 I), and the other score matching objectives and the Stein discrepan
 apart, as conditional contrast is to those many sigma apart.
 
 Deviations: contrastive divergence and persistent chains use Metropolis-adjusted Langevin steps in place of Gibbs
-sampling, since a general f has no conditionals; `FlowContrastive` fits its flow by maximum likelihood once and keeps
-it, whereas Gao et al. also update it against the energy. Their second part makes a better flow, not a more consistent
-energy, and the method without it has a fixed objective whose gradient can be checked.
+sampling, since a general f has no conditionals; `FlowContrastive` fits its flow by maximum likelihood once, whereas Gao
+et al. also update it against the energy, which makes a better flow, not a more consistent energy.
 
 An objective is a module so that a checkpoint has its state: chains, the fitted noise, a learned log Z.
 """
@@ -40,7 +39,7 @@ from replicate.fitting import fit
 from replicate.likelihood.quadrature import grid
 from replicate.metrics.samples import median_distance
 from replicate.model import Model
-from replicate.sampling.langevin import mala, ula
+from replicate.sampling.langevin import mala, standard_normal_like, ula
 from replicate.score_based import matching
 from replicate.score_based.contrastive import GaussianNoise, noise_contrastive
 from replicate.score_based.networks import score_of
@@ -67,23 +66,22 @@ class LogDensity:
         self._x: Tensor | None = None
         self._value = self._grad = torch.empty(0)
 
-    def _evaluate(self, x: Tensor) -> None:
+    def _at(self, x: Tensor) -> LogDensity:
         if x is not self._x:
             with torch.enable_grad():
                 at = x.detach().requires_grad_(True)
                 value = -self.energy(at)
                 (self._grad,) = torch.autograd.grad(value.sum(), at)
             self._x, self._value = x, value.detach()
+        return self
 
     def value(self, x: Tensor) -> Tensor:
         """Return -f(x), shape (n,), without a graph."""
-        self._evaluate(x)
-        return self._value
+        return self._at(x)._value
 
     def score(self, x: Tensor) -> Tensor:
         """Return -grad f(x), shape (n, D), without a graph."""
-        self._evaluate(x)
-        return self._grad
+        return self._at(x)._grad
 
 
 def langevin_move(step_size: float, adjusted: bool = True) -> Kernel:
@@ -450,11 +448,9 @@ def kernel_stein_discrepancy(score: Tensor, x: Tensor, bandwidth: float | Tensor
         [False, True]
     """
     n, dim = x.shape
-    cross = score @ x.T
-    own = cross.diagonal()
+    cross, gram = score @ x.T, x @ x.T
+    own, norms = cross.diagonal(), gram.diagonal()
     projected = own[:, None] + own[None, :] - cross - cross.T  # (s_i - s_j)'(x_i - x_j)
-    gram = x @ x.T
-    norms = gram.diagonal()
     squared = (norms[:, None] + norms[None, :] - 2 * gram).clamp_min(0)
     inverse = 1 / (bandwidth**2 + squared)
     k = inverse.sqrt()
@@ -569,9 +565,7 @@ class ConditionalNoiseContrastive(Objective):
 
     def loss(self, energy: EnergyFunction, batch: Tensor, generator: torch.Generator) -> Tensor:
         mirrored = self.ratio % 2 == 0
-        draws = self.ratio // 2 if mirrored else self.ratio
-        shape = (draws * len(batch), batch.shape[1])
-        z = torch.randn(shape, generator=generator, device=batch.device, dtype=batch.dtype)
+        z = standard_normal_like(batch.repeat(self.ratio // 2 if mirrored else self.ratio, 1), generator)
         z = torch.cat([z, -z]) if mirrored else z
         values = energy(torch.cat([batch, batch.repeat(self.ratio, 1) + self.sigma * z]))
         return conditional_contrast(values[: len(batch)], values[len(batch) :])

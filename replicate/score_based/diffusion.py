@@ -105,8 +105,7 @@ class DiffusionModel(Model):
     ) -> None:
         super().__init__()
         self.net, self.dim, self.sde = net, dim, sde
-        self.proposal, self.weighting = proposal, weighting
-        self.sample_steps = sample_steps
+        self.proposal, self.weighting, self.sample_steps = proposal, weighting, sample_steps
         self.nfe = 2 * sample_steps + 1  # the last is the denoising step
 
     def initialise(self, train: Tensor, generator: torch.Generator) -> None:
@@ -141,9 +140,8 @@ class DiffusionModel(Model):
         return scale[:, None] * self.score_at(scale[:, None] * x, t)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        return probability_flow(
-            self.score_at, self.sde, n, self.dim, self.sample_steps, generator, denoise=True
-        ).samples
+        chain = probability_flow(self.score_at, self.sde, n, self.dim, self.sample_steps, generator, denoise=True)
+        return chain.samples
 
     def samplers(self) -> dict[str, Sampler]:
         """Return predictor-corrector sampling (2011.13456, algorithm 1) at about the same number of evaluations."""

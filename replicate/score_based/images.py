@@ -173,7 +173,7 @@ class ScaledLevels(nn.Module):
         """Map integers x (n, D) to (y (n, D), log |det dy/dx| - log q(u | x) (n,)) with a fresh draw of u."""
         if self.dequantiser is None:
             u = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float64)
-            log_q = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+            log_q = u.new_zeros(len(x))
         else:
             u, log_q = self.dequantiser.sample(x, generator)
         y = 2 * (x.double() + u) / self.levels - 1

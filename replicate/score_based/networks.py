@@ -31,11 +31,8 @@ def mlp(sizes: list[int], activation: str = "silu") -> nn.Sequential:
     Raises:
         KeyError: the activation is neither "silu" nor "softplus".
     """
-    layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(pairwise(sizes)):
-        layers += [_ACTIVATIONS[activation]()] if i else []
-        layers.append(nn.Linear(a, b))
-    return nn.Sequential(*layers)
+    layers = [part for a, b in pairwise(sizes) for part in (_ACTIVATIONS[activation](), nn.Linear(a, b))]
+    return nn.Sequential(*layers[1:])
 
 
 def score_of(energy: Callable[[Tensor], Tensor]) -> Score:

@@ -124,8 +124,7 @@ class PixelFeatures(nn.Module):
 
     def __init__(self, octaves: int, spacing: float) -> None:
         super().__init__()
-        periods = spacing * 2.0 ** torch.arange(octaves)
-        self.frequencies: Tensor = nn.Buffer(2 * math.pi / periods)
+        self.frequencies: Tensor = nn.Buffer(2 * math.pi / (spacing * 2.0 ** torch.arange(octaves)))
 
     def forward(self, y: Tensor, rho: Tensor) -> Tensor:
         """Map y (n, D) and rho (n, 1) to features (n, 2 octaves, D)."""
