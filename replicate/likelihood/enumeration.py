@@ -78,9 +78,7 @@ def rbm_log_z(weights: Tensor, visible_bias: Tensor, hidden_bias: Tensor, chunk:
     v in {0, .., L-1}^D; a Bernoulli unit is L = 2 with zeros at level 0.
 
     Args:
-        weights: W, shape (D, L, H).
-        visible_bias: b, shape (D, L).
-        hidden_bias: c, shape (H,).
+        weights, visible_bias, hidden_bias: W, b and c, of shapes (D, L, H), (D, L) and (H,).
         chunk: states evaluated at a time.
 
     Raises:
@@ -105,6 +103,5 @@ def rbm_log_z(weights: Tensor, visible_bias: Tensor, hidden_bias: Tensor, chunk:
         pre = c + onehot @ w.flatten(0, 1)
         return onehot @ b.flatten() + torch.nn.functional.softplus(pre).sum(1)
 
-    if 2**hidden <= levels**dim:
-        return log_sum_over_states(given_hidden, hidden, 2, chunk, w.device)
-    return log_sum_over_states(given_visible, dim, levels, chunk, w.device)
+    smaller = (given_hidden, hidden, 2) if 2**hidden <= levels**dim else (given_visible, dim, levels)
+    return log_sum_over_states(*smaller, chunk, w.device)

@@ -95,12 +95,9 @@ def parallel_tempering(
     With the single temperature 1 this is `mala` with count * steps steps, bit for bit.
 
     Args:
-        log_density: log p up to a constant, (m, D) -> (m,).
-        score: its gradient, (m, D) -> (m, D).
-        x: starting states, shape (n, D); not changed.
+        log_density, score, x, generator: as for `mala`.
         temperatures: increasing, shape (K,); the samples are those of the first.
         rounds: see `Rounds`.
-        generator: on x's device.
 
     Raises:
         ValueError: the temperatures are not positive and increasing, or a setting is out of range.

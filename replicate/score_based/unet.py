@@ -105,9 +105,8 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         h, passed = self.first(x), []
         for stage, shrink in zip(self.down, self.shrink, strict=True):
-            h = stage(h, level)
-            passed.append(h)
-            h = shrink(h)
+            passed.append(stage(h, level))
+            h = shrink(passed[-1])
         h = self.middle(h, level)
         for grow, stage, skip in zip(self.grow, self.up, passed[-2::-1], strict=True):
             h = stage(torch.cat([grow(h), skip], dim=1), level)
