@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from replicate.energies.objectives import EnergyFunction, Kernel, Noise, Objective, conditional_contrast
 
@@ -37,11 +37,9 @@ def block_gibbs(machine: HasGibbs) -> Kernel:
 class FactorisedBernoulli(Noise):
     """Independent bits at the base rates of the data, with half a count for each value."""
 
-    rates: Tensor
-
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("rates", torch.empty(0))
+        self.rates: Tensor = nn.Buffer(torch.empty(0))
 
     def fit(self, train: Tensor, generator: torch.Generator) -> None:
         self.rates = (train.sum(0) + 0.5) / (len(train) + 1)

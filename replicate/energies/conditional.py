@@ -62,14 +62,13 @@ class PairEnergy(nn.Module):
 class ProductEnergy(PairEnergy):
     """The energy F(x, y) = U(y) - a(x)'b(y) / sqrt(rank), with networks a, b and U.
 
-    a and b have a linear path beside the networks, and U has a quadratic form with positive eigenvalues: without the
-    networks F is the energy of a Gaussian whose mean is linear in x. All pairs of n and m cost n + m evaluations.
+    a and b have a linear path beside the networks, and U a positive quadratic form: without the networks F is the
+    energy of a Gaussian whose mean is linear in x. All pairs of n and m cost n + m evaluations.
 
     Args:
         of_x: network (.., a) -> (.., rank).
         of_y: network (.., b) -> (.., rank + 1); its last output is U without the quadratic form.
-        observed: a, numbers in x.
-        answer: b, numbers in y.
+        observed, answer: a and b, numbers in x and in y.
         rank: width of a(x) and b(y).
     """
 
@@ -183,8 +182,7 @@ class ConditionalEnergy(Model):
 
     def energy(self, x: Tensor) -> Tensor:
         """Return F of rows (n, a + b), nats, shape (n,)."""
-        out: Tensor = self.network(x[:, : self.observed], x[:, self.observed :])
-        return out
+        return self.network(x[:, : self.observed], x[:, self.observed :])
 
     def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
         jittered = batch + self.jitter * standard_normal_like(batch, generator)
@@ -192,15 +190,12 @@ class ConditionalEnergy(Model):
         seen = self.network.observe(x)
         energies = self.network.pairs(seen, jittered[:, self.observed :])
         if self.distractors is not None:
-            wrong = self.network.energy(seen, self.distractors(x, generator))
-            energies = torch.cat([energies, wrong], dim=1)
+            energies = torch.cat([energies, self.network.energy(seen, self.distractors(x, generator))], dim=1)
         ranking = ranking_loss(energies, torch.arange(len(batch), device=batch.device))
         if not self.weight:
             return ranking
-        z = standard_normal_like(y, generator)
-        denoising = denoising_score_matching(
-            score_of(lambda at: self.network.energy(seen, at[:, None])), y, self.sigma, z
-        )
+        score = score_of(lambda at: self.network.energy(seen, at[:, None]))
+        denoising = denoising_score_matching(score, y, self.sigma, standard_normal_like(y, generator))
         return ranking + self.weight * denoising.mean()
 
 
@@ -230,8 +225,7 @@ def descend(network: PairEnergy, x: Tensor, starts: Tensor, steps: int, step_siz
 
     Args:
         network: F.
-        x: observations, shape (n, a).
-        starts: s for each, shape (n, s, b), within the box.
+        x, starts: observations, shape (n, a), and s answers for each, shape (n, s, b), within the box.
         steps: of each descent.
         step_size: in squared units of y; stable below 2 over the largest curvature.
 
@@ -280,12 +274,8 @@ def langevin_answers(
 
     Args:
         network: F.
-        x: observations, shape (n, a).
-        starts: s for each, shape (n, s, b).
-        steps: number of steps.
-        step_size: eps, in squared units of y.
-        temperature: T.
-        generator: on y's device.
+        x, starts: observations, shape (n, a), and s answers for each, shape (n, s, b).
+        steps, step_size, temperature, generator: as for `replicate.sampling.langevin.ula`.
 
     Raises:
         ValueError: steps < 0, step_size <= 0 or temperature <= 0.
@@ -311,8 +301,7 @@ def langevin_answers(
         y = state["y"]
         noise = standard_normal_like(y, generator)
         state["y"] = reflected(langevin_step(y, score(y), step_size, noise, temperature))
-    out: Tensor = state["y"]
-    return out
+    return state["y"]
 
 
 # -- right against wrong
@@ -335,8 +324,7 @@ def ranked_right(energies: Tensor, generator: torch.Generator) -> dict[str, Esti
         (1.0, 1.0, 1.0)
     """
     n = len(energies)
-    right = energies.diagonal()
-    above = energies > right[:, None]
+    above = energies > energies.diagonal()[:, None]
     other = (torch.arange(n) + 1 + torch.randint(n - 1, (n,), generator=generator)) % n
     shares = {
         "random": above[torch.arange(n), other],

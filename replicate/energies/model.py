@@ -20,27 +20,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from replicate.energies.objectives import (
-    METHODS,
-    ConditionalNoiseContrastive,
-    ContrastiveDivergence,
-    DenoisingScoreMatching,
-    FittedGaussian,
-    FlowContrastive,
-    ImplicitScoreMatching,
-    LogDensity,
-    MaximumLikelihood,
-    MinimumKSD,
-    NoiseContrastive,
-    Objective,
-    PersistentCD,
-    Quadrature,
-    ShortRun,
-    SlicedScoreMatching,
-    independence_step,
-    langevin_move,
-    with_independence,
-)
+from replicate.energies import objectives
+from replicate.energies.objectives import METHODS, Objective
 from replicate.errors import UsageError
 from replicate.model import DataInfo, Family, Model, ModelEntry, Training
 from replicate.registry import model_entry, unknown
@@ -99,7 +80,6 @@ class TrainedEnergy(Model):
 
     family: ClassVar[Family] = "ebm"
     capabilities = frozenset({"energy", "score", "annealing", "sample"})
-    inverse: Tensor
 
     def __init__(
         self,
@@ -120,9 +100,9 @@ class TrainedEnergy(Model):
         self.annealing, self.after = annealing, after
         self.first_step = GAUSSIAN_STEP * info.dim ** (-1 / 3)
         self.nfe = (annealing + after) * (moves + 1 + 2 * jumps)
-        self.base = FittedGaussian()
+        self.base = objectives.FittedGaussian()
         self.base.mean, self.base.chol = torch.zeros(info.dim), torch.eye(info.dim)
-        self.register_buffer("inverse", torch.eye(info.dim))
+        self.inverse: Tensor = nn.Buffer(torch.eye(info.dim))
 
     def initialise(self, train: Tensor, generator: torch.Generator) -> None:
         """Fit the base, then prepare the objective."""
@@ -131,18 +111,13 @@ class TrainedEnergy(Model):
         self.inverse.copy_(torch.linalg.solve_triangular(self.base.chol, identity, upper=False))
         self.objective.prepare(train, generator)
 
-    def tilt(self, x: Tensor) -> Tensor:
-        """Return g(x), shape (n,)."""
-        out: Tensor = self.network(x)
-        return out
-
     def _base_energy(self, u: Tensor) -> Tensor:
         """Return -log p0 at x = m + L u, from u (n, D); shape (n,)."""
         log_z = 0.5 * u.shape[1] * math.log(2 * math.pi) - self.inverse.diagonal().log().sum()
         return 0.5 * u.square().sum(1) + log_z
 
     def energy(self, x: Tensor) -> Tensor:
-        return self._base_energy((x - self.base.mean) @ self.inverse.T) + self.tilt(x)
+        return self._base_energy((x - self.base.mean) @ self.inverse.T) + self.network(x)
 
     def loss(self, batch: Tensor, generator: torch.Generator) -> Tensor:
         return self.objective.loss(self.energy, batch, generator)
@@ -161,31 +136,30 @@ class TrainedEnergy(Model):
         mean, chol = self.base.mean, self.base.chol
 
         def whitened(u: Tensor) -> Tensor:
-            return self._base_energy(u) + beta * self.tilt(mean + u @ chol.T)
+            return self._base_energy(u) + beta * self.network(mean + u @ chol.T)
 
         def energy(x: Tensor) -> Tensor:
             return whitened((x - mean) @ self.inverse.T)
 
-        target = LogDensity(whitened)
+        def jump(x: Tensor) -> Tensor:
+            return objectives.independence_step(energy, self.base, x, generator) if self.jumps else x
+
+        target = objectives.LogDensity(whitened)
         eps = self.first_step ** (1 - beta) * self.step_size**beta
-        x = independence_step(energy, self.base, x, generator) if self.jumps else x
-        u = (x - mean) @ self.inverse.T
+        u = (jump(x) - mean) @ self.inverse.T
         u = mala(target.value, target.score, u, self.moves, eps, generator).samples
-        x = mean + u @ chol.T
-        return independence_step(energy, self.base, x, generator) if self.jumps else x
+        return jump(mean + u @ chol.T)
 
     def anneal(self, x: Tensor, beta: float, beta_next: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            increment = (beta - beta_next) * self.tilt(x).double()
+            increment = (beta - beta_next) * self.network(x).double()
         return increment, self._transition(x, beta_next, generator)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Anneal base samples to the model, then continue at the model; (n, D)."""
         x = self.base_sample(n, generator)
-        for k in range(self.annealing):
-            x = self._transition(x, (k + 1) / self.annealing, generator)
-        for _ in range(self.after):
-            x = self._transition(x, 1.0, generator)
+        for beta in (*((k + 1) / self.annealing for k in range(self.annealing)), *[1.0] * self.after):
+            x = self._transition(x, beta, generator)
         return x
 
 
@@ -235,21 +209,20 @@ def build_objective(name: str, dim: int, **settings: Any) -> Objective:
         0.1
     """
     s = ObjectiveSettings(**settings)
-    kernel, gaussian = langevin_move(s.move_step, s.adjusted), FittedGaussian()
+    kernel, gaussian = objectives.langevin_move(s.move_step, s.adjusted), objectives.FittedGaussian()
+    jumping = objectives.with_independence(kernel, gaussian) if s.jumps else kernel
     makers: dict[str, Callable[[], Objective]] = {
-        "ml": lambda: MaximumLikelihood(Quadrature(BOX, POINTS)),
-        "cd": lambda: ContrastiveDivergence(kernel, s.k),
-        "pcd": lambda: PersistentCD(
-            with_independence(kernel, gaussian) if s.jumps else kernel, s.k, s.chains, gaussian
-        ),
-        "short-run": lambda: ShortRun(kernel, s.k, gaussian),
-        "ism": ImplicitScoreMatching,
-        "dsm": lambda: DenoisingScoreMatching(s.sigma),
-        "ssm": SlicedScoreMatching,
-        "nce": lambda: NoiseContrastive(gaussian, s.ratio),
-        "cnce": lambda: ConditionalNoiseContrastive(s.contrast, s.ratio),
-        "ksd": lambda: MinimumKSD(s.bandwidth),
-        "flow-nce": lambda: FlowContrastive(_flow(dim, s.flow_couplings), s.flow_steps, s.ratio),
+        "ml": lambda: objectives.MaximumLikelihood(objectives.Quadrature(BOX, POINTS)),
+        "cd": lambda: objectives.ContrastiveDivergence(kernel, s.k),
+        "pcd": lambda: objectives.PersistentCD(jumping, s.k, s.chains, gaussian),
+        "short-run": lambda: objectives.ShortRun(kernel, s.k, gaussian),
+        "ism": objectives.ImplicitScoreMatching,
+        "dsm": lambda: objectives.DenoisingScoreMatching(s.sigma),
+        "ssm": objectives.SlicedScoreMatching,
+        "nce": lambda: objectives.NoiseContrastive(gaussian, s.ratio),
+        "cnce": lambda: objectives.ConditionalNoiseContrastive(s.contrast, s.ratio),
+        "ksd": lambda: objectives.MinimumKSD(s.bandwidth),
+        "flow-nce": lambda: objectives.FlowContrastive(_flow(dim, s.flow_couplings), s.flow_steps, s.ratio),
     }
     if name not in makers:
         raise unknown("objective", name, METHODS, f"Set objective to one of {', '.join(METHODS)}.")
@@ -266,20 +239,12 @@ def _flow(dim: int, couplings: int) -> Model:
 
 
 def build(
-    info: DataInfo,
-    *,
-    objective: str,
-    hidden: int,
-    layers: int,
-    waves: float,
-    jumps: bool,
-    step_size: float,
-    **rest: Any,
+    info: DataInfo, *, objective: str, hidden: int, layers: int, waves: float, step_size: float, **settings: Any
 ) -> TrainedEnergy:
-    """Build a multilayer perceptron with the objective of that name; `rest` are its settings, and both read `jumps`."""
+    """Build a multilayer perceptron and the objective of that name with its settings, of which both read `jumps`."""
     network = EnergyNet(info.dim, hidden, layers, waves)
-    trained_by = build_objective(objective, info.dim, jumps=jumps, **rest)
-    return TrainedEnergy(network, trained_by, info, jumps=jumps, step_size=step_size)
+    trained_by = build_objective(objective, info.dim, **settings)
+    return TrainedEnergy(network, trained_by, info, jumps=settings["jumps"], step_size=step_size)
 
 
 ENERGY = ModelEntry(

@@ -87,11 +87,11 @@ def schedule(n: int, shape: Literal["linear", "sigmoidal"] = "linear", steepness
     """
     if n < 1:
         raise ValueError(f"schedule needs n >= 1 annealing steps, not {n}")
+    if shape not in ("linear", "sigmoidal"):
+        raise ValueError(f"schedule shape is {shape!r}; it must be 'linear' or 'sigmoidal'")
     t = torch.linspace(0, 1, n + 1, dtype=torch.float64)
     if shape == "linear":
         return t
-    if shape != "sigmoidal":
-        raise ValueError(f"schedule shape is {shape!r}; it must be 'linear' or 'sigmoidal'")
     s = torch.sigmoid(steepness * (2 * t - 1))
     betas = (s - s[0]) / (s[-1] - s[0])
     betas[0], betas[-1] = 0.0, 1.0
@@ -108,19 +108,20 @@ def _checked(betas: Tensor) -> list[float]:
     return values
 
 
-def _result(offset: float, sign: int, log_weights: Tensor, samples: Tensor, kind: Kind) -> AISResult:
-    """Return log Z = offset + sign * log mean(w), with the delta method's error and the effective sample size."""
-    n = log_weights.numel()
+def _run(name: str, model: Model, x: Tensor, betas: list[float], generator: torch.Generator, kind: Kind) -> AISResult:
+    """Take chains from x (n, D) through the inverse temperatures; log Z has the delta method's error."""
+    log_weights = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    state: State = {"x": x, "log_weights": log_weights, "generator": generator}
+    for k in resumable(name, len(betas) - 1, state):
+        increment, state["x"] = model.anneal(state["x"], betas[k], betas[k + 1], generator)
+        state["log_weights"] = state["log_weights"] + increment.double()
+    log_weights, n = state["log_weights"], len(x)
     log_mean = float(torch.logsumexp(log_weights, 0)) - math.log(n)
     relative = (log_weights - log_mean).exp()  # w / mean(w)
     stderr = float(relative.std(unbiased=True)) / math.sqrt(n) if n > 1 else math.nan
-    ess = n / float(relative.square().mean())
-    return AISResult(
-        Estimate(offset + sign * log_mean, stderr, kind, "nats", n),
-        Estimate(ess, math.nan, "estimate", "chains", n),
-        log_weights,
-        samples,
-    )
+    log_z = model.base_log_z() + (log_mean if kind == "lower_bound" else -log_mean)
+    ess = Estimate(n / float(relative.square().mean()), math.nan, "estimate", "chains", n)
+    return AISResult(Estimate(log_z, stderr, kind, "nats", n), ess, log_weights, state["x"])
 
 
 @torch.no_grad()
@@ -151,8 +152,7 @@ def ais(model: Model, chains: int, betas: Tensor, generator: torch.Generator) ->
         (2.6, 2.6, 'lower_bound')
     """
     values = _checked(betas)
-    log_weights, x = _annealed("ais", model, model.base_sample(chains, generator), values, generator)
-    return _result(model.base_log_z(), 1, log_weights, x, "lower_bound")
+    return _run("ais", model, model.base_sample(chains, generator), values, generator, "lower_bound")
 
 
 @torch.no_grad()
@@ -187,20 +187,7 @@ def reverse_ais(model: Model, start: Tensor, betas: Tensor, generator: torch.Gen
     x = start
     for _ in range(burn_in):
         _, x = model.anneal(x, 1.0, 1.0, generator)
-    log_weights, x = _annealed("reverse ais", model, x, values, generator)
-    return _result(model.base_log_z(), -1, log_weights, x, "upper_bound")
-
-
-def _annealed(
-    name: str, model: Model, x: Tensor, betas: list[float], generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Return log weights (n,), float64, and last states (n, D) of chains through the inverse temperatures."""
-    log_weights = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    state: State = {"x": x, "log_weights": log_weights, "generator": generator}
-    for k in resumable(name, len(betas) - 1, state):
-        increment, state["x"] = model.anneal(state["x"], betas[k], betas[k + 1], generator)
-        state["log_weights"] = state["log_weights"] + increment.double()
-    return state["log_weights"], state["x"]
+    return _run("reverse ais", model, x, values, generator, "upper_bound")
 
 
 def bracket(
@@ -225,6 +212,5 @@ def bracket(
         (0.5, 0.5)
     """
     forward = ais(model, chains, betas, generator)
-    if start is None:
-        start = model.sample(chains, generator)
+    start = model.sample(chains, generator) if start is None else start
     return Bracket(forward, reverse_ais(model, start, betas, generator))

@@ -9,6 +9,7 @@ gives no bound: each dimension would gain -log(width).
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -23,13 +24,10 @@ ROWS = 1_000
 class _Standardising(nn.Module):
     """The mean and the standard deviation of each dimension, as buffers."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("std", torch.ones(dim))
+        self.mean: Tensor = nn.Buffer(torch.zeros(dim))
+        self.std: Tensor = nn.Buffer(torch.ones(dim))
 
 
 class Affine(_Standardising):
@@ -101,13 +99,11 @@ class DequantisedGaussian(nn.Module):
     a model has to learn the dependence alone.
     """
 
-    cdf: Tensor
-
     def __init__(self, dim: int, levels: int, smoothing: float = 0.5) -> None:
         super().__init__()
         self.levels, self.smoothing = levels, smoothing
         uniform = torch.linspace(0, 1, levels + 1, dtype=torch.float64)
-        self.register_buffer("cdf", uniform.repeat(dim, 1))
+        self.cdf: Tensor = nn.Buffer(uniform.repeat(dim, 1))
 
     def fit(self, train: Tensor, generator: torch.Generator) -> None:
         """Set F_d from the level counts of train (n, D)."""
@@ -153,27 +149,15 @@ class Preprocessed(Model):
     def __init__(self, inner: Model, info: DataInfo, transform: str = "logit") -> None:
         super().__init__()
         self.inner = inner
+        self.family, self.nfe, self.costly_score = inner.family, inner.nfe, inner.costly_score  # type: ignore[misc]
         self.discrete = info.domain != "continuous"
         self.transform: Affine | DequantisedLogit | DequantisedGaussian
         if self.discrete:
             assert info.levels is not None
             self.transform = self.DISCRETE[transform](info.dim, info.levels)
-            self.capabilities = inner.capabilities & {"sample"}
         else:
             self.transform = Affine(info.dim)
-            self.capabilities = inner.capabilities
-
-    @property
-    def family(self) -> str:  # type: ignore[override]
-        return self.inner.family
-
-    @property
-    def nfe(self) -> int:  # type: ignore[override]
-        return self.inner.nfe
-
-    @property
-    def costly_score(self) -> bool:  # type: ignore[override]
-        return self.inner.costly_score
+        self.capabilities = inner.capabilities & {"sample"} if self.discrete else inner.capabilities
 
     def initialise(self, train: Tensor, generator: torch.Generator) -> None:
         self.transform.fit(train, generator)
@@ -191,8 +175,7 @@ class Preprocessed(Model):
     def _affine(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not isinstance(self.transform, Affine):
             raise NotImplementedError("a continuous model of discrete data has no exact log p of its own")
-        z, logdet = self.transform(x)
-        return z, logdet
+        return self.transform(x)
 
     def log_prob(self, x: Tensor) -> Tensor:
         z, logdet = self._affine(x)
@@ -215,14 +198,11 @@ class Preprocessed(Model):
         return self._to_data(self.inner.sample(n, generator))
 
     def samplers(self) -> dict[str, Sampler]:
-        def of(inner: Sampler) -> Sampler:
-            def sample(n: int, generator: torch.Generator) -> tuple[Tensor, int]:
-                z, nfe = inner(n, generator)
-                return self._to_data(z), nfe
+        return {name: partial(self._sampled_by, sampler) for name, sampler in self.inner.samplers().items()}
 
-            return sample
-
-        return {name: of(sampler) for name, sampler in self.inner.samplers().items()}
+    def _sampled_by(self, inner: Sampler, n: int, generator: torch.Generator) -> tuple[Tensor, int]:
+        z, nfe = inner(n, generator)
+        return self._to_data(z), nfe
 
     def _to_data(self, z: Tensor) -> Tensor:
         """Map z to data space; where a sampler diverged the result is nan, never a level."""

@@ -46,6 +46,7 @@ def log_sum_over_states(
     return torch.logsumexp(torch.stack(parts), 0)
 
 
+@torch.no_grad()
 def enumerate_log_z(
     energy: Callable[[Tensor], Tensor],
     dim: int,
@@ -67,9 +68,7 @@ def enumerate_log_z(
         >>> round(enumerate_log_z(lambda x: -x.sum(1), dim=3).value, 4)
         3.9398
     """
-    with torch.no_grad():
-        value = log_sum_over_states(lambda x: -energy(x), dim, levels, chunk, device)
-    return Estimate.exact(value, "nats")
+    return Estimate.exact(log_sum_over_states(lambda x: -energy(x), dim, levels, chunk, device), "nats")
 
 
 def rbm_log_z(weights: Tensor, visible_bias: Tensor, hidden_bias: Tensor, chunk: int = 2**12) -> Tensor:
@@ -79,9 +78,7 @@ def rbm_log_z(weights: Tensor, visible_bias: Tensor, hidden_bias: Tensor, chunk:
     v in {0, .., L-1}^D; a Bernoulli unit is L = 2 with zeros at level 0.
 
     Args:
-        weights: W, shape (D, L, H).
-        visible_bias: b, shape (D, L).
-        hidden_bias: c, shape (H,).
+        weights, visible_bias, hidden_bias: W, b and c, of shapes (D, L, H), (D, L) and (H,).
         chunk: states evaluated at a time.
 
     Raises:
@@ -106,6 +103,5 @@ def rbm_log_z(weights: Tensor, visible_bias: Tensor, hidden_bias: Tensor, chunk:
         pre = c + onehot @ w.flatten(0, 1)
         return onehot @ b.flatten() + torch.nn.functional.softplus(pre).sum(1)
 
-    if 2**hidden <= levels**dim:
-        return log_sum_over_states(given_hidden, hidden, 2, chunk, w.device)
-    return log_sum_over_states(given_visible, dim, levels, chunk, w.device)
+    smaller = (given_hidden, hidden, 2) if 2**hidden <= levels**dim else (given_visible, dim, levels)
+    return log_sum_over_states(*smaller, chunk, w.device)

@@ -92,7 +92,10 @@ def log_likelihood(
     if isinstance(model, Preprocessed) and model.inner.capabilities & NORMALISED:
         z, logdet = model.transform(x, generator)
         inner = _estimator(model.inner, effort, generator)(z)
-        return replace(inner, values=inner.values + logdet, details=_shifted_elbo(inner.details, float(logdet.mean())))
+        details = dict(inner.details)
+        if "elbo" in details:  # in the coordinates of the data, as the log-likelihood
+            details["elbo"] = replace(details["elbo"], value=details["elbo"].value + float(logdet.mean()))
+        return replace(inner, values=inner.values + logdet, details=details)
     return _estimator(model, effort, generator)(x)
 
 
@@ -110,11 +113,6 @@ def _estimator(model: Model, effort: Effort, generator: torch.Generator) -> Esti
     raise NotImplementedError(
         "no normalised density: the model gives neither log p nor an energy that can be normalised"
     )
-
-
-def _shifted_elbo(details: Mapping[str, Estimate], logdet: float) -> dict[str, Estimate]:
-    """Return the details with the ELBO in the coordinates of the data, as the log-likelihood."""
-    return {k: replace(e, value=e.value + logdet) if k == "elbo" else e for k, e in details.items()}
 
 
 @torch.no_grad()

@@ -20,11 +20,7 @@ CHUNK = 20_000
 
 
 def _log_moments(model: Model, x: Tensor, k: int, generator: torch.Generator, chunk: int) -> Tensor:
-    """Return moments of the k log weights of each row of x (n, D), in double precision.
-
-    Returns:
-        (3, n): log sum_i w_i, log sum_i w_i^2, sum_i log w_i.
-    """
+    """Return log sum_i w_i, log sum_i w_i^2 and sum_i log w_i of each row's k weights (3, n), in double precision."""
     log_sum = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
     log_square, total = log_sum.clone(), torch.zeros_like(log_sum)
     for start in range(0, k, chunk):

@@ -23,7 +23,7 @@ from typing import Literal, Protocol, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.model import Estimate, LogLikelihood, Model
@@ -53,12 +53,7 @@ class Diffusion(Protocol):
 
 
 def ode_log_prob(
-    model: Model,
-    x: Tensor,
-    generator: torch.Generator,
-    steps: int = 12,
-    trace: Trace | None = None,
-    probes: int = 1,
+    model: Model, x: Tensor, generator: torch.Generator, steps: int = 12, trace: Trace | None = None, probes: int = 1
 ) -> LogLikelihood:
     """Compute log p(x) in nats under the probability flow of a model with the capability "diffusion".
 
@@ -102,29 +97,27 @@ def ode_log_prob(
         x, logdet = model.transform(x, generator)
         inner = model.inner
     exact = trace == "exact" or (trace is None and x.shape[1] <= EXACT_TRACE_DIM)
-    noise = None if exact else _rademacher((probes, *x.shape), generator, x)
+    bits = None if exact else torch.randint(0, 2, (probes, *x.shape), generator=generator, device=x.device)
+    noise = None if bits is None else (2 * bits - 1).to(x.dtype)
     diffusion = cast(Diffusion, inner)
     stride = math.ceil(len(x) / ERROR_ROWS)
     with frozen(inner):
         values = solve(diffusion, x, steps, noise)
         coarse = solve(diffusion, x[::stride], steps // 2, None if noise is None else noise[:, ::stride])
     error = Estimate.mean_of((values[::stride] - coarse).abs(), "estimate", "nats")
-    nfe = Estimate.exact(4 * steps, "evaluations")
-    details = {"solver_error": error, "nfe_likelihood": nfe}
+    details = {"solver_error": error, "nfe_likelihood": Estimate.exact(4 * steps, "evaluations")}
     return LogLikelihood(values + logdet, "estimate", 1 if exact else probes, details=details)
 
 
 @contextmanager
 def frozen(model: Model) -> Iterator[None]:
     """Switch off the gradients of all weights, so that products with the Jacobian cost nothing for them."""
-    active = [p for p in model.parameters() if p.requires_grad]
-    for p in active:
-        p.requires_grad_(False)
+    active = nn.ParameterList(p for p in model.parameters() if p.requires_grad)
+    active.requires_grad_(False)
     try:
         yield
     finally:
-        for p in active:
-            p.requires_grad_(True)
+        active.requires_grad_(True)
 
 
 def level_grid(sde: SDE, steps: int) -> list[float]:
@@ -202,8 +195,3 @@ def score_and_divergence(field: Callable[[Tensor], Tensor], x: Tensor, noise: Te
     if noise is not None:
         divergence = divergence / len(noise)
     return value.detach(), divergence
-
-
-def _rademacher(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
-    bits = torch.randint(0, 2, shape, generator=generator, device=like.device)
-    return (2 * bits - 1).to(like.dtype)

@@ -23,13 +23,11 @@ def grid(half_width: float, points: int, dim: int, dtype: torch.dtype = torch.fl
     """Return the midpoints of the cells of the box [-half_width, half_width]^dim.
 
     Args:
-        half_width: of the box, per axis.
         points: cells per axis.
         dim: 1 or 2.
-        dtype: of the midpoints.
 
     Returns:
-        (midpoints (points^dim, dim), last axis fastest; log volume of a cell).
+        (midpoints (points^dim, dim) of that dtype, last axis fastest; log volume of a cell).
 
     Raises:
         ValueError: dim is not 1 or 2, or half_width or points is not positive.
@@ -43,14 +41,6 @@ def grid(half_width: float, points: int, dim: int, dtype: torch.dtype = torch.fl
 
 
 @torch.no_grad()
-def _log_integral(
-    log_f: Callable[[Tensor], Tensor], half_width: float, points: int, dim: int, dtype: torch.dtype, device: str
-) -> float:
-    nodes, log_cell = grid(half_width, points, dim, dtype)
-    parts = [torch.logsumexp(log_f(part.to(device)).detach().double(), 0) for part in nodes.split(CHUNK)]
-    return float(torch.logsumexp(torch.stack(parts), 0)) + log_cell
-
-
 def log_z(
     log_f: Callable[[Tensor], Tensor],
     half_width: float,
@@ -66,8 +56,7 @@ def log_z(
         half_width: the box must hold all but a negligible part of the integral.
         points: cells per axis, at least 2.
         dim: 1 or 2.
-        dtype: of the points for log_f; the sum is in double precision.
-        device: where log_f is evaluated.
+        dtype, device: of the points for log_f; the sum is in double precision.
 
     Returns:
         Estimate of kind "estimate", whose `stderr` is the numerical error |log Z - log Z at half the resolution|
@@ -85,6 +74,11 @@ def log_z(
     """
     if points < 2:
         raise ValueError(f"log_z compares with half the resolution and needs points >= 2; got {points}")
-    fine = _log_integral(log_f, half_width, points, dim, dtype, device)
-    coarse = _log_integral(log_f, half_width, points // 2, dim, dtype, device)
+
+    def at(points: int) -> float:
+        nodes, log_cell = grid(half_width, points, dim, dtype)
+        parts = [torch.logsumexp(log_f(part.to(device)).detach().double(), 0) for part in nodes.split(CHUNK)]
+        return float(torch.logsumexp(torch.stack(parts), 0)) + log_cell
+
+    fine, coarse = at(points), at(points // 2)
     return Estimate(fine, abs(fine - coarse), "estimate", "nats", points**dim)

@@ -40,9 +40,8 @@ def autocorrelation(series: Tensor, mean: Tensor | float) -> Tensor:
     """
     if len(series) < 2 or not bool(torch.isfinite(series).all()):
         raise ValueError(f"autocorrelation needs at least 2 states, all finite; got {len(series)}")
-    centre = torch.as_tensor(mean, dtype=torch.float64, device=series.device)
-    x = (series.detach().double() - centre).reshape(len(series), -1)
-    n = len(x)
+    n, centre = len(series), torch.as_tensor(mean, dtype=torch.float64, device=series.device)
+    x = (series.detach().double() - centre).reshape(n, -1)
     # zero padding to twice the length makes the circular correlation of the transform a plain one
     power = torch.fft.rfft(x, n=2 * n, dim=0).abs().square().sum(1)
     covariance = torch.fft.irfft(power, n=2 * n)[:n]

@@ -33,8 +33,7 @@ def kl(log_p: LogLikelihood, log_q: LogLikelihood) -> Estimate:
         raise ValueError(f"the truth's log p must be exact; it is {log_p.kind!r}")
     if log_p.values.shape != log_q.values.shape:
         raise ValueError(f"log p has shape {tuple(log_p.values.shape)}, log q {tuple(log_q.values.shape)}")
-    excess = log_q.values.double() - log_p.values.double()
-    return -replace(log_q, values=excess).mean()
+    return -replace(log_q, values=log_q.values.double() - log_p.values.double()).mean()
 
 
 def fisher_divergence(score_q: Tensor, score_p: Tensor) -> Estimate:

@@ -46,8 +46,7 @@ def frechet(fx: Tensor, fy: Tensor) -> Estimate:
     give the influence of each point) and does not cover the bias, which is upwards and falls like 1/n.
 
     Args:
-        fx: features, (n, F).
-        fy: features, (m, F).
+        fx, fy: features, (n, F) and (m, F).
 
     Raises:
         ValueError: the numbers of features differ, or a set has fewer than 2 rows.

@@ -86,8 +86,7 @@ def mmd(x: Tensor, y: Tensor) -> Estimate:
     U-statistic with plug-in terms, which holds under the null hypothesis as well.
 
     Args:
-        x: samples, (n, D).
-        y: reference samples, (n, D).
+        x, y: samples and reference samples, (n, D) each.
 
     Raises:
         ValueError: the shapes differ, n < 2, or more than half of the pairs of y coincide, which leaves no bandwidth.

@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from replicate.resume import State, resumable
-from replicate.sampling.langevin import Chain, Recorder, check_settings, langevin_step, standard_normal_like
+from replicate.resume import State
+from replicate.sampling.langevin import Chain, check_settings, langevin_step, path_of, recorded, standard_normal_like
 
 #: (x (n, D), sigma (n,)) -> score of the data noised by N(0, sigma^2 I), shape (n, D)
 ScoreAtLevel = Callable[[Tensor, Tensor], Tensor]
@@ -36,14 +36,12 @@ def annealed_langevin(
     """Take Langevin steps at each noise level in turn, from the largest to the smallest.
 
     Args:
-        score_at: (x (n, D), sigma (n,)) -> score of the data noised by N(0, sigma^2 I), shape (n, D).
+        score_at: see `ScoreAtLevel`.
         sigmas: noise levels, decreasing, shape (L,).
-        x: starting states, shape (n, D); not changed.
         steps_per_level: Langevin steps at each level (T in the paper).
         step_size: eps, the step size at the last level, in squared units of x.
-        generator: on x's device.
         denoise: end with Tweedie's mean.
-        record_every: steps between two states in `path`; 0 keeps none.
+        x, generator, record_every: as for `ula`.
 
     Raises:
         ValueError: `sigmas` are not positive and decreasing, or a setting is out of range.
@@ -61,17 +59,14 @@ def annealed_langevin(
     levels = [float(s) for s in sigmas]
     if not levels or levels[-1] <= 0 or levels != sorted(levels, reverse=True):
         raise ValueError(f"sigmas must be positive and decreasing; got {levels}")
-    recorder = Recorder(record_every)
-    recorder.see(0, x)
-    state: State = {"x": x, "generator": generator, "recorder": recorder}
+    state: State = {"x": x, "generator": generator}
     steps = len(levels) * steps_per_level
-    for step in resumable("annealed Langevin", steps, state):
+    for step in recorded("annealed Langevin", steps, state, record_every):
         level, x = levels[step // steps_per_level], state["x"]
         alpha = step_size * (level / levels[-1]) ** 2
         score = score_at(x, x.new_full((len(x),), level))
         state["x"] = langevin_step(x, score, alpha, standard_normal_like(x, generator))
-        recorder.see(step + 1, state["x"])
     x = state["x"]
     if denoise:
         x = x + levels[-1] ** 2 * score_at(x, x.new_full((len(x),), levels[-1]))
-    return Chain(x, recorder.path(), nfe=steps + int(denoise))
+    return Chain(x, path_of(state), nfe=steps + int(denoise))

@@ -13,9 +13,8 @@ Sources: Roberts and Tweedie 1996, Bernoulli 2(4), for both chains and the accep
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,29 +42,18 @@ class Chain:
     acceptance: float | None = None
 
 
-class Recorder:
-    """Keep every `every`-th state of a chain; 0 keeps none."""
+def recorded(name: str, steps: int, state: State, every: int) -> Iterator[int]:
+    """Run `resumable` and keep state["x"] (n, D), at first and after each `every` steps, in state["path"]."""
+    state["path"] = [state["x"].clone()] if every else []
+    for step in resumable(name, steps, state):
+        yield step
+        if every and (step + 1) % every == 0:
+            state["path"].append(state["x"].clone())
 
-    def __init__(self, every: int) -> None:
-        self.every = every
-        self._states: list[Tensor] = []
 
-    def see(self, step: int, x: Tensor) -> None:
-        """Offer the state x (n, D) after `step` steps."""
-        if self.every and step % self.every == 0:
-            self._states.append(x.clone())
-
-    def path(self) -> Tensor | None:
-        """Return the states kept, shape (r, n, D), or None if there are none."""
-        return torch.stack(self._states) if self._states else None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the states kept so far, for a checkpoint."""
-        return {"states": self._states}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from a checkpoint."""
-        self._states = list(state["states"])
+def path_of(state: State) -> Tensor | None:
+    """Return the states that `recorded` kept, shape (r, n, D), or None if there are none."""
+    return torch.stack(state["path"]) if state["path"] else None
 
 
 def standard_normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -84,10 +72,8 @@ def langevin_step(
     """Take one step of the convention in the module's header; return x, shape (n, D).
 
     Args:
-        x: state, shape (n, D).
-        score: grad log p(x), shape (n, D).
+        x, score, noise: state, grad log p(x) and standard normal draw, shape (n, D).
         step_size: eps, in squared units of x; a float or a tensor that broadcasts with x.
-        noise: standard normal draw, shape (n, D).
         temperature: T.
     """
     return langevin_drift(x, score, step_size, temperature) + step_size**0.5 * noise
@@ -141,14 +127,11 @@ def ula(
         1.3
     """
     check_settings(steps, step_size, temperature)
-    recorder = Recorder(record_every)
-    recorder.see(0, x)
-    state: State = {"x": x, "generator": generator, "recorder": recorder}
-    for step in resumable("ula", steps, state):
+    state: State = {"x": x, "generator": generator}
+    for _ in recorded("ula", steps, state, record_every):
         x = state["x"]
         state["x"] = langevin_step(x, score(x), step_size, standard_normal_like(x, generator), temperature)
-        recorder.see(step + 1, state["x"])
-    return Chain(state["x"], recorder.path(), nfe=steps)
+    return Chain(state["x"], path_of(state), nfe=steps)
 
 
 @torch.no_grad()
@@ -169,12 +152,7 @@ def mala(
     Args:
         log_density: log p up to a constant, (n, D) -> (n,).
         score: its gradient, (n, D) -> (n, D). A wrong score costs acceptance, not correctness.
-        x: starting states, shape (n, D); not changed.
-        steps: number of steps.
-        step_size: eps in squared units of x.
-        generator: on x's device.
-        temperature: T.
-        record_every: steps between two states in `path`; 0 keeps none.
+        x, steps, step_size, generator, temperature, record_every: as for `ula`.
 
     Raises:
         ValueError: a setting is out of range.
@@ -189,17 +167,10 @@ def mala(
         1.0
     """
     check_settings(steps, step_size, temperature)
-    recorder = Recorder(record_every)
-    recorder.see(0, x)
-    state: State = {
-        "x": x,
-        "log_p": log_density(x).detach(),
-        "grad": score(x),
-        "accepted": torch.zeros((), dtype=torch.float64, device=x.device),
-        "generator": generator,
-        "recorder": recorder,
-    }
-    for step in resumable("mala", steps, state):
+    accepted = torch.zeros((), dtype=torch.float64, device=x.device)
+    state: State = {"x": x, "log_p": log_density(x).detach(), "grad": score(x)}
+    state |= {"accepted": accepted, "generator": generator}
+    for _ in recorded("mala", steps, state, record_every):
         x, log_p, grad = state["x"], state["log_p"], state["grad"]
         proposal = langevin_step(x, grad, step_size, standard_normal_like(x, generator), temperature)
         log_p_new, grad_new = log_density(proposal).detach(), score(proposal)
@@ -213,6 +184,5 @@ def mala(
         state["grad"] = torch.where(accept[:, None], grad_new, grad)
         state["log_p"] = torch.where(accept, log_p_new, log_p)
         state["accepted"] = state["accepted"] + accept.double().mean()
-        recorder.see(step + 1, state["x"])
     rate = float(state["accepted"]) / steps if steps else math.nan
-    return Chain(state["x"], recorder.path(), nfe=steps + 1, acceptance=rate)
+    return Chain(state["x"], path_of(state), nfe=steps + 1, acceptance=rate)

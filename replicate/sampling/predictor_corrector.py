@@ -17,20 +17,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from replicate.resume import State, resumable
-from replicate.sampling.grid import time_grid
-from replicate.sampling.langevin import Chain, Recorder, langevin_step, standard_normal_like
+from replicate.resume import State
+from replicate.sampling.langevin import Chain, langevin_step, path_of, recorded, standard_normal_like
+from replicate.sde import SDE
 
-if TYPE_CHECKING:
-    from replicate.sde import SDE
-
+#: exponent of `time_grid`
+RHO = 7.0
 #: (x (n, D), t (n,)) -> score of x at time t, shape (n, D)
 ScoreAt = Callable[[Tensor, Tensor], Tensor]
+
+
+def time_grid(sde: SDE, steps: int, device: torch.device) -> Tensor:
+    """Return times from t_max down to t_min, shape (steps + 1,), float64 (Karras et al. 2022, 2206.00364, eq. 5).
+
+    x_t / m(t) is the data plus noise of level sigma(t) = std(t) / m(t). The grid is even in sigma^(1/RHO): fine where
+    the noise is small. For a VE SDE with geometric levels it lies between even in t and even in sigma.
+
+    Raises:
+        ValueError: steps < 1.
+    """
+    if steps < 1:
+        raise ValueError(f"an SDE sampler needs at least 1 step; got {steps}")
+    # on the CPU, so that the grid is the same on every device
+    ends = torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)
+    first, last = (sde.log_ratio(ends) / RHO).exp().tolist()
+    root = torch.linspace(first, last, steps + 1, dtype=torch.float64)
+    times = sde.time_of(RHO * root.log())
+    times[0], times[-1] = ends
+    return times.to(device)
 
 
 def transition(sde: SDE, times: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,8 +68,7 @@ def transition(sde: SDE, times: Tensor) -> tuple[Tensor, Tensor]:
 def corrector_step(x: Tensor, score: Tensor, snr: float, noise: Tensor) -> Tensor:
     """Take one Langevin step of the size that gives the signal-to-noise ratio `snr`; return x, shape (n, D)."""
     ratio = noise.norm(dim=-1).mean() / score.norm(dim=-1).mean()
-    step_size = 4 * (snr * ratio).square()
-    return langevin_step(x, score, step_size, noise)
+    return langevin_step(x, score, 4 * (snr * ratio).square(), noise)
 
 
 def posterior_mean(x: Tensor, score: Tensor, scale: Tensor, std: Tensor) -> Tensor:
@@ -88,7 +105,7 @@ def predictor_corrector(
     """Draw samples by predictor and corrector steps down the time grid.
 
     Args:
-        score_at: (x (n, D), t (n,)) -> score of x at time t, shape (n, D).
+        score_at: see `ScoreAt`.
         sde: the forward SDE.
         shape: (n, D) of the samples.
         steps: steps of the time grid.
@@ -118,10 +135,8 @@ def predictor_corrector(
     ratio, variance = (value.to(x.dtype) for value in transition(sde, times))
     scale, std = (value.to(x.dtype) for value in sde.marginal(times))
     times = times.to(x.dtype)
-    recorder = Recorder(record_every)
-    recorder.see(0, x)
-    state: State = {"x": x, "generator": generator, "recorder": recorder}
-    for i in resumable("predictor-corrector", steps, state):
+    state: State = {"x": x, "generator": generator}
+    for i in recorded("predictor-corrector", steps, state, record_every):
         x = state["x"]
         if corrector.predict:
             score = score_at(x, times[i].expand(n))
@@ -131,11 +146,10 @@ def predictor_corrector(
             score = score_at(x, times[i + 1].expand(n))
             x = corrector_step(x, score, corrector.snr, standard_normal_like(x, generator))
         state["x"] = x
-        recorder.see(i + 1, x)
     x = state["x"]
     if denoise:
         x = posterior_mean(x, score_at(x, times[-1].expand(n)), scale[-1], std[-1])
-    return Chain(x, recorder.path(), nfe=steps * (int(corrector.predict) + corrector.steps) + int(denoise))
+    return Chain(x, path_of(state), nfe=steps * (int(corrector.predict) + corrector.steps) + int(denoise))
 
 
 def reverse_sde(

@@ -8,17 +8,13 @@ unless `denoise` is set (that step is Tweedie's mean).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from replicate.sampling.grid import time_grid
-from replicate.sampling.langevin import Chain, Recorder
-from replicate.sampling.predictor_corrector import ScoreAt, posterior_mean
-
-if TYPE_CHECKING:
-    from replicate.sde import SDE
+from replicate.resume import State
+from replicate.sampling.langevin import Chain, path_of, recorded
+from replicate.sampling.predictor_corrector import ScoreAt, posterior_mean, time_grid
+from replicate.sde import SDE
 
 
 @torch.no_grad()
@@ -35,14 +31,9 @@ def probability_flow(
     """Carry n samples of the prior to t_min by Heun's method; the generator draws the prior only.
 
     Args:
-        score_at: (x (n, D), t (n,)) -> score of x at time t, shape (n, D).
-        sde: the forward SDE.
-        n: number of samples.
-        dim: D.
+        n, dim: shape (n, D) of the samples.
         steps: Heun steps, two score evaluations each.
-        generator: on the device to sample on.
-        denoise: end with Tweedie's mean at t_min.
-        record_every: steps between two states in `path`; 0 keeps none.
+        score_at, sde, generator, denoise, record_every: as for `predictor_corrector`.
 
     Raises:
         ValueError: steps < 1.
@@ -66,16 +57,14 @@ def probability_flow(
     def slope(y: Tensor, i: int) -> Tensor:
         return -std[i] * score_at(scale[i] * y, times[i].expand(n))
 
-    recorder = Recorder(record_every)
-    recorder.see(0, x)
-    y = x / scale[0]
-    for i in range(steps):
-        h = sigma[i + 1] - sigma[i]
+    state: State = {"x": x, "y": x / scale[0]}
+    for i in recorded("probability flow", steps, state, record_every):
+        y, h = state["y"], sigma[i + 1] - sigma[i]
         first = slope(y, i)
         second = slope(y + h * first, i + 1)
         y = y + h * (first + second) / 2
-        recorder.see(i + 1, scale[i + 1] * y)
-    x = scale[-1] * y
+        state["x"], state["y"] = scale[i + 1] * y, y
+    x = state["x"]
     if denoise:
         x = posterior_mean(x, score_at(x, times[-1].expand(n)), scale[-1], std[-1])
-    return Chain(x, recorder.path(), nfe=2 * steps + int(denoise))
+    return Chain(x, path_of(state), nfe=2 * steps + int(denoise))

@@ -13,8 +13,7 @@ Within a temperature the chain is `mala` with temperature T_k and step size eps 
 as wide. All replicas are one call of it: in y = x / sqrt(T) the law is q(y) ~ p(sqrt(T) y)^(1/T), whose score is
 score(x) / sqrt(T), at temperature 1 and step size eps.
 
-Departure: each round evaluates score and density at its first state again, although the round before knew them; the
-count includes it.
+Departure: each round evaluates score and density at its first state again, which the count includes.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from replicate.resume import State, resumable
-from replicate.sampling.langevin import Chain, LogDensity, Recorder, Score, check_settings, mala
+from replicate.resume import State
+from replicate.sampling.langevin import Chain, LogDensity, Score, check_settings, mala, path_of, recorded
 
 
 @dataclass(frozen=True)
@@ -89,24 +88,16 @@ class Rounds:
 
 @torch.no_grad()
 def parallel_tempering(
-    log_density: LogDensity,
-    score: Score,
-    x: Tensor,
-    temperatures: Tensor,
-    rounds: Rounds,
-    generator: torch.Generator,
+    log_density: LogDensity, score: Score, x: Tensor, temperatures: Tensor, rounds: Rounds, generator: torch.Generator
 ) -> Tempered:
     """Run rounds of Langevin steps at every temperature and one offer of exchanges; all start from x.
 
     With the single temperature 1 this is `mala` with count * steps steps, bit for bit.
 
     Args:
-        log_density: log p up to a constant, (m, D) -> (m,).
-        score: its gradient, (m, D) -> (m, D).
-        x: starting states, shape (n, D); not changed.
+        log_density, score, x, generator: as for `mala`.
         temperatures: increasing, shape (K,); the samples are those of the first.
         rounds: see `Rounds`.
-        generator: on x's device.
 
     Raises:
         ValueError: the temperatures are not positive and increasing, or a setting is out of range.
@@ -132,16 +123,9 @@ def parallel_tempering(
     t = temperatures.to(x)
     root = t.sqrt().repeat_interleave(n)[:, None]
     row = t.repeat_interleave(n)
-    recorder = Recorder(rounds.record_every)
-    recorder.see(0, x)
-    state: State = {
-        "y": x.repeat(k, 1) / root,
-        "accepted": 0.0,
-        "swapped": torch.zeros(k - 1, dtype=torch.float64, device=x.device),
-        "generator": generator,
-        "recorder": recorder,
-    }
-    for r in resumable("parallel tempering", rounds.count, state):
+    swaps = torch.zeros(k - 1, dtype=torch.float64, device=x.device)
+    state: State = {"x": x, "y": x.repeat(k, 1) / root, "accepted": 0.0, "swapped": swaps, "generator": generator}
+    for r in recorded("parallel tempering", rounds.count, state, rounds.record_every):
         tempered_density, tempered_score = lambda y: log_density(y * root) / row, lambda y: score(y * root) / root
         moved = mala(tempered_density, tempered_score, state["y"], rounds.steps, rounds.step_size, generator)
         now = moved.samples * root
@@ -150,12 +134,9 @@ def parallel_tempering(
             swapped, accept = exchange(now.view(k, n, dim), log_p.view(k, n), t, r % 2, generator)
             now = swapped.view(k * n, dim)
             state["swapped"][r % 2 :: 2] += accept.double().mean(1)
-        state["y"] = now / root
+        state["x"], state["y"] = now[:n], now / root
         state["accepted"] += moved.acceptance or 0.0
-        recorder.see(r + 1, now[:n])
     offered = torch.tensor([(rounds.count + 1 - i % 2) // 2 for i in range(k - 1)], device=x.device)
     acceptance = state["accepted"] / rounds.count if rounds.count and rounds.steps else math.nan
-    coldest = Chain(
-        (state["y"] * root)[:n], recorder.path(), nfe=k * rounds.count * (rounds.steps + 1), acceptance=acceptance
-    )
-    return Tempered(coldest, state["swapped"] / offered)
+    nfe = k * rounds.count * (rounds.steps + 1)
+    return Tempered(Chain((state["y"] * root)[:n], path_of(state), nfe, acceptance), state["swapped"] / offered)

@@ -27,7 +27,6 @@ def variational_bound(model: Diffusion, x: Tensor, levels: int, generator: torch
     Args:
         x: data, shape (n, D).
         levels: strata.
-        generator: of levels and noise.
 
     Returns:
         Values (n,) in nats of kind "lower_bound", float64: unbiased for the bound.

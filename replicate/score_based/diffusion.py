@@ -15,6 +15,7 @@ is an MLP preconditioned by the data's Gaussian fit; samples come from the proba
 from __future__ import annotations
 
 import math
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,7 @@ from replicate.sampling.langevin import standard_normal_like
 from replicate.sampling.predictor_corrector import Corrector, predictor_corrector
 from replicate.sampling.probability_flow import probability_flow
 from replicate.score_based.networks import NoiseNet
-from replicate.sde import SDE, VE, VP, SubVP
+from replicate.sde import SDE
 
 #: the corrector's signal-to-noise ratio, the paper's for CIFAR-10 (2011.13456, appendix G)
 CORRECTOR_SNR = 0.16
@@ -104,8 +105,7 @@ class DiffusionModel(Model):
     ) -> None:
         super().__init__()
         self.net, self.dim, self.sde = net, dim, sde
-        self.proposal, self.weighting = proposal, weighting
-        self.sample_steps = sample_steps
+        self.proposal, self.weighting, self.sample_steps = proposal, weighting, sample_steps
         self.nfe = 2 * sample_steps + 1  # the last is the denoising step
 
     def initialise(self, train: Tensor, generator: torch.Generator) -> None:
@@ -140,9 +140,8 @@ class DiffusionModel(Model):
         return scale[:, None] * self.score_at(scale[:, None] * x, t)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        return probability_flow(
-            self.score_at, self.sde, n, self.dim, self.sample_steps, generator, denoise=True
-        ).samples
+        chain = probability_flow(self.score_at, self.sde, n, self.dim, self.sample_steps, generator, denoise=True)
+        return chain.samples
 
     def samplers(self) -> dict[str, Sampler]:
         """Return predictor-corrector sampling (2011.13456, algorithm 1) at about the same number of evaluations."""
@@ -155,32 +154,11 @@ class DiffusionModel(Model):
         return {"pc": corrected}
 
 
-def build_vp(info: DataInfo, *, beta_min: float, beta_max: float, t_min: float, **settings: Any) -> DiffusionModel:
-    """Build a diffusion model on the VP SDE; `settings` are those of `assemble`."""
-    return assemble(VP(beta_min, beta_max, t_min), info, **settings)
-
-
-def build_subvp(info: DataInfo, *, beta_min: float, beta_max: float, t_min: float, **settings: Any) -> DiffusionModel:
-    """Build a diffusion model on the sub-VP SDE; `settings` are those of `assemble`."""
-    return assemble(SubVP(beta_min, beta_max, t_min), info, **settings)
-
-
-def build_ve(info: DataInfo, *, sigma_min: float, sigma_max: float, **settings: Any) -> DiffusionModel:
-    """Build a diffusion model on the VE SDE; `settings` are those of `assemble`."""
-    return assemble(VE(sigma_min, sigma_max), info, **settings)
-
-
-def assemble(
-    sde: SDE,
-    info: DataInfo,
-    *,
-    weighting: Weighting,
-    location: float,
-    scale: float,
-    uniform: float,
-    sample_steps: int,
-    **network: Any,
+def build(
+    kind: type[SDE], info: DataInfo, *, weighting: Weighting, sample_steps: int, **settings: Any
 ) -> DiffusionModel:
-    """Build a diffusion model from scalar settings; `network` are those of `NoiseNet`."""
-    proposal = LevelProposal(*level_range(sde), location, scale, uniform)
-    return DiffusionModel(NoiseNet(info.dim, **network), info.dim, sde, proposal, weighting, sample_steps)
+    """Build a diffusion model from the scalar settings of its SDE, its `LevelProposal` and its `NoiseNet`."""
+    sde = kind(**{name: settings.pop(name) for name in signature(kind).parameters})
+    levels = {name: settings.pop(name) for name in ("location", "scale", "uniform")}
+    proposal = LevelProposal(*level_range(sde), **levels)
+    return DiffusionModel(NoiseNet(info.dim, **settings), info.dim, sde, proposal, weighting, sample_steps)

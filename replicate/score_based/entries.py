@@ -9,16 +9,9 @@ from dataclasses import replace
 from functools import partial
 
 from replicate.model import ModelEntry, Training
-from replicate.score_based.diffusion import build_subvp, build_ve, build_vp
+from replicate.score_based import diffusion, single
 from replicate.score_based.ncsn import build_ncsn
-from replicate.score_based.single import (
-    DenoisingModel,
-    ImplicitModel,
-    SlicedModel,
-    SlicedVRModel,
-    build_energy,
-    build_free,
-)
+from replicate.sde import VE, VP, SubVP
 
 CONTINUOUS = frozenset({"continuous"})
 
@@ -30,7 +23,7 @@ SM_IMPLICIT = ModelEntry(
     family="score",
     about="implicit score matching, exact trace",
     paper="Hyvarinen 2005, JMLR 6",
-    build=partial(build_free, ImplicitModel),
+    build=partial(single.build, single.ImplicitModel),
     domains=CONTINUOUS,
     params={**_NETWORK, **_LANGEVIN},
     training=_SINGLE,
@@ -40,20 +33,24 @@ SSM = replace(
     SM_IMPLICIT,
     about="sliced score matching",
     paper="Song et al. 2019, 1905.07088",
-    build=partial(build_free, SlicedModel),
+    build=partial(single.build, single.SlicedModel),
 )
 
-SSM_VR = replace(SSM, about="sliced score matching, variance reduced", build=partial(build_free, SlicedVRModel))
+SSM_VR = replace(
+    SSM, about="sliced score matching, variance reduced", build=partial(single.build, single.SlicedVRModel)
+)
 
 DSM = replace(
     SM_IMPLICIT,
     about="denoising score matching at one noise level",
     paper="Vincent 2011, Neural Computation 23",
-    build=partial(build_free, DenoisingModel),
+    build=partial(single.build, single.DenoisingModel),
     params={**_NETWORK, **_LANGEVIN, "sigma": 0.05},
 )
 
-DSM_ENERGY = replace(DSM, about="denoising score matching, s = -grad f", build=build_energy)
+DSM_ENERGY = replace(
+    DSM, about="denoising score matching, s = -grad f", build=partial(single.build, single.DenoisingEnergyModel)
+)
 
 _NOISE_NET = {"hidden": 128, "depth": 3, "features": 64, "max_frequency": 12.0}
 _NOISE_NET |= {"width": 0.1, "shrinkage": 0.0, "dropout": 0.0}
@@ -85,7 +82,7 @@ SDE_VP = ModelEntry(
     family="score",
     about="score SDE, variance preserving",
     paper="Song et al. 2021, 2011.13456",
-    build=build_vp,
+    build=partial(diffusion.build, VP),
     domains=CONTINUOUS,
     params={"beta_min": 0.1, "beta_max": 20.0, "t_min": 1e-3, **_DIFFUSION},
     training=Training(steps=1000, batch_size=256, lr=6e-3, betas=(0.9, 0.99), ema=0.995),
@@ -107,13 +104,13 @@ SDE_VP = ModelEntry(
 SDE_VE = replace(
     SDE_VP,
     about="score SDE, variance exploding",
-    build=build_ve,
+    build=partial(diffusion.build, VE),
     params={"sigma_min": 0.01, "sigma_max": 50.0, **_DIFFUSION},
 )
 
 SDE_SUBVP = replace(
     SDE_VP,
     about="score SDE, sub-VP",
-    build=build_subvp,
+    build=partial(diffusion.build, SubVP),
     params={"beta_min": 0.1, "beta_max": 20.0, "t_min": 0.03, **_DIFFUSION},
 )

@@ -7,17 +7,17 @@ It is the ceiling for the other score matching objectives: the same network, the
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from replicate.likelihood.dequantisation import Affine
-from replicate.model import DataInfo
 from replicate.score_based.entries import SM_IMPLICIT
 from replicate.score_based.matching import explicit_score_matching
 from replicate.score_based.networks import FreeScore
-from replicate.score_based.single import ScoreModel
+from replicate.score_based.single import ScoreModel, build
 from replicate.tasks.base import Density
 
 
@@ -43,17 +43,9 @@ class ExplicitModel(ScoreModel):
         return self.affine.inverse(super().sample(n, generator))
 
 
-def build_explicit(
-    info: DataInfo, density: Density, *, hidden: int, depth: int, activation: str, **sampler: Any
-) -> ExplicitModel:
-    """Build the network of the other single-noise models, on a task whose density is known."""
-    return ExplicitModel(FreeScore(info.dim, hidden, depth, activation), density, info.dim, **sampler)
-
-
 SM_EXPLICIT = replace(
     SM_IMPLICIT,
     about="explicit score matching against the true score",
-    build=build_explicit,
-    domains=frozenset({"continuous"}),
+    build=partial(build, ExplicitModel),
     needs_density=True,
 )

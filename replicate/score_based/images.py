@@ -67,18 +67,14 @@ def even_levels(sde: SDE) -> LevelProposal:
     return LevelProposal(*level_range(sde), location=0.0, scale=1.0, uniform=1.0)
 
 
-def build_ncsn(
-    info: DataInfo,
-    sigma_max: float,
-    sigma_min: float,
-    levels: int,
-    steps_per_level: int,
-    step_size: float,
-    **network: Any,
-) -> NCSN:
-    """Build the suite's NCSN with a U-Net, without the denoising step; `network` are the settings of `NoiseUNet`."""
-    net = _unet(info, network)
-    return NCSN(net, info.dim, sigma_max, sigma_min, levels, steps_per_level, step_size, denoise=False)
+def build_ncsn(info: DataInfo, *chain: Any, **network: Any) -> NCSN:
+    """Build the suite's NCSN with a U-Net, without the denoising step.
+
+    Args:
+        chain: from sigma_max to step_size, as for `NCSN`.
+        network: the settings of `NoiseUNet`.
+    """
+    return NCSN(_unet(info, network), info.dim, *chain, denoise=False)
 
 
 def _unet(info: DataInfo, network: dict[str, Any]) -> NoiseNet:
@@ -107,14 +103,13 @@ class VariationalDequantiser(nn.Module):
 
     #: bound on the log of a coupling's scale
     LARGEST = 2.0
-    colours: Tensor
 
     def __init__(self, image: tuple[int, int], levels: int, channels: int = 32, couplings: int = 4) -> None:
         super().__init__()
         self.image, self.levels = image, levels
         rows, columns = torch.arange(image[0])[:, None], torch.arange(image[1])
         board = ((rows + columns) % 2).double().flatten()
-        self.register_buffer("colours", torch.stack([board, 1 - board]))
+        self.colours: Tensor = nn.Buffer(torch.stack([board, 1 - board]))
         self.nets = nn.ModuleList(_coupling_net(channels) for _ in range(couplings))
 
     def sample(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -178,7 +173,7 @@ class ScaledLevels(nn.Module):
         """Map integers x (n, D) to (y (n, D), log |det dy/dx| - log q(u | x) (n,)) with a fresh draw of u."""
         if self.dequantiser is None:
             u = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float64)
-            log_q = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+            log_q = u.new_zeros(len(x))
         else:
             u, log_q = self.dequantiser.sample(x, generator)
         y = 2 * (x.double() + u) / self.levels - 1
@@ -250,14 +245,11 @@ def inpaint(
     the last level's noise.
 
     Args:
-        score_at: (x (n, D), sigma (n,)) -> score of the data noised by N(0, sigma^2 I), shape (n, D).
-        sigmas: noise levels, decreasing, shape (L,).
+        score_at, sigmas: as for `annealed_langevin`.
         observed: shape (n, D), of which only the known columns matter.
         known: which columns are known, shape (D,), bool.
         start: starting states, shape (n, D).
-        steps_per_level: Langevin steps at each level.
-        step_size: as in `annealed_langevin`.
-        generator: on start's device.
+        steps_per_level, step_size, generator: as for `annealed_langevin`.
 
     Example:
         Two pixels that are always equal; the known one is 3, and the other follows it:

@@ -12,10 +12,11 @@ distance between data (technique 1); sampling ends with a denoising step by defa
 from __future__ import annotations
 
 import math
+from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from replicate.model import DataInfo, Model, Sampler
 from replicate.sampling.annealed import annealed_langevin
@@ -38,7 +39,6 @@ class NCSN(Model):
 
     family = "score"
     capabilities = frozenset({"score", "sample"})
-    sigmas: Tensor
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class NCSN(Model):
         self.steps_per_level, self.step_size, self.denoise = steps_per_level, step_size, denoise
         self.nfe = levels * steps_per_level + int(denoise)
         sigmas = torch.linspace(math.log(sigma_max), math.log(sigma_min), levels, dtype=torch.float64).exp()
-        self.register_buffer("sigmas", sigmas.float())
+        self.sigmas: Tensor = nn.Buffer(sigmas.float())
 
     def initialise(self, train: Tensor, generator: torch.Generator) -> None:
         self.net.gaussian.fit(train)
@@ -94,17 +94,7 @@ class NCSN(Model):
         return chain.samples, chain.nfe
 
 
-def build_ncsn(
-    info: DataInfo,
-    *,
-    sigma_max: float,
-    sigma_min: float,
-    levels: int,
-    steps_per_level: int,
-    step_size: float,
-    denoise: bool,
-    **network: Any,
-) -> NCSN:
-    """Build an NCSN; `network` are the settings of `NoiseNet`."""
-    net = NoiseNet(info.dim, **network)
-    return NCSN(net, info.dim, sigma_max, sigma_min, levels, steps_per_level, step_size, denoise)
+def build_ncsn(info: DataInfo, **settings: Any) -> NCSN:
+    """Build an NCSN from its settings and those of its `NoiseNet`."""
+    own = {name: settings.pop(name) for name in signature(NCSN).parameters if name not in ("net", "dim")}
+    return NCSN(NoiseNet(info.dim, **settings), info.dim, **own)

@@ -31,11 +31,8 @@ def mlp(sizes: list[int], activation: str = "silu") -> nn.Sequential:
     Raises:
         KeyError: the activation is neither "silu" nor "softplus".
     """
-    layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(pairwise(sizes)):
-        layers += [_ACTIVATIONS[activation]()] if i else []
-        layers.append(nn.Linear(a, b))
-    return nn.Sequential(*layers)
+    layers = [part for a, b in pairwise(sizes) for part in (_ACTIVATIONS[activation](), nn.Linear(a, b))]
+    return nn.Sequential(*layers[1:])
 
 
 def score_of(energy: Callable[[Tensor], Tensor]) -> Score:
@@ -91,16 +88,12 @@ class EnergyScore(nn.Module):
 class GaussianFit(nn.Module):
     """The data's Gaussian fit N(m, U diag(l) U'), kept in its eigenbasis, and its exact noise prediction."""
 
-    mean: Tensor
-    basis: Tensor
-    variance: Tensor
-
     def __init__(self, dim: int, shrinkage: float = 0.0) -> None:
         super().__init__()
         self.shrinkage = shrinkage
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("basis", torch.eye(dim))
-        self.register_buffer("variance", torch.ones(dim))
+        self.mean: Tensor = nn.Buffer(torch.zeros(dim))
+        self.basis: Tensor = nn.Buffer(torch.eye(dim))
+        self.variance: Tensor = nn.Buffer(torch.ones(dim))
 
     def fit(self, x: Tensor) -> None:
         """Fit the moments of x (n, D); the covariance is shrunk towards its diagonal."""
@@ -125,13 +118,11 @@ class GaussianFit(nn.Module):
 class InputFeatures(nn.Module):
     """Fourier features: sin and cos of random projections of y, damped by their expectation under noise of size rho."""
 
-    frequencies: Tensor
-
     def __init__(self, dim: int, count: int, max_frequency: float) -> None:
         super().__init__()
         direction = nn.functional.normalize(torch.randn(dim, count), dim=0)
         magnitude = torch.linspace(math.log(0.5), math.log(max_frequency), count).exp()
-        self.register_buffer("frequencies", direction * magnitude)
+        self.frequencies: Tensor = nn.Buffer(direction * magnitude)
 
     def forward(self, y: Tensor, rho: Tensor) -> Tensor:
         """Map y (n, D) and rho (n, 1) to features (n, 2 count)."""
@@ -144,11 +135,10 @@ class LevelFeatures(nn.Module):
     """Gaussian bumps along log rho, from invisible noise to nothing but noise."""
 
     COUNT = 16
-    centres: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("centres", torch.linspace(-8.0, 5.0, self.COUNT))
+        self.centres: Tensor = nn.Buffer(torch.linspace(-8.0, 5.0, self.COUNT))
 
     def forward(self, log_rho: Tensor) -> Tensor:
         """Map log_rho (n,) to features (n, COUNT)."""

@@ -28,6 +28,7 @@ class ScoreModel(Model):
 
     family = "score"
     capabilities = frozenset({"score", "sample"})
+    network: type[FreeScore | EnergyScore] = FreeScore
 
     def __init__(self, net: FreeScore | EnergyScore, dim: int, langevin_steps: int, step_size: float) -> None:
         super().__init__()
@@ -81,18 +82,14 @@ class DenoisingEnergyModel(DenoisingModel):
 
     net: EnergyScore
     capabilities = frozenset({"energy", "score", "sample"})
+    network = EnergyScore
 
     def energy(self, x: Tensor) -> Tensor:
         return self.net.energy(x)
 
 
-def build_free(
-    model: type[ScoreModel], info: DataInfo, *, hidden: int, depth: int, activation: str, **rest: Any
+def build(
+    kind: type[ScoreModel], info: DataInfo, *, hidden: int, depth: int, activation: str, **rest: Any
 ) -> ScoreModel:
-    """Build a model around a free score network."""
-    return model(FreeScore(info.dim, hidden, depth, activation), dim=info.dim, **rest)
-
-
-def build_energy(info: DataInfo, *, hidden: int, depth: int, activation: str, **rest: Any) -> ScoreModel:
-    """Build a denoising model around the gradient of an energy."""
-    return DenoisingEnergyModel(EnergyScore(info.dim, hidden, depth, activation), dim=info.dim, **rest)
+    """Build a model around the network of its kind; `rest` are its other arguments."""
+    return kind(kind.network(info.dim, hidden, depth, activation), dim=info.dim, **rest)

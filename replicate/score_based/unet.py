@@ -105,9 +105,8 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         h, passed = self.first(x), []
         for stage, shrink in zip(self.down, self.shrink, strict=True):
-            h = stage(h, level)
-            passed.append(h)
-            h = shrink(h)
+            passed.append(stage(h, level))
+            h = shrink(passed[-1])
         h = self.middle(h, level)
         for grow, stage, skip in zip(self.grow, self.up, passed[-2::-1], strict=True):
             h = stage(torch.cat([grow(h), skip], dim=1), level)
@@ -122,12 +121,9 @@ class PixelFeatures(nn.Module):
         spacing: between neighbouring levels, in units of y.
     """
 
-    frequencies: Tensor
-
     def __init__(self, octaves: int, spacing: float) -> None:
         super().__init__()
-        periods = spacing * 2.0 ** torch.arange(octaves)
-        self.register_buffer("frequencies", 2 * math.pi / periods)
+        self.frequencies: Tensor = nn.Buffer(2 * math.pi / (spacing * 2.0 ** torch.arange(octaves)))
 
     def forward(self, y: Tensor, rho: Tensor) -> Tensor:
         """Map y (n, D) and rho (n, 1) to features (n, 2 octaves, D)."""

@@ -94,7 +94,7 @@ def test_the_kernel_leaves_its_temperature_invariant_and_moves(beta: float) -> N
     z = torch.randn(8000, 2, generator=generator(4), dtype=torch.float64)
     start = (centre + z @ torch.linalg.cholesky(cov).T).float()
     increment, moved = model.anneal(start, beta - 0.1, beta, generator(5))
-    torch.testing.assert_close(increment, -0.1 * model.tilt(start).detach().double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(increment, -0.1 * model.network(start).detach().double(), rtol=1e-5, atol=1e-6)
     assert float((moved != start).all(1).double().mean()) > 0.5
     torch.testing.assert_close(moved.double().mean(0), centre, rtol=0, atol=0.05)
     torch.testing.assert_close(torch.cov(moved.T.double()), cov, rtol=0, atol=0.05)

@@ -17,7 +17,7 @@ from torch import Tensor
 from replicate.metrics.classifier import c2st
 from replicate.metrics.divergences import fisher_divergence, kl
 from replicate.metrics.features import DIGITS, FeatureClassifier
-from replicate.metrics.intervals import iqm, stratified_bootstrap, t_interval
+from replicate.metrics.intervals import t_interval
 from replicate.metrics.quality import frechet, precision_recall_density_coverage
 from replicate.metrics.samples import mmd, mode_weight_error, w2
 from replicate.model import Estimate, Kind, LogLikelihood
@@ -393,29 +393,3 @@ def test_the_t_interval_has_its_nominal_coverage(n: int) -> None:
     ends = np.array([t_interval(row) for row in draws])
     covered = ((ends[:, 0] < 0) & (ends[:, 1] > 0)).mean()
     assert covered == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / 4000))
-
-
-PITFALLS = np.array(
-    [
-        [0.549, 0.715, 0.603, 0.545],
-        [0.424, 0.646, 0.438, 0.892],
-        [0.964, 0.383, 0.792, 0.529],
-        [0.568, 0.926, 0.071, 0.087],
-        [0.02, 0.833, 0.778, 0.87],
-    ]
-)
-
-
-def test_the_interquartile_mean_of_five_runs_on_four_tasks() -> None:
-    assert iqm(PITFALLS) == pytest.approx(0.6163, abs=5e-5)
-    assert PITFALLS.mean() == pytest.approx(0.58165, abs=5e-6)
-    low, high = stratified_bootstrap(PITFALLS, iqm, 4000, rng())
-    assert low == pytest.approx(0.48, abs=0.015)
-    assert high == pytest.approx(0.74, abs=0.015)
-
-
-def test_the_stratified_bootstrap_redraws_runs_within_tasks_only() -> None:
-    by_task = np.tile([1.0, 2.0, 30.0], (4, 1))  # no spread within a task: nothing to redraw
-    assert stratified_bootstrap(by_task, lambda x: float(x.mean()), 50, rng()) == pytest.approx((11, 11))
-    assert stratified_bootstrap(PITFALLS, iqm, 50, rng(1)) == stratified_bootstrap(PITFALLS, iqm, 50, rng(1))
-    assert stratified_bootstrap(PITFALLS, iqm, 50, rng(1)) != stratified_bootstrap(PITFALLS, iqm, 50, rng(2))

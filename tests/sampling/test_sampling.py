@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from replicate.sampling.annealed import annealed_langevin
-from replicate.sampling.grid import time_grid
 from replicate.sampling.langevin import Chain, langevin_step, mala, ula
 from replicate.sampling.predictor_corrector import (
     Corrector,
     corrector_step,
     predictor_corrector,
     reverse_sde,
+    time_grid,
     transition,
 )
 from replicate.sampling.probability_flow import probability_flow
