@@ -32,9 +32,8 @@ import numpy as np
 import torch
 
 from replicate.data.files import contents, data_file
-from replicate.errors import UsageError
 from replicate.model import DataInfo
-from replicate.tasks.base import Task, TaskEntry
+from replicate.tasks.base import Task, TaskEntry, refused
 
 FOLDS = 10
 #: seed of the parts; part of the tasks' definition
@@ -86,10 +85,6 @@ PROTEINS = Source("casp", "protein structure (CASP)", "uci/CASP.csv", ",", True,
 # -- reading
 
 
-def _refused(where: str, problem: str) -> UsageError:
-    return UsageError(f"{where}: {problem}; get the file again.")
-
-
 def parse_table(content: bytes, source: Source, what: str) -> np.ndarray:
     """Read the columns of a table, float64 (n, len(source.columns)).
 
@@ -101,26 +96,26 @@ def parse_table(content: bytes, source: Source, what: str) -> np.ndarray:
         UsageError: these are not lines of as many fields as the table has, or a number is none or not finite.
     """
     if not content.isascii():
-        raise _refused(what, "it is no ASCII text")
+        raise refused(what, "it is no ASCII text")
     lines = content.decode("ascii").splitlines()
     first = 1 if source.header else 0
     if len(lines) - first < FOLDS:
-        raise _refused(what, f"it has {max(len(lines) - first, 0)} rows, too few for {FOLDS} parts")
+        raise refused(what, f"it has {max(len(lines) - first, 0)} rows, too few for {FOLDS} parts")
     return np.array([_numbers(line, source, f"{what}, line {i + 1}") for i, line in enumerate(lines) if i >= first])
 
 
 def _numbers(line: str, source: Source, where: str) -> list[float]:
     texts = line.split(source.delimiter)
     if len(texts) != source.fields:
-        raise _refused(where, f"it has {len(texts)} fields, and {source.fields} are expected")
+        raise refused(where, f"it has {len(texts)} fields, and {source.fields} are expected")
     try:
         if "_" in line:  # Python reads 1_0 as a number
             raise ValueError(f"{line[:40]!r} has an underscore")
         values = [float(texts[column]) for column in source.columns]
     except ValueError as error:
-        raise _refused(where, f"it does not hold numbers ({error})") from None
+        raise refused(where, f"it does not hold numbers ({error})") from None
     if not all(map(math.isfinite, values)):
-        raise _refused(where, "it has a number that is not finite")
+        raise refused(where, "it has a number that is not finite")
     return values
 
 
@@ -139,15 +134,15 @@ def parse_matrix(content: bytes, columns: int, what: str) -> np.ndarray:
         version = np.lib.format.read_magic(stream)
         shape, by_columns, dtype = np.lib.format.read_array_header_1_0(stream)
     except (ValueError, EOFError) as error:
-        raise _refused(what, f"it is no .npy file ({' '.join(str(error).split())[:80]})") from None
+        raise refused(what, f"it is no .npy file ({' '.join(str(error).split())[:80]})") from None
     found, rest = f"version {version} with {dtype} of shape {shape}", len(content) - stream.tell()
     whole = dtype == np.dtype("<f8") and len(shape) == 2 and shape[1] == columns and not by_columns
     if version != (1, 0) or not whole or not rest or shape[0] * columns * 8 != rest:
-        raise _refused(what, f"it announces {found} and has {rest} bytes of it; {columns} columns of <f8 are expected")
+        raise refused(what, f"it announces {found} and has {rest} bytes of it; {columns} columns of <f8 are expected")
     matrix = np.frombuffer(content, dtype="<f8", offset=stream.tell()).reshape(shape)
     if not np.isfinite(matrix).all():
         row = int(np.isfinite(matrix).all(1).argmin())
-        raise _refused(f"{what}, row {row + 1}", "it has a number that is not finite")
+        raise refused(f"{what}, row {row + 1}", "it has a number that is not finite")
     return matrix
 
 
