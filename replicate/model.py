@@ -36,12 +36,7 @@ KINDS: tuple[str, ...] = get_args(Kind)
 FAMILIES: tuple[str, ...] = get_args(Family)
 CAPABILITIES: tuple[str, ...] = get_args(Capability)
 SYMBOLS: dict[str, str] = {"exact": "=", "lower_bound": ">=", "upper_bound": "<=", "estimate": "~"}
-_FLIPPED: dict[str, Kind] = {
-    "exact": "exact",
-    "estimate": "estimate",
-    "lower_bound": "upper_bound",
-    "upper_bound": "lower_bound",
-}
+_FLIPPED: dict[str, Kind] = {"exact": "exact", "lower_bound": "upper_bound", "upper_bound": "lower_bound"}
 
 
 def flipped(kind: str) -> Kind:

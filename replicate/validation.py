@@ -325,11 +325,7 @@ def check_json(value: object, name: str, wrong: Wrong) -> None:
 
 
 def check_profile(profile: str) -> None:
-    """Check the name of a profile.
-
-    Raises:
-        UsageError: there is no such profile.
-    """
+    """Check the name of a profile; raises UsageError if there is no such profile."""
     if profile not in PROFILES:
         raise UsageError(
             f"unknown profile {profile!r}{did_you_mean(profile, PROFILES)}; choose smoke, standard or full."

@@ -94,11 +94,7 @@ def files_(as_json: AsJson = False) -> None:
 
 
 def _chosen(names: list[str]) -> list[Entry]:
-    """Return the entries of these names or folders.
-
-    Raises:
-        UsageError: no such file or folder.
-    """
+    """Return the entries of these names or folders; raises UsageError if there is no such file or folder."""
     from replicate.data.catalog import catalog
     from replicate.registry import unknown
 

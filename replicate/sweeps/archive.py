@@ -113,11 +113,7 @@ def unpack_runs(archive: Path, root: Path) -> Moved:
 
 
 def _head(opened: zipfile.ZipFile, archive: Path) -> str:
-    """Return the profile of an archive.
-
-    Raises:
-        ValueError: it is none, or was made with other sources.
-    """
+    """Return the profile of an archive; raises ValueError if it is none, or was made with other sources."""
     head = json.loads(opened.read(HEAD)) if opened.getinfo(HEAD).file_size < 10_000 else None
     if not isinstance(head, dict) or head.get("format") != FORMAT or head.get("profile") not in PROFILES:
         raise ValueError(f"its {HEAD} is not that of an archive of runs")
@@ -127,11 +123,7 @@ def _head(opened: zipfile.ZipFile, archive: Path) -> str:
 
 
 def _checked(opened: zipfile.ZipFile, name: str) -> bytes:
-    """Read a member's bytes.
-
-    Raises:
-        ValueError: its name, size or content is not that of a run's file.
-    """
+    """Read a member's bytes; raises ValueError if its name, size or content is not that of a run's file."""
     match = _MEMBER.fullmatch(name)
     if match is None:
         raise ValueError(f"it holds {name[:100]!r}, which is no file of a run")

@@ -32,33 +32,13 @@ ONE_LEVEL = ("sm-explicit", "sm-implicit", "dsm", "dsm-energy", "ssm", "ssm-vr")
 ANY_OBJECTIVE = ("energy",)
 
 #: models of real tables, binary sets and images, for the full profile and papers' experiments
-OF_REAL_DATA = ("nade", "eonade", "made", "maf", "image-realnvp", "glow", "image-spline-flow", "conv-ebm")
+NADES = ("nade", "eonade", "made")
+OF_REAL_DATA = (*NADES, "maf", "image-realnvp", "glow", "image-spline-flow", "conv-ebm")
 OF_TABLES = ("causal-conv", "eonade", "made", "spline-flow", "maf", "vae", "neural-ebm", "sde-vp", "gaussian-mixture")
-OF_BINARY = (
-    "causal-conv",
-    "nade",
-    "eonade",
-    "made",
-    "spline-flow",
-    "iwae",
-    "rbm-pcd",
-    "sde-vp",
-    "mixture-em",
-    "marginals",
-)
+OF_BINARY = ("causal-conv", *NADES, "spline-flow", "iwae", "rbm-pcd", "sde-vp", "mixture-em", "marginals")
 
-#: at least one model of each family, so that every kind of estimator runs
-SMOKE_DIGITS = (
-    "causal-conv",
-    "spline-flow",
-    "vae",
-    "neural-ebm",
-    "rbm-pcd",
-    "ncsn",
-    "sde-vp",
-    "gaussian-mixture",
-    "truth",
-)
+#: models of smoke's digits: at least one of each family, so that every kind of estimator runs
+SMOKE = ("causal-conv", "spline-flow", "vae", "neural-ebm", "rbm-pcd", "ncsn", "sde-vp", "gaussian-mixture", "truth")
 
 
 @dataclass(frozen=True)
@@ -81,7 +61,7 @@ class Part:
 COMPARISON: dict[str, tuple[Part, ...]] = {
     "smoke": (
         Part(("two-gaussians",), 1, without=(*SIBLINGS, *OF_REAL_DATA)),
-        Part(("digits",), 1, SMOKE_DIGITS),
+        Part(("digits",), 1, SMOKE),
         Part(("digits-binary",), 1, ("iwae", "rbm-cd", "mixture-em")),
     ),
     "standard": (

@@ -32,7 +32,7 @@ import scipy.io
 import torch
 from torch import Tensor
 
-from replicate.data.files import contents, data_file
+from replicate.data.files import read
 from replicate.model import DataInfo
 from replicate.tasks.base import Task, TaskEntry, refused
 
@@ -80,14 +80,13 @@ FACES_SEED = 170507120
 FACES_HELD_OUT = 200
 
 
-def _load(name: str, about: str, info: DataInfo, file: str, origin: str, parse: Callable[..., Parts]) -> Task:
-    path = data_file(file, origin)
-    return Task(name, about, info, *parse(contents(path), what=str(path)))
-
-
 def _entry(name: str, about: str, info: DataInfo, file: str, origin: str, parse: Callable[..., Parts]) -> TaskEntry:
     """Declare a task whose file parse(content, what=) cuts into training, validation and test part."""
-    return TaskEntry(about, partial(_load, name, about, info, file, origin, parse), "data", files=(file,), info=info)
+
+    def load() -> Task:
+        return Task(name, about, info, *read(file, origin, parse))
+
+    return TaskEntry(about, load, "data", files=(file,), info=info)
 
 
 # -- thirteen benchmarks
@@ -99,12 +98,8 @@ def parse_benchmark(content: bytes, name: str, what: str) -> Parts:
     The file has, packed to bytes along the rows, NAME_train, NAME_valid and NAME_test, and beside each the number of
     bits of a row, NAME_train_bits.
 
-    Args:
-        content: the file's bytes, from anywhere.
-        what: its name, for the message.
-
     Raises:
-        UsageError: these are not the bytes of an .npz file with these arrays.
+        UsageError: these are not the bytes of an .npz file, named `what`, with these arrays.
     """
     with _opened(content, what) as archive:
         train, valid, test = (_bits(archive, f"{name}_{part}", DIMENSIONS[name]) for part in PARTS)
@@ -175,12 +170,8 @@ def _benchmark(name: str) -> TaskEntry:
 def parse_mat(content: bytes, names: tuple[str, ...], what: str) -> list[np.ndarray]:
     """Arrays of whole numbers 0..255 of a MATLAB file, each uint8 (rows, columns).
 
-    Args:
-        content: the file's bytes, from anywhere.
-        what: its name, for the message.
-
     Raises:
-        UsageError: these are not the bytes of a MATLAB file with these arrays.
+        UsageError: these are not the bytes of a MATLAB file, named `what`, with these arrays.
     """
     try:
         found = scipy.io.loadmat(io.BytesIO(content), variable_names=list(names), mat_dtype=False)
@@ -194,11 +185,7 @@ def parse_mat(content: bytes, names: tuple[str, ...], what: str) -> list[np.ndar
 
 
 def parse_silhouettes(content: bytes, what: str) -> Parts:
-    """Return the three parts, each float32 (n, 784) of bits, row by row, 1 = background.
-
-    Raises:
-        UsageError: these are not the bytes of the silhouettes' file.
-    """
+    """Return the parts, float32 (n, 784) of bits by rows, 1 = background; raises UsageError as in `parse_mat`."""
     parts = []
     for name, array in zip(SILHOUETTES_PARTS, parse_mat(content, SILHOUETTES_PARTS, what), strict=True):
         height, width = SILHOUETTES_SHAPE
@@ -231,11 +218,7 @@ def parse_omniglot(content: bytes, what: str) -> Parts:
 
 
 def parse_faces(content: bytes, what: str) -> Tensor:
-    """All frames in their order, float32 (n, 560) of levels 0..255, row by row.
-
-    Raises:
-        UsageError: these are not the bytes of the faces' file.
-    """
+    """All frames in order, float32 (n, 560) of levels 0..255, by rows; raises UsageError as in `parse_mat`."""
     (frames,) = parse_mat(content, ("ff",), what)
     height, width = FACES_SHAPE
     if frames.shape[0] != height * width or frames.shape[1] <= 2 * FACES_HELD_OUT:

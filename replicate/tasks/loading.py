@@ -17,11 +17,7 @@ def tasks() -> dict[str, TaskEntry]:
 
 
 def task_entry(name: str) -> TaskEntry:
-    """Return the entry of a task.
-
-    Raises:
-        UsageError: no such task, or it cannot be imported.
-    """
+    """Return the entry of a task; raises UsageError if there is no such task, or it cannot be imported."""
     return TASKS.get(name)
 
 

@@ -31,7 +31,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from replicate.data.files import contents, data_file
+from replicate.data.files import read
 from replicate.model import DataInfo
 from replicate.tasks.base import Task, TaskEntry, refused
 
@@ -86,11 +86,7 @@ PROTEINS = Source("casp", "protein structure (CASP)", "uci/CASP.csv", ",", True,
 
 
 def parse_table(content: bytes, source: Source, what: str) -> np.ndarray:
-    """Read the columns of a table, float64 (n, len(source.columns)).
-
-    Args:
-        content: the file's bytes, from anywhere.
-        what: its name, for the message.
+    """Read the columns of a table, float64 (n, len(source.columns)), from a file's bytes; `what` is its name.
 
     Raises:
         UsageError: these are not lines of as many fields as the table has, or a number is none or not finite.
@@ -120,11 +116,7 @@ def _numbers(line: str, source: Source, where: str) -> list[float]:
 
 
 def parse_matrix(content: bytes, columns: int, what: str) -> np.ndarray:
-    """Read the matrix of an .npy file, float64 (n, columns).
-
-    Args:
-        content: the file's bytes, from anywhere.
-        what: its name, for the message.
+    """Read the matrix of an .npy file's bytes, float64 (n, columns); `what` is the file's name.
 
     Raises:
         UsageError: these are not the bytes of such a matrix, or a number is not finite.
@@ -169,11 +161,7 @@ def parts_of(rows: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def cut(rows: np.ndarray, fold: int, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Training, validation and test rows of a fold, standardised by the training rows.
-
-    Raises:
-        ValueError: there is no such fold.
-    """
+    """Training, validation and test rows of a fold, standardised by the first; ValueError if there is none."""
     if not 0 <= fold < FOLDS:
         raise ValueError(f"fold is {fold}; there are folds 0 .. {FOLDS - 1}")
     test, valid = parts == fold, parts == (fold + 1) % FOLDS
@@ -189,43 +177,25 @@ def as_task(name: str, about: str, split: tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def read_columns(source: Source) -> np.ndarray:
-    """Read all rows of a table's columns, float64 (n, len(source.columns)).
-
-    Raises:
-        UsageError: the file is missing or damaged.
-    """
-    path = data_file(source.file, ORIGIN)
-    return parse_table(contents(path), source, f"{path} (from {ORIGIN})")
+    """Read a table's columns, float64 (n, len(source.columns)); raises UsageError if its file is missing or damaged."""
+    return read(source.file, ORIGIN, partial(parse_table, source=source))
 
 
 def read_rows(source: Source) -> np.ndarray:
-    """Read a table's rows as the protocol keeps them, without correlated columns, float64 (n, D), not standardised.
-
-    Raises:
-        UsageError: the file is missing or damaged.
-    """
+    """Read a table without correlated columns, float64 (n, D), not standardised; UsageError as in `read_columns`."""
     return without_correlated(read_columns(source))
 
 
 def load_table(source: Source, fold: int = 0) -> Task:
-    """One fold of a table.
-
-    Raises:
-        UsageError: the file is missing or damaged.
-        ValueError: there is no such fold.
-    """
+    """One fold of a table; raises UsageError as `read_columns`, ValueError if there is no such fold."""
     rows = read_rows(source)
     return as_task(source.name, source.about, cut(rows, fold, parts_of(rows, FOLDS, FOLD_SEED)))
 
 
 def load_miniboone_part() -> Task:
-    """MINIBOONE's validation and test rows as a small task of their own.
-
-    Raises:
-        UsageError: a file is missing or damaged.
-    """
-    paths = [data_file(name, MINIBOONE_ORIGIN) for name in MINIBOONE_FILES]
-    valid, test = (parse_matrix(contents(path), MINIBOONE_DIM, str(path)) for path in paths)
+    """MINIBOONE's validation and test rows as a small task; raises UsageError if a file is missing or damaged."""
+    parse = partial(parse_matrix, columns=MINIBOONE_DIM)
+    valid, test = (read(name, MINIBOONE_ORIGIN, parse) for name in MINIBOONE_FILES)
     held_out = len(valid) // FOLDS
     return as_task("miniboone-part", MINIBOONE_ABOUT, (valid[:-held_out], valid[-held_out:], test))
 

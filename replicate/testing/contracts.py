@@ -19,7 +19,7 @@ from replicate.likelihood.quadrature import grid
 from replicate.model import CAPABILITIES, FAMILIES, DataInfo, Model
 from replicate.registry import models
 from replicate.runs.seeds import Streams
-from replicate.runs.spec import make_spec
+from replicate.runs.spec import RunSpec, make_spec
 from replicate.runs.subjects import build_model
 from replicate.runs.training import train
 from replicate.tasks.base import Task
@@ -27,7 +27,8 @@ from replicate.tasks.loading import load_task, unsupported
 
 PLANE = "two-moons"
 DISCRETE = ("levels", "bits")
-DOMAINS = ("continuous", *DISCRETE)
+#: a task of each domain
+TASKS = {"continuous": PLANE, "levels": "digits", "bits": "digits-binary"}
 STEPS = 60
 
 
@@ -43,33 +44,32 @@ def tiny_levels(levels: int) -> Task:
     return Task("tiny", "", info, x[:300], x[300:350], x[350:])
 
 
+def built(name: str, domain: str) -> tuple[Model, Task, RunSpec, Streams]:
+    """Build a model for the plane, or for tiny images with the parameters that its entry gives for the domain."""
+    spec, streams = make_spec(name, TASKS[domain], 0, "smoke"), Streams("contract", name, 0)
+    task = load_task(PLANE) if domain == "continuous" else tiny_levels({"levels": 3, "bits": 2}[domain])
+    return build_model(spec, task, streams), task, spec, streams
+
+
 @cache
 def trained(name: str, domain: str) -> tuple[Model, Task]:
-    """Train a model for a few steps; on tiny images with the parameters that its entry gives for the domain."""
-    task_name = PLANE if domain == "continuous" else {"levels": "digits", "bits": "digits-binary"}[domain]
-    spec = make_spec(name, task_name, 0, "smoke")
-    task = load_task(task_name) if domain == "continuous" else tiny_levels({"levels": 3, "bits": 2}[domain])
-    streams = Streams("contract", name, 0)
-    model = build_model(spec, task, streams)
+    """Train a model for a few steps."""
+    model, task, spec, streams = built(name, domain)
     training = replace(spec.training, steps=min(STEPS, spec.training.steps), batch_size=64, validate_every=0)
-    data = task.train[:1000]
-    train(model, data, task.valid[:200], training, streams)
+    train(model, task.train[:1000], task.valid[:200], training, streams)
     return model, task
 
 
 def supporting(domain: str) -> list[str]:
     """Return the names of the models that run on the domain."""
-    task = load_task({"continuous": PLANE, "levels": "digits", "bits": "digits-binary"}[domain])
+    task = load_task(TASKS[domain])
     return [n for n, e in sorted(models().items()) if unsupported(e, task) is None]
 
 
 @cache
 def capabilities(name: str, domain: str) -> frozenset[str]:
     """Return the capabilities that a model declares on the domain."""
-    task_name = PLANE if domain == "continuous" else {"levels": "digits", "bits": "digits-binary"}[domain]
-    spec = make_spec(name, task_name, 0, "smoke")
-    task = load_task(task_name) if domain == "continuous" else tiny_levels({"levels": 3, "bits": 2}[domain])
-    return build_model(spec, task, Streams("contract", name, 0)).capabilities
+    return built(name, domain)[0].capabilities
 
 
 def having(domain: str, capability: str) -> list[str]:
@@ -97,7 +97,7 @@ def test_entry_names_a_family_and_a_paper(name: str) -> None:
     assert entry.paper
 
 
-@pytest.mark.parametrize(("name", "domain"), [(n, d) for d in DOMAINS for n in supporting(d)])
+@pytest.mark.parametrize(("name", "domain"), [(n, d) for d in TASKS for n in supporting(d)])
 def test_declared_capabilities_are_known_and_the_model_trains(name: str, domain: str) -> None:
     model, _ = trained(name, domain)
     assert model.capabilities <= set(CAPABILITIES)
