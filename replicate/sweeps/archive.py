@@ -15,6 +15,7 @@ import json
 import re
 import shutil
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,13 +76,12 @@ def pack_runs(root: Path, profile: str, target: Path) -> Moved:
     runs = sweep.runs
     if not runs.is_dir():
         raise UsageError(f"there are no runs of profile {profile} in {root}; `replicate reproduce` makes them.")
-    counts = {"record.json": 0, "failure.json": 0, "checkpoint": 0}
+    counts: Counter[str] = Counter()
     partial = target.with_name(target.name + ".part")
     with held(sweep.root), zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as out:
         out.writestr(HEAD, json.dumps({"format": FORMAT, "profile": profile, "source_sha256": source_sha256()}))
         for path in (p for run in sorted(runs.iterdir()) if run.is_dir() for p in _members(run)):
-            kind = "checkpoint" if path.suffix == ".checkpoint" else path.name
-            counts[kind] = counts.get(kind, 0) + 1
+            counts["checkpoint" if path.suffix == ".checkpoint" else path.name] += 1
             out.write(path, path.relative_to(runs).as_posix())
     partial.replace(target)
     return Moved(counts["record.json"], counts["failure.json"], counts["checkpoint"])

@@ -64,31 +64,28 @@ class Rerun:
     error: str = ""
 
     @property
+    def bad(self) -> list[Difference]:
+        """The values that had to match and did not."""
+        return [d for d in self.found if not (self.machine and d.label in TOLERATED)]
+
+    @property
     def held(self) -> bool:
         """Whether everything matched that had to."""
-        excused = TOLERATED if self.machine else ()
-        return not (self.error or self.other or any(d.label not in excused for d in self.found))
+        return not (self.error or self.other or self.bad)
 
     def lines(self) -> list[str]:
         """Return the outcome in a line, followed by the differences that are not excused."""
+        source = f"; other code: {self.source}" if self.source else ""
         if self.error:
-            return [f"{self.name}: FAILED: {self.error}{self._source()}"]
+            return [f"{self.name}: FAILED: {self.error}{source}"]
         counts = Counter(d.label for d in self.found)
         same = self.numbers - sum(not math.isnan(d.reference) for d in self.found)
         parts = [f"{same} of {self.numbers} numbers bit for bit", *(f"{n} {label}" for label, n in counts.items())]
         how = f"by tolerance: {'; '.join(self.machine)}" if self.machine else "same machine"
-        head = f"{self.name}: {'' if self.held else 'NOT AS COMMITTED: '}{', '.join(parts)} ({how}){self._source()}"
-        excused = TOLERATED if self.machine else ()
-        bad = [f"  {d.metric}: {d.label}: {_text(d)}" for d in self.found if d.label not in excused]
+        head = f"{self.name}: {'' if self.held else 'NOT AS COMMITTED: '}{', '.join(parts)} ({how}){source}"
+        bad = [f"  {d.metric}: {d.label}: {d.reference!r} {COMMITTED}, {d.new!r} {AFRESH}" for d in self.bad]
         bad += [f"  {line}" for line in self.other]
         return [head, *bad[:SHOWN], *([f"  and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else [])]
-
-    def _source(self) -> str:
-        return f"; other code: {self.source}" if self.source else ""
-
-
-def _text(found: Difference) -> str:
-    return f"{found.reference!r} {COMMITTED}, {found.new!r} {AFRESH}"
 
 
 @dataclass(frozen=True)
