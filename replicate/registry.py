@@ -54,11 +54,10 @@ class EntryPoints(Generic[T]):
         for point in self.points.values():
             try:
                 entry = point.load()
+                problem = "" if isinstance(entry, kind) else f"{point.value} is a {type(entry).__name__}, not a {name}"
+                problem = problem or getattr(entry, "problem", "")
             except (Exception, SystemExit) as error:  # a plug-in that cannot be imported must not take the others down
-                broken[point.name] = f"{type(error).__name__}: {error}"
-                continue
-            problem = "" if isinstance(entry, kind) else f"{point.value} is a {type(entry).__name__}, not a {name}"
-            problem = problem or getattr(entry, "problem", "")
+                problem = f"{type(error).__name__}: {error}"
             if problem:
                 broken[point.name] = problem
             else:

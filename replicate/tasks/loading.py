@@ -37,11 +37,7 @@ def _loaded(name: str, fold: int) -> Task:
 
 
 def data_sha256(name: str, seed: int = 0) -> str:
-    """Return `Task.sha256` of what `load_task` gives, computed once per process.
-
-    Raises:
-        UsageError: as in `load_task`.
-    """
+    """Return `Task.sha256` of what `load_task` gives, once computed per process; raises UsageError as that does."""
     return _digest(name, seed % task_entry(name).folds)
 
 
