@@ -12,7 +12,7 @@ import math
 import re
 import reprlib
 import types
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -235,7 +235,6 @@ def _words(hint: Any) -> str:
 
 def rules_of(
     kind: type,
-    without: Collection[str] = (),
     ranges: Mapping[str, Range] | None = None,
     choices: Mapping[str, Iterable[str]] | None = None,
     complete: bool = False,
@@ -243,17 +242,15 @@ def rules_of(
     """Return one rule per field of a dataclass, by its annotation; a field with a default may be left out.
 
     Args:
-        without: fields that the table does not have.
         ranges, choices: what the annotation does not say, by field.
         complete: whether every field must be there, whatever its default.
     """
     hints, ranges, choices = get_type_hints(kind), ranges or {}, choices or {}
     out = {}
     for f in fields(kind):
-        if f.name not in without:
-            given = f.default is MISSING and f.default_factory is MISSING
-            bounds, names = ranges.get(f.name, Range()), tuple(choices.get(f.name, ()))
-            out[f.name] = Rule(hints[f.name], bounds, names, required=given or complete, blank=not given)
+        given = f.default is MISSING and f.default_factory is MISSING
+        bounds, names = ranges.get(f.name, Range()), tuple(choices.get(f.name, ()))
+        out[f.name] = Rule(hints[f.name], bounds, names, required=given or complete, blank=not given)
     return out
 
 
@@ -261,11 +258,7 @@ def rules_of(
 
 
 def check_value(key: str, value: object, rule: Rule, wrong: Wrong, name: str = "") -> None:
-    """Report what is wrong with the value of one key.
-
-    Args:
-        name: of the table, in words.
-    """
+    """Report what is wrong with the value of one key of the table `name`."""
     of = f" of {name}" if name else ""
     problem = rule.must_be(value)
     if problem:
@@ -275,14 +268,7 @@ def check_value(key: str, value: object, rule: Rule, wrong: Wrong, name: str = "
 
 
 def check_table(table: object, rules: Mapping[str, Rule], name: str, wrong: Wrong) -> bool:
-    """Report every unknown, missing and wrong key of a table.
-
-    Args:
-        name: of the table, in words.
-
-    Returns:
-        Whether it is a table at all, so that its items can be checked.
-    """
+    """Report every unknown, missing and wrong key of the table `name`; return whether it is a table at all."""
     if not isinstance(table, Mapping):
         wrong("", f"{name} is {brief(table)}; it must be a table")
         return False

@@ -162,10 +162,9 @@ def check() -> None:
     from replicate.data.catalog import catalog
     from replicate.data.files import data_folder
 
-    found = {entry.name: _status(entry) for entry in catalog().values()}
-    there = {name: status for name, status in found.items() if status[0] != "absent"}
-    damaged = {name: status for name, status in there.items() if status[0] == "damaged"}
-    for name, (_, path, wrong) in damaged.items():
+    there = {n: found[1:] for n, entry in catalog().items() if (found := _status(entry))[0] != "absent"}
+    damaged = {name: (path, wrong) for name, (path, wrong) in there.items() if wrong}
+    for name, (path, wrong) in damaged.items():
         again = f"`replicate data fetch {name}` downloads it again"
         complain(f"{path}: {wrong}; {again if catalog()[name].urls else 'download it again'}")
     say(f"{len(there) - len(damaged)} of {len(there)} files in {data_folder()} are as published.")

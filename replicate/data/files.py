@@ -72,11 +72,7 @@ def absent(names: Iterable[str]) -> str:
 
 
 def data_file(name: str, origin: str) -> Path:
-    """Find a file like `find`, but raise UsageError if it is missing.
-
-    Args:
-        name: below the data folder.
-        origin: where it comes from, in words.
+    """Find a file below the data folder that comes from `origin`.
 
     Raises:
         UsageError: it is not there; one line with the file, where it comes from, the folder and the next step.
@@ -233,11 +229,7 @@ def read(name: str, origin: str, parse: Callable[..., T]) -> T:
 
 
 def parse_idx(content: bytes, what: str) -> Tensor:
-    """Read the images of an IDX file as uint8, shape (n, rows * columns).
-
-    Args:
-        content: the file's bytes, from anywhere.
-        what: its name, for the message.
+    """Read the images of an IDX file's bytes as uint8, shape (n, rows * columns); `what` is its name for messages.
 
     Raises:
         UsageError: these are not the bytes of an IDX file of images.

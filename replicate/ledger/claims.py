@@ -118,7 +118,8 @@ class PaperClaims:
 
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
-_PAPER = rules_of(PaperClaims, without=("claims",), ranges={"year": Range(1600, 2200)})
+_PAPER = rules_of(PaperClaims, ranges={"year": Range(1600, 2200)})
+del _PAPER["claims"]  # which have rules of their own
 _PAPER |= {"key": replace(_PAPER["key"], pattern=NAME), "authors": replace(_PAPER["authors"], pattern=CELL)}
 _CLAIM = rules_of(
     Claim,
@@ -241,14 +242,8 @@ class _Checker:
 
 
 def resolved(measure: str, claim: Claim, key: str) -> str:
-    """Return a claim's measure as TASK/MODEL/METRIC; "" stays "".
-
-    Args:
-        key: the paper's.
-    """
-    if not measure or "/" in measure:
-        return measure
-    return f"{claim.experiment}/{key}/{measure}"
+    """Return a claim's measure, of the paper of this key, as TASK/MODEL/METRIC; "" stays ""."""
+    return measure if not measure or "/" in measure else f"{claim.experiment}/{key}/{measure}"
 
 
 def claims_of(paper: Paper) -> PaperClaims:

@@ -64,10 +64,7 @@ def _members(run: Path) -> Iterator[Path]:
 
 
 def pack_runs(root: Path, profile: str, target: Path) -> Moved:
-    """Write the runs of a profile's sweep, finished or in progress, into one zip file.
-
-    Args:
-        root: REPLICATE_RUNS.
+    """Write the runs of a profile's sweep below REPLICATE_RUNS, finished or in progress, into one zip file.
 
     Raises:
         UsageError: there are no runs, or a sweep is at work on them.
@@ -81,10 +78,10 @@ def pack_runs(root: Path, profile: str, target: Path) -> Moved:
     with held(sweep.root), zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as out:
         out.writestr(HEAD, json.dumps({"format": FORMAT, "profile": profile, "source_sha256": source_sha256()}))
         for path in (p for run in sorted(runs.iterdir()) if run.is_dir() for p in _members(run)):
-            counts["checkpoint" if path.suffix == ".checkpoint" else path.name] += 1
+            counts[path.relative_to(runs).parts[1]] += 1
             out.write(path, path.relative_to(runs).as_posix())
     partial.replace(target)
-    return Moved(counts["record.json"], counts["failure.json"], counts["checkpoint"])
+    return Moved(counts["record.json"], counts["failure.json"], counts["checkpoints"])
 
 
 def unpack_runs(archive: Path, root: Path) -> Moved:
@@ -141,24 +138,22 @@ def _checked(opened: zipfile.ZipFile, name: str) -> bytes:
 
 
 def _add(content: dict[str, bytes], runs: Path) -> Moved:
-    records = failures = unfinished = known = 0
+    counts: Counter[str] = Counter()
     finished_here = {name.split("/")[0] for name in content if (runs / name.split("/")[0] / "record.json").is_file()}
     # a record last: where it is, everything is
     for name in sorted(content, key=lambda n: n.endswith("record.json")):
         run, _, file = name.partition("/")
         if run in finished_here:
-            known += file == "record.json"
+            counts["known"] += file == "record.json"
             continue
         if file.startswith("checkpoints"):
             here = sorted((runs / run / "checkpoints").glob("*.checkpoint"))
             if here and here[-1].name >= Path(name).name:
                 continue
-            unfinished += 1
         (runs / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(runs / name, content[name])
+        counts[file.partition("/")[0]] += 1
         if file == "record.json":
-            records += 1
             shutil.rmtree(runs / run / "checkpoints", ignore_errors=True)
             (runs / run / "failure.json").unlink(missing_ok=True)
-        failures += file == "failure.json"
-    return Moved(records, failures, unfinished, known)
+    return Moved(counts["record.json"], counts["failure.json"], counts["checkpoints"], counts["known"])

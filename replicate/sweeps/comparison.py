@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from replicate.registry import model_entry, models
@@ -43,14 +42,7 @@ SMOKE = ("causal-conv", "spline-flow", "vae", "neural-ebm", "rbm-pcd", "ncsn", "
 
 @dataclass(frozen=True)
 class Part:
-    """Every given model that supports each task, over seeds 0 .. seeds-1.
-
-    Attributes:
-        tasks: task names.
-        seeds: how many.
-        models: model names; empty for all.
-        without: names left out of "all".
-    """
+    """Each of `models`, or all but `without` where none is named, on each task it supports, over seeds 0 .. seeds-1."""
 
     tasks: tuple[str, ...]
     seeds: int
@@ -97,17 +89,11 @@ def compared_runs(profile: str, device: str = "cpu", seeds: int | None = None) -
         UsageError: no such profile.
     """
     check_profile(profile)
-    return list(_specs(profile, device, seeds))
-
-
-def _specs(profile: str, device: str, seeds: int | None) -> Iterator[RunSpec]:
+    specs: list[RunSpec] = []
     away = absent_tasks(profile)
     for part in COMPARISON[profile]:
-        for task_name in part.tasks:
-            if task_name in away:
-                continue
-            task = load_task(task_name)
-            for name in part.models or sorted(set(models()) - set(part.without)):
-                if unsupported(model_entry(name), task) is None:
-                    for seed in range(seeds or part.seeds):
-                        yield make_spec(name, task_name, seed, profile, device)
+        for task in (name for name in part.tasks if name not in away):
+            names = part.models or sorted(set(models()) - set(part.without))
+            for name in (n for n in names if unsupported(model_entry(n), load_task(task)) is None):
+                specs += (make_spec(name, task, seed, profile, device) for seed in range(seeds or part.seeds))
+    return specs

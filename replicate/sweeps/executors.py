@@ -50,7 +50,7 @@ def make_executor(
     scheduler: str | None = None,
     in_process: bool = False,
 ) -> Executor:
-    """Return the executor that the options ask for.
+    """Return the executor that the options ask for; raises UsageError if no scheduler answers at the address.
 
     Args:
         device: "cpu" or "cuda".
@@ -59,9 +59,6 @@ def make_executor(
         runs_per_gpu: runs that share a GPU.
         scheduler: address of a Dask scheduler.
         in_process: one run after the other in this process.
-
-    Raises:
-        UsageError: no scheduler answers at the address.
     """
     if in_process:
         from replicate.runs.inline import Inline

@@ -51,12 +51,9 @@ class Source:
     """A table of UCI's, text with one row a line.
 
     Attributes:
-        name: of the task.
-        about: one line.
-        file: below REPLICATE_DATA.
-        delimiter: between the fields of a line.
+        name, about, file: of the task.
+        delimiter: between the fields of a line, of which there are `fields`.
         header: the first line has names.
-        fields: of a line.
         columns: those that are neither target nor discrete.
     """
 

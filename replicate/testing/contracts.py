@@ -77,6 +77,11 @@ def having(domain: str, capability: str) -> list[str]:
     return [name for name in supporting(domain) if capability in capabilities(name, domain)]
 
 
+def having_both(*both: str) -> list[str]:
+    """Return the names of the models that declare both capabilities in the plane."""
+    return [name for name in supporting("continuous") if capabilities(name, "continuous").issuperset(both)]
+
+
 def gen(seed: int = 0) -> torch.Generator:
     """Return a generator of this seed."""
     return torch.Generator().manual_seed(seed)
@@ -126,7 +131,7 @@ def test_exact_masses_sum_to_one(name: str, domain: str) -> None:
     assert abs(total) < 1e-4
 
 
-@pytest.mark.parametrize("name", [n for n in having("continuous", "log_prob") if n in having("continuous", "sample")])
+@pytest.mark.parametrize("name", having_both("log_prob", "sample"))
 def test_samples_agree_with_the_density(name: str) -> None:
     """Compare counts of samples in coarse cells with the cells' probabilities by quadrature (chi-square)."""
     model, task = trained(name, "continuous")
@@ -151,20 +156,12 @@ def test_samples_agree_with_the_density(name: str) -> None:
     assert abs(rest - rest_expected) < 5 * math.sqrt(max(rest_expected, 0) + 1) + 0.003 * n
 
 
-@pytest.mark.parametrize("name", [n for n in having("continuous", "score") if n in having("continuous", "log_prob")])
-def test_score_is_the_gradient_of_log_p(name: str) -> None:
+@pytest.mark.parametrize(("name", "of"), [(n, of) for of in ("log_prob", "energy") for n in having_both("score", of)])
+def test_score_is_the_gradient_of_log_p_and_minus_that_of_the_energy(name: str, of: str) -> None:
     model, task = trained(name, "continuous")
     x = task.test[:50].clone().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(model.log_prob(x).sum(), x)
+    (gradient,) = torch.autograd.grad((model.log_prob(x) if of == "log_prob" else -model.energy(x)).sum(), x)
     torch.testing.assert_close(model.score(x.detach()).detach(), gradient, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("name", [n for n in having("continuous", "score") if n in having("continuous", "energy")])
-def test_score_is_minus_the_gradient_of_the_energy(name: str) -> None:
-    model, task = trained(name, "continuous")
-    x = task.test[:50].clone().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(model.energy(x).sum(), x)
-    torch.testing.assert_close(model.score(x.detach()).detach(), -gradient, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", supporting("continuous"))
