@@ -13,6 +13,7 @@ Example:
     True
 """
 
+import ast
 import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -73,48 +74,17 @@ if TYPE_CHECKING:
     from replicate.sde import SDE, VE, VP, SubVP
     from replicate.tasks.loading import load_task
 
-#: public names by the module that defines them
-_NAMES = {
-    "replicate.energies.model": "build_objective",
-    "replicate.energies.objectives": (
-        "ConditionalNoiseContrastive ContrastiveDivergence DenoisingScoreMatching ImplicitScoreMatching "
-        "MaximumLikelihood MinimumKSD NoiseContrastive PersistentCD ShortRun SlicedScoreMatching"
-    ),
-    "replicate.fitting": "Check Fit fit",
-    "replicate.likelihood.ais": "ais bracket reverse_ais schedule",
-    "replicate.likelihood.enumeration": "enumerate_log_z rbm_log_z",
-    "replicate.likelihood.estimator": "Effort log_likelihood",
-    "replicate.likelihood.importance": "elbo iw_bound",
-    "replicate.likelihood.ode": "ode_log_prob",
-    "replicate.likelihood.quadrature": "log_z",
-    "replicate.metrics.autocorrelation": "autocorrelation_time",
-    "replicate.metrics.classifier": "c2st",
-    "replicate.metrics.divergences": "fisher_divergence kl",
-    "replicate.metrics.quality": "frechet precision_recall_density_coverage",
-    "replicate.metrics.samples": "mmd mode_weight_error w2",
-    "replicate.model": "DataInfo Estimate LogLikelihood Model ModelEntry Training",
-    "replicate.registry": "model_entry models",
-    "replicate.runs.subjects": "train_model",
-    "replicate.runs.experiment": "Run experiment",
-    "replicate.runs.seeds": "Streams",
-    "replicate.runs.spec": "make_spec",
-    "replicate.runs.training": "train",
-    "replicate.sampling.annealed": "annealed_langevin",
-    "replicate.sampling.langevin": "mala ula",
-    "replicate.sampling.predictor_corrector": "Corrector predictor_corrector reverse_sde",
-    "replicate.sampling.probability_flow": "probability_flow",
-    "replicate.sampling.tempering": "Rounds parallel_tempering",
-    "replicate.score_based.bound": "variational_bound",
-    "replicate.score_based.contrastive": "noise_contrastive",
-    "replicate.score_based.matching": (
-        "denoising_score_matching explicit_score_matching implicit_score_matching sliced_score_matching "
-        "sliced_score_matching_vr tweedie"
-    ),
-    "replicate.sde": "SDE VE VP SubVP",
-    "replicate.tasks.loading": "load_task",
-}
-_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
+def _homes() -> dict[str, str]:
+    """Return the module of each public name, read from the imports above, which only type checkers run."""
+    with open(__file__, encoding="utf-8") as source:
+        blocks = (node for node in ast.parse(source.read()).body if isinstance(node, ast.If))
+    imports = (node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom))
+    return {alias.name: str(node.module) for node in imports for alias in node.names}
+
+
+#: public names with the module that defines each
+_HOME = _homes()
 __all__ = sorted(_HOME)
 
 

@@ -36,12 +36,7 @@ KINDS: tuple[str, ...] = get_args(Kind)
 FAMILIES: tuple[str, ...] = get_args(Family)
 CAPABILITIES: tuple[str, ...] = get_args(Capability)
 SYMBOLS: dict[str, str] = {"exact": "=", "lower_bound": ">=", "upper_bound": "<=", "estimate": "~"}
-_FLIPPED: dict[str, Kind] = {
-    "exact": "exact",
-    "estimate": "estimate",
-    "lower_bound": "upper_bound",
-    "upper_bound": "lower_bound",
-}
+_FLIPPED: dict[str, Kind] = {"exact": "exact", "lower_bound": "upper_bound", "upper_bound": "lower_bound"}
 
 
 def flipped(kind: str) -> Kind:
@@ -112,9 +107,8 @@ class Estimate:
 
     def times(self, factor: float, unit: str) -> Estimate:
         """Return the number in another unit; a negative factor flips bounds."""
-        flipped = -self if factor < 0 else self
-        scale = abs(factor)
-        return replace(flipped, value=flipped.value * scale, stderr=flipped.stderr * scale, unit=unit)
+        kind = flipped(self.kind) if factor < 0 else self.kind
+        return Estimate(self.value * factor, self.stderr * abs(factor), kind, unit, self.n)
 
     @staticmethod
     def exact(value: SupportsFloat, unit: str, n: int = 1) -> Estimate:

@@ -54,11 +54,10 @@ class EntryPoints(Generic[T]):
         for point in self.points.values():
             try:
                 entry = point.load()
+                problem = "" if isinstance(entry, kind) else f"{point.value} is a {type(entry).__name__}, not a {name}"
+                problem = problem or getattr(entry, "problem", "")
             except (Exception, SystemExit) as error:  # a plug-in that cannot be imported must not take the others down
-                broken[point.name] = f"{type(error).__name__}: {error}"
-                continue
-            problem = "" if isinstance(entry, kind) else f"{point.value} is a {type(entry).__name__}, not a {name}"
-            problem = problem or getattr(entry, "problem", "")
+                problem = f"{type(error).__name__}: {error}"
             if problem:
                 broken[point.name] = problem
             else:
@@ -76,20 +75,12 @@ class EntryPoints(Generic[T]):
         return self._loaded[1]
 
     def require(self, name: str) -> None:
-        """Check a name before anything is loaded.
-
-        Raises:
-            UsageError: there is no such entry point.
-        """
+        """Check a name before anything is loaded; raises UsageError if there is no such entry point."""
         if name not in self.points and name not in self.__dict__.get("_loaded", ({}, {}))[0]:
             raise unknown(self.noun, name, self.points, self.next_step)
 
     def get(self, name: str) -> T:
-        """Return the object of this name.
-
-        Raises:
-            UsageError: there is none, or it cannot be loaded.
-        """
+        """Return the object of this name; raises UsageError if there is none, or it cannot be loaded."""
         self.require(name)
         if name in self.broken:
             raise UsageError(f"{self.noun} {name!r} cannot be used: {self.broken[name]}. Fix or uninstall its package.")
@@ -110,9 +101,5 @@ def models() -> dict[str, ModelEntry]:
 
 
 def model_entry(name: str) -> ModelEntry:
-    """Return the entry of a model.
-
-    Raises:
-        UsageError: no such model, or it cannot be imported.
-    """
+    """Return the entry of a model; raises UsageError if there is no such model, or it cannot be imported."""
     return MODELS.get(name)

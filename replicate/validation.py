@@ -12,7 +12,7 @@ import math
 import re
 import reprlib
 import types
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -118,33 +118,27 @@ Wrong = Callable[[str, str], None]
 class Range:
     """Where a number must lie; without bounds it must be finite."""
 
-    low: float | None = None
-    high: float | None = None
-    above: float | None = None
-    below: float | None = None
+    low: float = -math.inf
+    high: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
 
     def must_be(self, value: float) -> str:
         """Return where the number had to lie, in words; "" where it lies there."""
-        outside = (
-            (self.low is not None and value < self.low)
-            or (self.high is not None and value > self.high)
-            or (self.above is not None and value <= self.above)
-            or (self.below is not None and value >= self.below)
-        )
         if isinstance(value, float) and not math.isfinite(value):
-            bounded = self.high is not None or self.below is not None
+            bounded = min(self.high, self.below) < math.inf
             return self.words if bounded else " and ".join(w for w in (self.words, "finite") if w)
-        if outside:
+        if not (self.low <= value <= self.high and self.above < value < self.below):
             return self.words
         return "" if isinstance(value, float) or -_WHOLE <= value < _WHOLE else "below 2^63 in size"
 
     @property
     def words(self) -> str:
         """The bounds in words."""
-        if self.low is not None and self.high is not None:
+        if math.isfinite(self.low) and math.isfinite(self.high):
             return f"from {self.low} to {self.high}"
         ends = {"{} or more": self.low, "above {}": self.above, "at most {}": self.high, "below {}": self.below}
-        return " and ".join(text.format(end) for text, end in ends.items() if end is not None)
+        return " and ".join(text.format(end) for text, end in ends.items() if math.isfinite(end))
 
 
 #: a count or size, such as steps
@@ -241,7 +235,6 @@ def _words(hint: Any) -> str:
 
 def rules_of(
     kind: type,
-    without: Collection[str] = (),
     ranges: Mapping[str, Range] | None = None,
     choices: Mapping[str, Iterable[str]] | None = None,
     complete: bool = False,
@@ -249,17 +242,15 @@ def rules_of(
     """Return one rule per field of a dataclass, by its annotation; a field with a default may be left out.
 
     Args:
-        without: fields that the table does not have.
         ranges, choices: what the annotation does not say, by field.
         complete: whether every field must be there, whatever its default.
     """
     hints, ranges, choices = get_type_hints(kind), ranges or {}, choices or {}
     out = {}
     for f in fields(kind):
-        if f.name not in without:
-            given = f.default is MISSING and f.default_factory is MISSING
-            bounds, names = ranges.get(f.name, Range()), tuple(choices.get(f.name, ()))
-            out[f.name] = Rule(hints[f.name], bounds, names, required=given or complete, blank=not given)
+        given = f.default is MISSING and f.default_factory is MISSING
+        bounds, names = ranges.get(f.name, Range()), tuple(choices.get(f.name, ()))
+        out[f.name] = Rule(hints[f.name], bounds, names, required=given or complete, blank=not given)
     return out
 
 
@@ -267,11 +258,7 @@ def rules_of(
 
 
 def check_value(key: str, value: object, rule: Rule, wrong: Wrong, name: str = "") -> None:
-    """Report what is wrong with the value of one key.
-
-    Args:
-        name: of the table, in words.
-    """
+    """Report what is wrong with the value of one key of the table `name`."""
     of = f" of {name}" if name else ""
     problem = rule.must_be(value)
     if problem:
@@ -281,22 +268,13 @@ def check_value(key: str, value: object, rule: Rule, wrong: Wrong, name: str = "
 
 
 def check_table(table: object, rules: Mapping[str, Rule], name: str, wrong: Wrong) -> bool:
-    """Report every unknown, missing and wrong key of a table.
-
-    Args:
-        name: of the table, in words.
-
-    Returns:
-        Whether it is a table at all, so that its items can be checked.
-    """
+    """Report every unknown, missing and wrong key of the table `name`; return whether it is a table at all."""
     if not isinstance(table, Mapping):
         wrong("", f"{name} is {brief(table)}; it must be a table")
         return False
-    for key in table:
-        if key not in rules:
-            wrong(
-                key if isinstance(key, str) else "", f"{name} has an unknown key {brief(key)}{did_you_mean(key, rules)}"
-            )
+    for key in (k for k in table if k not in rules):
+        place = key if isinstance(key, str) else ""
+        wrong(place, f"{name} has an unknown key {brief(key)}{did_you_mean(key, rules)}")
     for key, rule in rules.items():
         if key in table:
             check_value(key, table[key], rule, wrong, name)
@@ -325,15 +303,10 @@ def check_json(value: object, name: str, wrong: Wrong) -> None:
 
 
 def check_profile(profile: str) -> None:
-    """Check the name of a profile.
-
-    Raises:
-        UsageError: there is no such profile.
-    """
+    """Check the name of a profile; raises UsageError if there is no such profile."""
     if profile not in PROFILES:
-        raise UsageError(
-            f"unknown profile {profile!r}{did_you_mean(profile, PROFILES)}; choose smoke, standard or full."
-        )
+        near = did_you_mean(profile, PROFILES)
+        raise UsageError(f"unknown profile {profile!r}{near}; choose smoke, standard or full.")
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from replicate.cli.data import data_app
 from replicate.errors import ClaimError, ReportError, UsageError
 
 app = typer.Typer(
-    help="Run generative models of every family under one protocol, and check the claims of their papers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

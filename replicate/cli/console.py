@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -29,12 +29,6 @@ def say(line: str) -> None:
 def complain(line: str) -> None:
     """Print one line on stderr, after the command's name."""
     errors.print(f"replicate: {harmless(line)}", style="red", markup=False, highlight=False, soft_wrap=True)
-
-
-def fail(message: str, code: int = 2) -> NoReturn:
-    """Print one clear line on stderr and exit."""
-    complain(message)
-    raise typer.Exit(code)
 
 
 def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:

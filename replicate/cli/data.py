@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from replicate.data.catalog import Entry
     from replicate.data.fetch import Show
 
+Names = Annotated[list[str] | None, typer.Argument(help="Files or folders; default: all that have an address.")]
+
 data_app = typer.Typer(
     help="Show the data: tasks' sizes and sha256, and the files that papers' experiments read.",
     invoke_without_command=True,
@@ -31,20 +33,15 @@ def tasks(context: typer.Context, as_json: AsJson = False) -> None:
         return
     from replicate.tasks.loading import load_task, tasks
 
-    rows, away = {}, {}
+    rows: dict[str, dict[str, object]] = {}
+    away = {}
     for name, entry in sorted(tasks().items()):
         if missing := entry.absent():
             away[name] = missing
             continue
         task = load_task(name)
-        rows[name] = {
-            "train": len(task.train),
-            "valid": len(task.valid),
-            "test": len(task.test),
-            "dim": task.info.dim,
-            "domain": task.info.domain,
-            "sha256": task.sha256(),
-        }
+        rows[name] = {part: len(getattr(task, part)) for part in ("train", "valid", "test")}
+        rows[name] |= {"dim": task.info.dim, "domain": task.info.domain, "sha256": task.sha256()}
     if as_json:
         print(json.dumps({**rows, **{name: {"absent": why} for name, why in away.items()}}, indent=1))
         return
@@ -72,19 +69,11 @@ def files_(as_json: AsJson = False) -> None:
     from replicate.data.catalog import catalog
     from replicate.data.files import data_folder
 
-    rows = {}
+    rows: dict[str, dict[str, object]] = {}
     for name, entry in catalog().items():
         status, path, wrong = _status(entry)
-        rows[name] = {
-            "status": status,
-            "problem": wrong,
-            "path": str(path) if path else None,
-            "size": entry.size,
-            "sha256": entry.sha256,
-            "licence": entry.licence,
-            "urls": entry.urls,
-            "note": entry.note,
-        }
+        rows[name] = {"status": status, "problem": wrong, "path": str(path) if path else None}
+        rows[name] |= {key: getattr(entry, key) for key in ("size", "sha256", "licence", "urls", "note")}
     if as_json:
         print(json.dumps(rows, indent=1))
         return
@@ -94,11 +83,7 @@ def files_(as_json: AsJson = False) -> None:
 
 
 def _chosen(names: list[str]) -> list[Entry]:
-    """Return the entries of these names or folders.
-
-    Raises:
-        UsageError: no such file or folder.
-    """
+    """Return the entries of these names or folders; raises UsageError if there is no such file or folder."""
     from replicate.data.catalog import catalog
     from replicate.registry import unknown
 
@@ -118,24 +103,14 @@ def _bar(name: str) -> Iterator[Show]:
     """Show a progress bar on a terminal, nothing elsewhere."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    from replicate.data.fetch import silent
-
-    if not console.is_terminal:
-        yield silent
-        return
-    with Progress(
-        TextColumn(name, markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=console
-    ) as bar:
+    columns = TextColumn(name, markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total or None)
 
 
 @data_app.command("fetch")
-def fetch_(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Files or folders; default: all that have an address.")
-    ] = None,
-) -> None:
+def fetch_(names: Names = None) -> None:
     """Download data files that are missing or damaged, and check each by its sha256."""
     from replicate.data.catalog import catalog
     from replicate.data.fetch import fetch
@@ -187,10 +162,9 @@ def check() -> None:
     from replicate.data.catalog import catalog
     from replicate.data.files import data_folder
 
-    found = {entry.name: _status(entry) for entry in catalog().values()}
-    there = {name: status for name, status in found.items() if status[0] != "absent"}
-    damaged = {name: status for name, status in there.items() if status[0] == "damaged"}
-    for name, (_, path, wrong) in damaged.items():
+    there = {n: found[1:] for n, entry in catalog().items() if (found := _status(entry))[0] != "absent"}
+    damaged = {name: (path, wrong) for name, (path, wrong) in there.items() if wrong}
+    for name, (path, wrong) in damaged.items():
         again = f"`replicate data fetch {name}` downloads it again"
         complain(f"{path}: {wrong}; {again if catalog()[name].urls else 'download it again'}")
     say(f"{len(there) - len(damaged)} of {len(there)} files in {data_folder()} are as published.")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from contextlib import suppress
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -44,14 +43,12 @@ def _sources() -> str:
             digest.update(f"{group} {point.name} {point.value} {point.dist and point.dist.version}\n".encode())
             packages.add(point.module.partition(".")[0])
     for package in sorted(packages):
-        found = find_spec(package)
-        for folder in found.submodule_search_locations or [] if found else []:
-            for file in sorted(Path(folder).rglob("*.py")):
+        if found := find_spec(package):
+            folders = found.submodule_search_locations or []
+            module = [Path(found.origin)] if found.origin and not folders else []
+            for file in (*module, *(f for folder in folders for f in sorted(Path(folder).rglob("*.py")))):
                 stat = file.stat()
                 digest.update(f"{file} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-        if found and found.origin and not found.submodule_search_locations:
-            stat = os.stat(found.origin)
-            digest.update(f"{found.origin} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from replicate.cli.console import AsJson, Profile, Results, complain, console, fail, print_table, say, this_command
+from replicate.cli.console import AsJson, Profile, Results, complain, console, print_table, say, this_command
 from replicate.cli.options import takes
 from replicate.errors import UsageError
 from replicate.registry import MODELS, EntryPoints
@@ -63,7 +63,8 @@ def run(o: RunOptions) -> None:
         raise typer.Exit(STOPPED)
     record = read_record(folder)
     if record is None:
-        fail(f"{error} (details: {folder / 'failure.json'})", 1)
+        complain(f"{error} (details: {folder / 'failure.json'})")
+        raise typer.Exit(1)
     if o.as_json:
         print(json.dumps(record, indent=1))
         return
@@ -196,10 +197,8 @@ def verify(
         raise UsageError(f"there is no {folder / 'MANIFEST.json'}; `make reproduce PROFILE={profile}` first.")
     problems = check(folder, read_ledger())
     if profile in PREFIX and readme.exists() and stale(readme, folder):
-        problems.append(
-            f"the generated part of {readme} differs from {folder}; "
-            f"`replicate report --profile {profile} --readme {readme}`"
-        )
+        again = f"`replicate report --profile {profile} --readme {readme}`"
+        problems.append(f"the generated part of {readme} differs from {folder}; {again}")
     for problem in problems:
         complain(problem)
     for remark in remarks(folder):

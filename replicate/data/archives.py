@@ -21,13 +21,7 @@ MEMBERS = 1000
 
 
 def take(archive: Path, ending: str, member: str, limit: int) -> Iterator[bytes]:
-    """Read the content of one member, piece by piece.
-
-    Args:
-        archive: the file.
-        ending: what it is, one of catalog.ARCHIVES.
-        member: the member's path within it.
-        limit: bytes that the member may have.
+    """Read the content of one member, of at most `limit` bytes, piece by piece; `ending` is one of catalog.ARCHIVES.
 
     Raises:
         Unreadable: no such member, none that is a plain file of at most `limit` bytes, a path that leads out of the

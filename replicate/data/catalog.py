@@ -126,6 +126,5 @@ def _is_https(url: str) -> bool:
         host = parts.hostname
     except ValueError:
         return False
-    return (
-        parts.scheme == "https" and bool(host) and "@" not in parts.netloc and re.fullmatch("[!-~]+", url) is not None
-    )
+    plain = re.fullmatch("[!-~]+", url) is not None
+    return parts.scheme == "https" and bool(host) and "@" not in parts.netloc and plain

@@ -56,11 +56,7 @@ class _HttpsRedirects(request.HTTPRedirectHandler):
 
 
 def https_only(asked: request.Request, *more: request.BaseHandler) -> Any:
-    """Open a URL by https; another scheme, here or in a redirect, is an error.
-
-    Args:
-        more: handlers beside the usual ones.
-    """
+    """Open a URL by https, with `more` handlers beside the usual ones; another scheme, here or later, is an error."""
     opener = request.OpenerDirector()  # build_opener would add http, ftp, file and data
     usual = (request.HTTPDefaultErrorHandler(), request.HTTPErrorProcessor(), request.HTTPSHandler())
     for handler in (*more, request.ProxyHandler(), _HttpsRedirects(), request.UnknownHandler(), *usual):
@@ -75,11 +71,7 @@ def silent(done: int, total: int) -> None:
 
 
 def fetch(
-    entry: Entry,
-    folder: Path,
-    open_url: OpenUrl = https_only,
-    show: Show = silent,
-    also: Sequence[Entry] = (),
+    entry: Entry, folder: Path, open_url: OpenUrl = https_only, show: Show = silent, also: Sequence[Entry] = ()
 ) -> Path:
     """Download a file of the catalogue, going on where an earlier call was interrupted.
 
@@ -202,12 +194,7 @@ def _download(url: str, part: Path, limit: int, open_url: OpenUrl, show: Show) -
 
 
 def _receive(url: str, part: Path, limit: int, open_url: OpenUrl, show: Show) -> None:
-    """Go on with the part over one connection.
-
-    Raises:
-        _BrokeOff: the connection ended early.
-        _Failed: the server does not have it, or sends something else.
-    """
+    """Go on with the part over one connection; _BrokeOff if it ends early, _Failed if it is of no use."""
     have = _size(part)
     headers = {"User-Agent": "scoreboard-replicate", "Accept-Encoding": "identity"}
     if have:

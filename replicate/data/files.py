@@ -12,10 +12,10 @@ import lzma
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from gzip import GzipFile
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from replicate.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
 ENDINGS = ("", *PACKED)
 #: bytes read or unpacked at once
 PIECE = 1 << 18
@@ -71,11 +72,7 @@ def absent(names: Iterable[str]) -> str:
 
 
 def data_file(name: str, origin: str) -> Path:
-    """Find a file like `find`, but raise UsageError if it is missing.
-
-    Args:
-        name: below the data folder.
-        origin: where it comes from, in words.
+    """Find a file below the data folder that comes from `origin`.
 
     Raises:
         UsageError: it is not there; one line with the file, where it comes from, the folder and the next step.
@@ -214,23 +211,25 @@ def _again(entry: Entry | None) -> str:
 
 
 def sha256(name: str) -> str:
-    """sha256 of a file's uncompressed content; "" where it is absent.
-
-    Raises:
-        UsageError: as in `contents`.
-    """
+    """sha256 of a file's uncompressed content; "" where it is absent; raises UsageError as in `contents`."""
     path = find(name)
     if path is None:
         return ""
     return _seen.get(_state(path)) or _checked(path)[1]
 
 
-def parse_idx(content: bytes, what: str) -> Tensor:
-    """Read the images of an IDX file as uint8, shape (n, rows * columns).
+def read(name: str, origin: str, parse: Callable[..., T]) -> T:
+    """Return parse(content, what=) of a file below the data folder, with its name and origin for messages.
 
-    Args:
-        content: the file's bytes, from anywhere.
-        what: its name, for the message.
+    Raises:
+        UsageError: the file is missing or damaged, or `parse` refuses it.
+    """
+    path = data_file(name, origin)
+    return parse(contents(path), what=f"{path} (from {origin})")
+
+
+def parse_idx(content: bytes, what: str) -> Tensor:
+    """Read the images of an IDX file's bytes as uint8, shape (n, rows * columns); `what` is its name for messages.
 
     Raises:
         UsageError: these are not the bytes of an IDX file of images.
@@ -249,39 +248,11 @@ def parse_idx(content: bytes, what: str) -> Tensor:
     return torch.from_numpy(pixels.copy())  # frombuffer's is read-only
 
 
-def read_idx(name: str, origin: str) -> Tensor:
-    """Read the images of an IDX file as uint8, shape (n, rows * columns).
-
-    Raises:
-        UsageError: the file is missing, damaged or no IDX file of images.
-    """
-    path = data_file(name, origin)
-    return parse_idx(contents(path), f"{path} (from {origin})")
-
-
 def parse_idx_labels(content: bytes, what: str) -> Tensor:
-    """Read the labels of an IDX file as int64, shape (n,).
-
-    Args:
-        content: the file's bytes, from anywhere.
-        what: its name, for the message.
-
-    Raises:
-        UsageError: these are not the bytes of an IDX file of labels.
-    """
+    """Read the labels of an IDX file as int64, shape (n,); arguments and errors as in `parse_idx`."""
     magic, n = struct.unpack(">2I", content[:8]) if len(content) > 8 else (0, 0)
     if magic != 0x801 or n != len(content) - 8:
         raise UsageError(f"{what} is no IDX file of labels: its header is {content[:8].hex()}, {len(content)} bytes.")
     import torch  # as above
 
     return torch.from_numpy(np.frombuffer(content, dtype=np.uint8, offset=8).astype(np.int64))
-
-
-def read_idx_labels(name: str, origin: str) -> Tensor:
-    """Read the labels of an IDX file as int64, shape (n,).
-
-    Raises:
-        UsageError: the file is missing, damaged or no IDX file of labels.
-    """
-    path = data_file(name, origin)
-    return parse_idx_labels(contents(path), f"{path} (from {origin})")

@@ -118,7 +118,8 @@ class PaperClaims:
 
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
-_PAPER = rules_of(PaperClaims, without=("claims",), ranges={"year": Range(1600, 2200)})
+_PAPER = rules_of(PaperClaims, ranges={"year": Range(1600, 2200)})
+del _PAPER["claims"]  # which have rules of their own
 _PAPER |= {"key": replace(_PAPER["key"], pattern=NAME), "authors": replace(_PAPER["authors"], pattern=CELL)}
 _CLAIM = rules_of(
     Claim,
@@ -162,11 +163,8 @@ def _places(text: str) -> Places:
             quote = "" if quote in line else quote
             continue
         stripped = line.strip()
-        if stripped.startswith("[["):
-            table = max(table, -1) + 1
-            found[table, ""] = number
-        elif stripped.startswith("["):
-            table = -1
+        if stripped.startswith("["):
+            table = max(table, -1) + 1 if stripped.startswith("[[") else -1
             found[table, ""] = number
         elif match := re.match(r"([A-Za-z0-9_-]+)\s*=", stripped):
             found.setdefault((table, match.group(1)), number)
@@ -203,19 +201,13 @@ class _Checker:
         if not (paper.get("arxiv") or paper.get("url")):
             self.wrong(-1, "", "the paper has no source: give arxiv or url")
         claims = [self.claim(i, row) for i, row in enumerate(rows)]
-        self.unique([row.get("id") for row in rows])
+        ids = [row.get("id") for row in rows]
+        for i, name in enumerate(ids):
+            if isinstance(name, str) and name in ids[:i]:
+                self.wrong(i, "id", f"claim id {brief(name)} is used twice")
         if self.problems:
             return None
         return PaperClaims(**paper, claims=tuple(c for c in claims if c is not None))
-
-    def unique(self, ids: list[Any]) -> None:
-        """No id stands twice."""
-        seen: set[str] = set()
-        for i, name in enumerate(ids):
-            if isinstance(name, str):
-                if name in seen:
-                    self.wrong(i, "id", f"claim id {brief(name)} is used twice")
-                seen.add(name)
 
     def claim(self, at: int, row: Mapping[str, Any]) -> Claim | None:
         """One claim, or None where something is wrong."""
@@ -250,14 +242,8 @@ class _Checker:
 
 
 def resolved(measure: str, claim: Claim, key: str) -> str:
-    """Return a claim's measure as TASK/MODEL/METRIC; "" stays "".
-
-    Args:
-        key: the paper's.
-    """
-    if not measure or "/" in measure:
-        return measure
-    return f"{claim.experiment}/{key}/{measure}"
+    """Return a claim's measure, of the paper of this key, as TASK/MODEL/METRIC; "" stays ""."""
+    return measure if not measure or "/" in measure else f"{claim.experiment}/{key}/{measure}"
 
 
 def claims_of(paper: Paper) -> PaperClaims:
@@ -273,26 +259,20 @@ def claims_of(paper: Paper) -> PaperClaims:
     for claim in read.claims:
         if claim.experiment and claim.experiment not in known:
             names = ", ".join(sorted(known)) or "none"
-            raise ClaimError(
-                f"{paper.claims_file}: claim {claim.id} names experiment {claim.experiment!r}; there are {names}"
-            )
+            named = f"claim {claim.id} names experiment {claim.experiment!r}"
+            raise ClaimError(f"{paper.claims_file}: {named}; there are {names}")
     return replace(read, claims=tuple(_with_needs(claim, paper) for claim in read.claims))
 
 
 def _with_needs(claim: Claim, paper: Paper) -> Claim:
     """Add what the claim's experiments need; the file says so where no experiment here measures the claim."""
     measures = (resolved(m, claim, paper.key).split("/")[0] for m in (claim.measure, claim.minus, claim.over))
-    asked = list(dict.fromkeys(measures))
-    found = next((e.needs for name in asked for e in paper.experiments if e.name == name and e.needs), "")
+    found = next((e.needs for name in measures for e in paper.experiments if e.name == name and e.needs), "")
     return replace(claim, needs=found) if found else claim
 
 
 def all_claims() -> tuple[PaperClaims, ...]:
-    """Read the claims of every paper, in the order of their keys.
-
-    Raises:
-        ClaimError: a file is wrong, or two claims share an id.
-    """
+    """Read the claims of all papers by key; raises ClaimError if a file is wrong, or two claims share an id."""
     read = tuple(claims_of(papers()[key]) for key in sorted(papers()))
     owner: dict[str, str] = {}
     for paper in read:

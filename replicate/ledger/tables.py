@@ -56,11 +56,7 @@ def _cell(value: Any, where: str) -> str | MeasureCell:
 
 
 def measure_tables(path: Path | None = None) -> tuple[MeasureTable, ...]:
-    """Read the tables of a file, by default of the one beside this module.
-
-    Raises:
-        ClaimError: it cannot be read, or a row does not fit its heads.
-    """
+    """Read a file's tables, by default the one's beside this module; raises ClaimError if it is wrong."""
     path = path or Path(__file__).with_suffix(".toml")
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -91,9 +87,5 @@ NO_CLAIMS = Claims()
 
 
 def read_ledger() -> Claims:
-    """Read the claims of every paper, and the tables that compare print with released code.
-
-    Raises:
-        ClaimError: a file is wrong.
-    """
+    """Read all papers' claims and the tables of print and released code; raises ClaimError if a file is wrong."""
     return Claims(all_claims(), measure_tables())

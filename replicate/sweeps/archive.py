@@ -15,6 +15,7 @@ import json
 import re
 import shutil
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,10 +64,7 @@ def _members(run: Path) -> Iterator[Path]:
 
 
 def pack_runs(root: Path, profile: str, target: Path) -> Moved:
-    """Write the runs of a profile's sweep, finished or in progress, into one zip file.
-
-    Args:
-        root: REPLICATE_RUNS.
+    """Write the runs of a profile's sweep below REPLICATE_RUNS, finished or in progress, into one zip file.
 
     Raises:
         UsageError: there are no runs, or a sweep is at work on them.
@@ -75,16 +73,15 @@ def pack_runs(root: Path, profile: str, target: Path) -> Moved:
     runs = sweep.runs
     if not runs.is_dir():
         raise UsageError(f"there are no runs of profile {profile} in {root}; `replicate reproduce` makes them.")
-    counts = {"record.json": 0, "failure.json": 0, "checkpoint": 0}
+    counts: Counter[str] = Counter()
     partial = target.with_name(target.name + ".part")
     with held(sweep.root), zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as out:
         out.writestr(HEAD, json.dumps({"format": FORMAT, "profile": profile, "source_sha256": source_sha256()}))
         for path in (p for run in sorted(runs.iterdir()) if run.is_dir() for p in _members(run)):
-            kind = "checkpoint" if path.suffix == ".checkpoint" else path.name
-            counts[kind] = counts.get(kind, 0) + 1
+            counts[path.relative_to(runs).parts[1]] += 1
             out.write(path, path.relative_to(runs).as_posix())
     partial.replace(target)
-    return Moved(counts["record.json"], counts["failure.json"], counts["checkpoint"])
+    return Moved(counts["record.json"], counts["failure.json"], counts["checkpoints"])
 
 
 def unpack_runs(archive: Path, root: Path) -> Moved:
@@ -113,11 +110,7 @@ def unpack_runs(archive: Path, root: Path) -> Moved:
 
 
 def _head(opened: zipfile.ZipFile, archive: Path) -> str:
-    """Return the profile of an archive.
-
-    Raises:
-        ValueError: it is none, or was made with other sources.
-    """
+    """Return the profile of an archive; raises ValueError if it is none, or was made with other sources."""
     head = json.loads(opened.read(HEAD)) if opened.getinfo(HEAD).file_size < 10_000 else None
     if not isinstance(head, dict) or head.get("format") != FORMAT or head.get("profile") not in PROFILES:
         raise ValueError(f"its {HEAD} is not that of an archive of runs")
@@ -127,11 +120,7 @@ def _head(opened: zipfile.ZipFile, archive: Path) -> str:
 
 
 def _checked(opened: zipfile.ZipFile, name: str) -> bytes:
-    """Read a member's bytes.
-
-    Raises:
-        ValueError: its name, size or content is not that of a run's file.
-    """
+    """Read a member's bytes; raises ValueError if its name, size or content is not that of a run's file."""
     match = _MEMBER.fullmatch(name)
     if match is None:
         raise ValueError(f"it holds {name[:100]!r}, which is no file of a run")
@@ -149,24 +138,22 @@ def _checked(opened: zipfile.ZipFile, name: str) -> bytes:
 
 
 def _add(content: dict[str, bytes], runs: Path) -> Moved:
-    records = failures = unfinished = known = 0
+    counts: Counter[str] = Counter()
     finished_here = {name.split("/")[0] for name in content if (runs / name.split("/")[0] / "record.json").is_file()}
     # a record last: where it is, everything is
     for name in sorted(content, key=lambda n: n.endswith("record.json")):
         run, _, file = name.partition("/")
         if run in finished_here:
-            known += file == "record.json"
+            counts["known"] += file == "record.json"
             continue
         if file.startswith("checkpoints"):
             here = sorted((runs / run / "checkpoints").glob("*.checkpoint"))
             if here and here[-1].name >= Path(name).name:
                 continue
-            unfinished += 1
         (runs / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(runs / name, content[name])
+        counts[file.partition("/")[0]] += 1
         if file == "record.json":
-            records += 1
             shutil.rmtree(runs / run / "checkpoints", ignore_errors=True)
             (runs / run / "failure.json").unlink(missing_ok=True)
-        failures += file == "failure.json"
-    return Moved(records, failures, unfinished, known)
+    return Moved(counts["record.json"], counts["failure.json"], counts["checkpoints"], counts["known"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from replicate.registry import model_entry, models
@@ -32,45 +31,18 @@ ONE_LEVEL = ("sm-explicit", "sm-implicit", "dsm", "dsm-energy", "ssm", "ssm-vr")
 ANY_OBJECTIVE = ("energy",)
 
 #: models of real tables, binary sets and images, for the full profile and papers' experiments
-OF_REAL_DATA = ("nade", "eonade", "made", "maf", "image-realnvp", "glow", "image-spline-flow", "conv-ebm")
+NADES = ("nade", "eonade", "made")
+OF_REAL_DATA = (*NADES, "maf", "image-realnvp", "glow", "image-spline-flow", "conv-ebm")
 OF_TABLES = ("causal-conv", "eonade", "made", "spline-flow", "maf", "vae", "neural-ebm", "sde-vp", "gaussian-mixture")
-OF_BINARY = (
-    "causal-conv",
-    "nade",
-    "eonade",
-    "made",
-    "spline-flow",
-    "iwae",
-    "rbm-pcd",
-    "sde-vp",
-    "mixture-em",
-    "marginals",
-)
+OF_BINARY = ("causal-conv", *NADES, "spline-flow", "iwae", "rbm-pcd", "sde-vp", "mixture-em", "marginals")
 
-#: at least one model of each family, so that every kind of estimator runs
-SMOKE_DIGITS = (
-    "causal-conv",
-    "spline-flow",
-    "vae",
-    "neural-ebm",
-    "rbm-pcd",
-    "ncsn",
-    "sde-vp",
-    "gaussian-mixture",
-    "truth",
-)
+#: models of smoke's digits: at least one of each family, so that every kind of estimator runs
+SMOKE = ("causal-conv", "spline-flow", "vae", "neural-ebm", "rbm-pcd", "ncsn", "sde-vp", "gaussian-mixture", "truth")
 
 
 @dataclass(frozen=True)
 class Part:
-    """Every given model that supports each task, over seeds 0 .. seeds-1.
-
-    Attributes:
-        tasks: task names.
-        seeds: how many.
-        models: model names; empty for all.
-        without: names left out of "all".
-    """
+    """Each of `models`, or all but `without` where none is named, on each task it supports, over seeds 0 .. seeds-1."""
 
     tasks: tuple[str, ...]
     seeds: int
@@ -81,7 +53,7 @@ class Part:
 COMPARISON: dict[str, tuple[Part, ...]] = {
     "smoke": (
         Part(("two-gaussians",), 1, without=(*SIBLINGS, *OF_REAL_DATA)),
-        Part(("digits",), 1, SMOKE_DIGITS),
+        Part(("digits",), 1, SMOKE),
         Part(("digits-binary",), 1, ("iwae", "rbm-cd", "mixture-em")),
     ),
     "standard": (
@@ -117,17 +89,11 @@ def compared_runs(profile: str, device: str = "cpu", seeds: int | None = None) -
         UsageError: no such profile.
     """
     check_profile(profile)
-    return list(_specs(profile, device, seeds))
-
-
-def _specs(profile: str, device: str, seeds: int | None) -> Iterator[RunSpec]:
+    specs: list[RunSpec] = []
     away = absent_tasks(profile)
     for part in COMPARISON[profile]:
-        for task_name in part.tasks:
-            if task_name in away:
-                continue
-            task = load_task(task_name)
-            for name in part.models or sorted(set(models()) - set(part.without)):
-                if unsupported(model_entry(name), task) is None:
-                    for seed in range(seeds or part.seeds):
-                        yield make_spec(name, task_name, seed, profile, device)
+        for task in (name for name in part.tasks if name not in away):
+            names = part.models or sorted(set(models()) - set(part.without))
+            for name in (n for n in names if unsupported(model_entry(n), load_task(task)) is None):
+                specs += (make_spec(name, task, seed, profile, device) for seed in range(seeds or part.seeds))
+    return specs

@@ -12,11 +12,7 @@ if TYPE_CHECKING:
 
 
 def resolve_device(device: str) -> str:
-    """Return the kind of device to use, "cpu" or "cuda".
-
-    Raises:
-        UsageError: there is no such kind, or this machine has none.
-    """
+    """Return the kind of device to use, "cpu" or "cuda"; raises UsageError if this machine has none such."""
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"device is {device!r}; it must be auto, cpu or cuda.")
     if device == "cpu":
@@ -31,11 +27,7 @@ def resolve_device(device: str) -> str:
 
 
 def check_options(device: str, scheduler: str | None, cuda_rows: bool, in_process: bool) -> None:
-    """Check what contradicts itself before anything is imported or started.
-
-    Raises:
-        UsageError: options contradict each other.
-    """
+    """Check options before anything is imported or started; raises UsageError if they contradict each other."""
     if cuda_rows and device == "cpu":
         raise UsageError("--cuda-rows computes runs that need a CUDA device, and --device is cpu; remove one of them.")
     if scheduler and in_process:
@@ -43,11 +35,7 @@ def check_options(device: str, scheduler: str | None, cuda_rows: bool, in_proces
 
 
 def sweep_device(device: str, scheduler: str | None, cuda_rows: bool) -> str:
-    """Return the kind of device of a sweep; on a cluster only the user knows the workers' devices.
-
-    Raises:
-        UsageError: as in `resolve_device`.
-    """
+    """Return a sweep's `resolve_device`; on a cluster only the user knows the workers' devices."""
     device = "cuda" if cuda_rows else device
     if scheduler is None:
         return resolve_device(device)
@@ -62,7 +50,7 @@ def make_executor(
     scheduler: str | None = None,
     in_process: bool = False,
 ) -> Executor:
-    """Return the executor that the options ask for.
+    """Return the executor that the options ask for; raises UsageError if no scheduler answers at the address.
 
     Args:
         device: "cpu" or "cuda".
@@ -71,9 +59,6 @@ def make_executor(
         runs_per_gpu: runs that share a GPU.
         scheduler: address of a Dask scheduler.
         in_process: one run after the other in this process.
-
-    Raises:
-        UsageError: no scheduler answers at the address.
     """
     if in_process:
         from replicate.runs.inline import Inline

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from replicate.runs.experiment import Experiment
 from replicate.runs.paper import papers
 from replicate.runs.spec import AnySpec, experiment_spec, make_spec
 from replicate.sweeps.comparison import absent_tasks, compared_runs
@@ -82,47 +81,40 @@ def make_plan(
 
 
 def whole_plan(profile: str, device: str = "cpu", seeds: int | None = None) -> tuple[list[AnySpec], list[Skipped]]:
-    """Return every run of a profile once, and what this machine cannot run.
-
-    Raises:
-        UsageError: no such profile.
-    """
+    """Return every run of a profile once, and what this machine cannot run; raises UsageError as `make_plan`."""
     compared = compared_runs(profile, device, seeds)
     claimed, skipped = ledger_plan(profile, device, seeds)
     skipped += (Skipped(name, why) for name, why in absent_tasks(profile).items())
     return list({spec.run_id(): spec for spec in [*compared, *claimed]}.values()), skipped
 
 
-def ledger_plan(profile: str, device: str = "cpu", seeds: int | None = None) -> tuple[list[AnySpec], list[Skipped]]:
-    """Return every run that the papers' claims need at a profile, in a fixed order, and what cannot run here."""
+def ledger_plan(
+    profile: str, device: str = "cpu", seeds: int | None = None, cuda_only: bool = False
+) -> tuple[list[AnySpec], list[Skipped]]:
+    """Return every run that the papers' claims need at a profile, in a fixed order, and what cannot run here.
+
+    Args:
+        cuda_only: leave out whatever does not need a CUDA device.
+    """
     specs: list[AnySpec] = []
     skipped: list[Skipped] = []
     for key in sorted(papers()):
-        asked = [e for e in papers()[key].experiments if profile in e.profiles]
-        skipped += (Skipped(e.name, why) for e in asked if (why := e.absent(device)))
-        specs += _experiment_specs(key, asked, profile, device, seeds)
-        specs += _model_specs(key, profile, device, seeds)
+        for e in papers()[key].experiments:
+            if profile not in e.profiles or (cuda_only and not e.cuda_minutes):
+                continue
+            if why := e.absent(device):
+                skipped.append(Skipped(e.name, why))
+                continue
+            count = e.seeds if e.seeds == 1 or not seeds else seeds
+            specs += (experiment_spec(key, e, s, profile, device) for s in range(count))
+        if not cuda_only:
+            specs += _model_specs(key, profile, device, seeds)
     return specs, skipped
 
 
 def cuda_plan(profile: str, seeds: int | None = None) -> tuple[list[AnySpec], list[Skipped]]:
     """Return the runs of a profile that need a CUDA device, and what of them cannot run for lack of data."""
-    specs: list[AnySpec] = []
-    skipped: list[Skipped] = []
-    for key in sorted(papers()):
-        asked = [e for e in papers()[key].experiments if profile in e.profiles and e.cuda_minutes]
-        skipped += (Skipped(e.name, why) for e in asked if (why := e.absent("cuda")))
-        specs += _experiment_specs(key, asked, profile, "cuda", seeds)
-    return specs, skipped
-
-
-def _experiment_specs(
-    key: str, experiments: Collection[Experiment], profile: str, device: str, seeds: int | None
-) -> Iterator[AnySpec]:
-    for experiment in experiments:
-        if not experiment.absent(device):
-            count = experiment.seeds if experiment.seeds == 1 or not seeds else seeds
-            yield from (experiment_spec(key, experiment, s, profile, device) for s in range(count))
+    return ledger_plan(profile, "cuda", seeds, cuda_only=True)
 
 
 def _model_specs(key: str, profile: str, device: str, seeds: int | None) -> Iterator[AnySpec]:

@@ -30,6 +30,7 @@ from replicate.sweeps.sweep import Sweep
 
 #: exit codes
 DONE, FAILED, STOPPED = 0, 1, 3
+SAVED = "runs in progress have been saved, and the same command resumes them"
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,7 @@ def reproduce(plan: SweepPlan, options: SweepOptions) -> int:
             complete = _compute(plan, sweep, options, reference)
             missing = [s for s in plan.specs if read_record(sweep.current / s.run_id()) is None]
             if not complete:
-                say(
-                    f"stopped with {len(missing)} of {len(plan.specs)} runs left; runs in progress have been "
-                    "saved, and the same command resumes them"
-                )
+                say(f"stopped with {len(missing)} of {len(plan.specs)} runs left; {SAVED}")
                 return STOPPED
             _report(plan, sweep, out, options, reference)
             if missing:
@@ -161,9 +159,8 @@ def expected_seconds(specs: Sequence[AnySpec], reference: pd.DataFrame | None) -
     known: dict[tuple[str, str], float] = {}
     if reference is not None:
         cost = reference[reference.metric.isin(["train_seconds", "evaluate_seconds"])]
-        per_run = cost.groupby(["model", "task", "run_id"], as_index=False)["value"].sum()
-        mean = per_run.groupby(["model", "task"], as_index=False)["value"].mean()
-        known = dict(zip(zip(mean["model"], mean["task"], strict=True), mean["value"].astype(float), strict=True))
+        per_run = cost.groupby(["model", "task", "run_id"])["value"].sum()
+        known = per_run.groupby(["model", "task"]).mean().to_dict()
     typical = sum(known.values()) / len(known) if known else 10.0
     return {s.run_id(): known.get((s.model, s.task)) or subject_of(s).expected_seconds() or typical for s in specs}
 

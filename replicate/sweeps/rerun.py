@@ -64,41 +64,33 @@ class Rerun:
     error: str = ""
 
     @property
+    def bad(self) -> list[Difference]:
+        """The values that had to match and did not."""
+        return [d for d in self.found if not (self.machine and d.label in TOLERATED)]
+
+    @property
     def held(self) -> bool:
         """Whether everything matched that had to."""
-        excused = TOLERATED if self.machine else ()
-        return not (self.error or self.other or any(d.label not in excused for d in self.found))
+        return not (self.error or self.other or self.bad)
 
     def lines(self) -> list[str]:
         """Return the outcome in a line, followed by the differences that are not excused."""
+        source = f"; other code: {self.source}" if self.source else ""
         if self.error:
-            return [f"{self.name}: FAILED: {self.error}{self._source()}"]
+            return [f"{self.name}: FAILED: {self.error}{source}"]
         counts = Counter(d.label for d in self.found)
         same = self.numbers - sum(not math.isnan(d.reference) for d in self.found)
         parts = [f"{same} of {self.numbers} numbers bit for bit", *(f"{n} {label}" for label, n in counts.items())]
         how = f"by tolerance: {'; '.join(self.machine)}" if self.machine else "same machine"
-        head = f"{self.name}: {'' if self.held else 'NOT AS COMMITTED: '}{', '.join(parts)} ({how}){self._source()}"
-        excused = TOLERATED if self.machine else ()
-        bad = [f"  {d.metric}: {d.label}: {_text(d)}" for d in self.found if d.label not in excused]
+        head = f"{self.name}: {'' if self.held else 'NOT AS COMMITTED: '}{', '.join(parts)} ({how}){source}"
+        bad = [f"  {d.metric}: {d.label}: {d.reference!r} {COMMITTED}, {d.new!r} {AFRESH}" for d in self.bad]
         bad += [f"  {line}" for line in self.other]
         return [head, *bad[:SHOWN], *([f"  and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else [])]
-
-    def _source(self) -> str:
-        return f"; other code: {self.source}" if self.source else ""
-
-
-def _text(found: Difference) -> str:
-    return f"{found.reference!r} {COMMITTED}, {found.new!r} {AFRESH}"
 
 
 @dataclass(frozen=True)
 class Report:
-    """The outcome of rerunning drawn runs.
-
-    Attributes:
-        runs: those that were rerun.
-        complete: False where a signal ended it.
-    """
+    """The outcome of rerunning drawn runs; `complete` is False where a signal ended it."""
 
     runs: tuple[Rerun, ...]
     complete: bool = True
@@ -163,11 +155,7 @@ def seconds_taken(frame: pd.DataFrame, run_id: str) -> float:
 
 
 def rerun(
-    folder: Path,
-    n: int,
-    seed: int | None,
-    executor: Callable[[str], Executor],
-    say: Callable[[str], None],
+    folder: Path, n: int, seed: int | None, executor: Callable[[str], Executor], say: Callable[[str], None]
 ) -> Report:
     """Rerun n committed runs of a results folder and compare their measurements with the committed ones.
 
@@ -207,9 +195,7 @@ def rerun_drawn(
         how: ends the first line for the user.
     """
     executors = {kind: executor(kind) for kind in sorted({spec.device for spec, _ in drawn})}
-    wall = 0.0
-    for kind, chosen in executors.items():
-        wall += sum(seconds_taken(reference, s.run_id()) for s, _ in drawn if s.device == kind) / chosen.jobs
+    wall = sum(seconds_taken(reference, s.run_id()) / executors[s.device].jobs for s, _ in drawn)
     say(f"rerunning {len(drawn)} runs{how}, which took about {clock(wall)}")
     with tempfile.TemporaryDirectory(prefix="replicate-rerun.") as temporary:
         root = Path(temporary)
@@ -222,10 +208,8 @@ def rerun_drawn(
     for run in report.runs:
         for line in run.lines():
             say(line)
-    held = sum(r.held for r in report.runs)
-    exactly = sum(not r.machine for r in report.runs)
-    tolerant = len(report.runs) - exactly
-    how = f"{exactly} compared bit for bit, {tolerant} within the tolerance for another machine"
+    held, exactly = sum(r.held for r in report.runs), sum(not r.machine for r in report.runs)
+    how = f"{exactly} compared bit for bit, {len(report.runs) - exactly} within the tolerance for another machine"
     say(f"{held} of {len(report.runs)} runs match: {how}")
     return report
 
@@ -244,12 +228,9 @@ def _compared(drawn: Sequence[tuple[AnySpec, Mapping[str, Any]]], root: Path, re
             out.append(Rerun(name, source=source, error=error))
             continue
         afresh = read_record(root / run_id) or {}
-        provenance = record.get("provenance") or {}
-        machine = machine_differences(provenance, afresh["provenance"], COMMITTED, AFRESH)
+        machine = machine_differences(record.get("provenance") or {}, afresh["provenance"], COMMITTED, AFRESH)
         mine, committed = (_rows(frame, run_id) for frame in (new, reference))
-        other = _other(mine, committed, exact=not machine)
-        if not machine:
-            other += _traces(record, afresh)
+        other = _other(mine, committed, not machine) + ([] if machine else _traces(record, afresh))
         numbers = int(committed["value"].notna().sum())
         out.append(Rerun(name, numbers, tuple(found.get(run_id, ())), tuple(machine), source, tuple(other)))
     return out
@@ -282,11 +263,9 @@ def _cells(column: pd.Series) -> dict[Any, list[Any]]:
 
 def _traces(record: Mapping[str, Any], afresh: Mapping[str, Any]) -> list[str]:
     """Return the differences in losses and weights, where the record has them."""
-    out = []
     old, new = record.get("history") or {}, afresh.get("history") or {}
-    for key, name in (("train", "training losses"), ("valid", "validation losses"), ("best_step", "selected step")):
-        if key in old and old[key] != new.get(key):
-            out.append(f"the {name} differ")
+    names = {"train": "training losses", "valid": "validation losses", "best_step": "selected step"}
+    out = [f"the {name} differ" for key, name in names.items() if key in old and old[key] != new.get(key)]
     if "weights_sha256" in record and record["weights_sha256"] != afresh.get("weights_sha256"):
         out.append("the trained weights differ")
     return out
@@ -300,9 +279,6 @@ def other_source(then: Mapping[str, Any]) -> str:
         same = then["source_sha256"] == source_sha256()
     else:
         same = commit != UNKNOWN and now == {key: then.get(key) for key in now}
-    left, right = (commit_of(p) or UNKNOWN for p in (then, now))
-    return "" if same else f"commit {_brief(left)} {COMMITTED}, {_brief(right)} {AFRESH}"
-
-
-def _brief(commit: str) -> str:
-    return commit[:8] + ("-dirty" if commit.endswith("-dirty") else "")
+    full = (commit_of(p) or UNKNOWN for p in (then, now))
+    left, right = (c[:8] + ("-dirty" if c.endswith("-dirty") else "") for c in full)
+    return "" if same else f"commit {left} {COMMITTED}, {right} {AFRESH}"

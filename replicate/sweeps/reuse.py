@@ -30,12 +30,7 @@ def in_results(folder: Path) -> set[str]:
 
 
 def adopt(
-    sweep: Sweep,
-    commit: str,
-    planned: Collection[str],
-    checks: int,
-    executor: Executor,
-    say: Callable[[str], None],
+    sweep: Sweep, commit: str, planned: Collection[str], checks: int, executor: Executor, say: Callable[[str], None]
 ) -> int:
     """Continue a sweep of another commit with its finished runs, if that moves no number.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from replicate.data.files import absent
+from replicate.errors import UsageError
 from replicate.model import DataInfo
 
 
@@ -101,3 +102,8 @@ class TaskEntry:
     def absent(self) -> str:
         """Return why this machine cannot load it: the first of its missing files; "" where it has all."""
         return absent(self.files)
+
+
+def refused(what: str, problem: str) -> UsageError:
+    """Return the error for a file whose bytes are not those of its data set, with the next step."""
+    return UsageError(f"{what}: {problem}; get the file again.")

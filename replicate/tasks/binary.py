@@ -23,7 +23,7 @@ import io
 import math
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 
@@ -32,10 +32,11 @@ import scipy.io
 import torch
 from torch import Tensor
 
-from replicate.data.files import contents, data_file
-from replicate.errors import UsageError
+from replicate.data.files import read
 from replicate.model import DataInfo
-from replicate.tasks.base import Task, TaskEntry
+from replicate.tasks.base import Task, TaskEntry, refused
+
+Parts = tuple[Tensor, Tensor, Tensor]
 
 PARTS = ("train", "valid", "test")
 BENCHMARKS_FILE = "debd/debd.npz"
@@ -79,25 +80,26 @@ FACES_SEED = 170507120
 FACES_HELD_OUT = 200
 
 
-def _refused(what: str, problem: str) -> UsageError:
-    return UsageError(f"{what}: {problem}; get the file again.")
+def _entry(name: str, about: str, info: DataInfo, file: str, origin: str, parse: Callable[..., Parts]) -> TaskEntry:
+    """Declare a task whose file parse(content, what=) cuts into training, validation and test part."""
+
+    def load() -> Task:
+        return Task(name, about, info, *read(file, origin, parse))
+
+    return TaskEntry(about, load, "data", files=(file,), info=info)
 
 
 # -- thirteen benchmarks
 
 
-def parse_benchmark(content: bytes, name: str, what: str) -> tuple[Tensor, Tensor, Tensor]:
+def parse_benchmark(content: bytes, name: str, what: str) -> Parts:
     """Return the three parts of one benchmark, each float32 (n, D) of bits.
 
     The file has, packed to bytes along the rows, NAME_train, NAME_valid and NAME_test, and beside each the number of
     bits of a row, NAME_train_bits.
 
-    Args:
-        content: the file's bytes, from anywhere.
-        what: its name, for the message.
-
     Raises:
-        UsageError: these are not the bytes of an .npz file with these arrays.
+        UsageError: these are not the bytes of an .npz file, named `what`, with these arrays.
     """
     with _opened(content, what) as archive:
         train, valid, test = (_bits(archive, f"{name}_{part}", DIMENSIONS[name]) for part in PARTS)
@@ -111,9 +113,9 @@ def _opened(content: bytes, what: str) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             yield archive
     except _Wrong as error:
-        raise _refused(what, str(error)) from None
+        raise refused(what, str(error)) from None
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError) as error:
-        raise _refused(what, f"it is no .npz file ({error})") from None
+        raise refused(what, f"it is no .npz file ({error})") from None
 
 
 class _Wrong(ValueError):
@@ -155,28 +157,11 @@ def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     return array
 
 
-def load_benchmark(name: str) -> Task:
-    """Return a benchmark by its name in the collection.
-
-    Raises:
-        UsageError: the file is missing or damaged.
-    """
-    path = data_file(BENCHMARKS_FILE, BENCHMARKS_ORIGIN)
-    parts = parse_benchmark(contents(path), name, str(path))
-    task = name.replace("_", "-")
-    return Task(task, _about(name), _info(name), *parts)
-
-
-def _about(name: str) -> str:
-    return f"{name}, {DIMENSIONS[name]} bits, a density benchmark with its own split"
-
-
-def _info(name: str) -> DataInfo:
-    return DataInfo(DIMENSIONS[name], "bits", 2)
-
-
-def _entry(name: str) -> TaskEntry:
-    return TaskEntry(_about(name), partial(load_benchmark, name), "data", files=(BENCHMARKS_FILE,), info=_info(name))
+def _benchmark(name: str) -> TaskEntry:
+    """Declare a benchmark by its name in the collection."""
+    about = f"{name}, {DIMENSIONS[name]} bits, a density benchmark with its own split"
+    info, parse = DataInfo(DIMENSIONS[name], "bits", 2), partial(parse_benchmark, name=name)
+    return _entry(name.replace("_", "-"), about, info, BENCHMARKS_FILE, BENCHMARKS_ORIGIN, parse)
 
 
 # -- pictures
@@ -185,55 +170,34 @@ def _entry(name: str) -> TaskEntry:
 def parse_mat(content: bytes, names: tuple[str, ...], what: str) -> list[np.ndarray]:
     """Arrays of whole numbers 0..255 of a MATLAB file, each uint8 (rows, columns).
 
-    Args:
-        content: the file's bytes, from anywhere.
-        what: its name, for the message.
-
     Raises:
-        UsageError: these are not the bytes of a MATLAB file with these arrays.
+        UsageError: these are not the bytes of a MATLAB file, named `what`, with these arrays.
     """
     try:
         found = scipy.io.loadmat(io.BytesIO(content), variable_names=list(names), mat_dtype=False)
     except Exception as error:  # scipy's reader raises whatever the damage leads to
-        raise _refused(what, f"it is no MATLAB file ({' '.join(str(error).split())[:80]})") from None
+        raise refused(what, f"it is no MATLAB file ({' '.join(str(error).split())[:80]})") from None
     for name in names:
         array = found.get(name)
         if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 2 or not array.size:
-            raise _refused(what, f"it has no matrix {name} of bytes")
+            raise refused(what, f"it has no matrix {name} of bytes")
     return [found[name] for name in names]
 
 
-def parse_silhouettes(content: bytes, what: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the three parts, each float32 (n, 784) of bits, row by row, 1 = background.
-
-    Raises:
-        UsageError: these are not the bytes of the silhouettes' file.
-    """
+def parse_silhouettes(content: bytes, what: str) -> Parts:
+    """Return the parts, float32 (n, 784) of bits by rows, 1 = background; raises UsageError as in `parse_mat`."""
     parts = []
     for name, array in zip(SILHOUETTES_PARTS, parse_mat(content, SILHOUETTES_PARTS, what), strict=True):
         height, width = SILHOUETTES_SHAPE
         if array.shape[1] != height * width or array.max() > 1:
-            raise _refused(
-                what, f"{name} has shape {array.shape} and numbers up to {array.max()}, not rows of 784 bits"
-            )
+            found = f"shape {array.shape} and numbers up to {array.max()}"
+            raise refused(what, f"{name} has {found}, not rows of 784 bits")
         by_rows = array.reshape(-1, width, height).transpose(0, 2, 1).reshape(array.shape)
         parts.append(torch.from_numpy(by_rows.astype(np.float32)))
     return parts[0], parts[1], parts[2]
 
 
-@cache
-def caltech_silhouettes() -> Task:
-    """Split 1: 4100 / 2264 / 2307 silhouettes.
-
-    Raises:
-        UsageError: the file is missing or damaged.
-    """
-    path = data_file(SILHOUETTES_FILE, SILHOUETTES_ORIGIN)
-    parts = parse_silhouettes(contents(path), str(path))
-    return Task("caltech-silhouettes", SILHOUETTES_ABOUT, SILHOUETTES_INFO, *parts)
-
-
-def parse_omniglot(content: bytes, what: str) -> tuple[Tensor, Tensor, Tensor]:
+def parse_omniglot(content: bytes, what: str) -> Parts:
     """Return the three parts, each float32 (n, 11025) of bits, row by row, 1 = ink.
 
     The file has, packed to bytes along the rows of a drawing, background and evaluation, (characters, drawings of each,
@@ -253,67 +217,55 @@ def parse_omniglot(content: bytes, what: str) -> tuple[Tensor, Tensor, Tensor]:
     return train, valid, test
 
 
-@cache
-def omniglot() -> Task:
-    """17,360 / 1,920 / 13,180 drawings of characters, each set of other characters.
-
-    Raises:
-        UsageError: the file is missing or damaged.
-    """
-    path = data_file(OMNIGLOT_FILE, OMNIGLOT_ORIGIN)
-    parts = parse_omniglot(contents(path), str(path))
-    return Task("omniglot", OMNIGLOT_ABOUT, OMNIGLOT_INFO, *parts)
-
-
 def parse_faces(content: bytes, what: str) -> Tensor:
-    """All frames in their order, float32 (n, 560) of levels 0..255, row by row.
-
-    Raises:
-        UsageError: these are not the bytes of the faces' file.
-    """
+    """All frames in order, float32 (n, 560) of levels 0..255, by rows; raises UsageError as in `parse_mat`."""
     (frames,) = parse_mat(content, ("ff",), what)
     height, width = FACES_SHAPE
     if frames.shape[0] != height * width or frames.shape[1] <= 2 * FACES_HELD_OUT:
-        raise _refused(what, f"ff has shape {frames.shape}, not a column of {height * width} pixels for each frame")
+        raise refused(what, f"ff has shape {frames.shape}, not a column of {height * width} pixels for each frame")
     return torch.from_numpy(frames.T.astype(np.float32))
 
 
-@cache
-def frey_faces() -> Task:
-    """1565 / 200 / 200 frames, drawn at random.
-
-    Raises:
-        UsageError: the file is missing or damaged.
-    """
-    path = data_file(FACES_FILE, FACES_ORIGIN)
-    x = parse_faces(contents(path), str(path))
+def split_faces(content: bytes, what: str) -> Parts:
+    """Return 1565 / 200 / 200 frames, drawn at random; UsageError as in `parse_faces`."""
+    x = parse_faces(content, what)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(FACES_SEED))
     train, valid, test = x[order].split([len(x) - 2 * FACES_HELD_OUT, FACES_HELD_OUT, FACES_HELD_OUT])
-    return Task("frey-faces", FACES_ABOUT, FACES_INFO, train, valid, test)
+    return train, valid, test
 
 
-SILHOUETTES_ABOUT = "Caltech 101 silhouettes, 28x28 bits, split 1"
-OMNIGLOT_ABOUT = "Omniglot, 105x105 bits as drawn, test on other alphabets"
-FACES_ABOUT = "Frey's faces, 28x20 pixels of 256 grey levels, a random split"
-SILHOUETTES_INFO = DataInfo(math.prod(SILHOUETTES_SHAPE), "bits", 2, SILHOUETTES_SHAPE)
-OMNIGLOT_INFO = DataInfo(OMNIGLOT_SIDE**2, "bits", 2, (OMNIGLOT_SIDE, OMNIGLOT_SIDE))
-FACES_INFO = DataInfo(math.prod(FACES_SHAPE), "levels", 256, FACES_SHAPE)
-
-NLTCS = _entry("nltcs")
-PLANTS = _entry("plants")
-BAUDIO = _entry("baudio")
-JESTER = _entry("jester")
-BNETFLIX = _entry("bnetflix")
-ACCIDENTS = _entry("accidents")
-MUSHROOMS = _entry("mushrooms")
-PUMSB_STAR = _entry("pumsb_star")
-DNA = _entry("dna")
-NIPS = _entry("nips")
-BBC = _entry("bbc")
-MOVIEREVIEW = _entry("moviereview")
-VOTING = _entry("voting")
-CALTECH_SILHOUETTES = TaskEntry(
-    SILHOUETTES_ABOUT, caltech_silhouettes, "data", files=(SILHOUETTES_FILE,), info=SILHOUETTES_INFO
+NLTCS, PLANTS, BAUDIO, JESTER, BNETFLIX, ACCIDENTS, MUSHROOMS, PUMSB_STAR, DNA, NIPS, BBC, MOVIEREVIEW, VOTING = map(
+    _benchmark, DIMENSIONS
 )
-OMNIGLOT = TaskEntry(OMNIGLOT_ABOUT, omniglot, "data", files=(OMNIGLOT_FILE,), info=OMNIGLOT_INFO)
-FREY_FACES = TaskEntry(FACES_ABOUT, frey_faces, "data", files=(FACES_FILE,), info=FACES_INFO)
+#: 4100 / 2264 / 2307 silhouettes
+CALTECH_SILHOUETTES = _entry(
+    "caltech-silhouettes",
+    "Caltech 101 silhouettes, 28x28 bits, split 1",
+    DataInfo(math.prod(SILHOUETTES_SHAPE), "bits", 2, SILHOUETTES_SHAPE),
+    SILHOUETTES_FILE,
+    SILHOUETTES_ORIGIN,
+    parse_silhouettes,
+)
+#: 17,360 / 1,920 / 13,180 drawings of characters, each set of other characters
+OMNIGLOT = _entry(
+    "omniglot",
+    "Omniglot, 105x105 bits as drawn, test on other alphabets",
+    DataInfo(OMNIGLOT_SIDE**2, "bits", 2, (OMNIGLOT_SIDE, OMNIGLOT_SIDE)),
+    OMNIGLOT_FILE,
+    OMNIGLOT_ORIGIN,
+    parse_omniglot,
+)
+FREY_FACES = _entry(
+    "frey-faces",
+    "Frey's faces, 28x20 pixels of 256 grey levels, a random split",
+    DataInfo(math.prod(FACES_SHAPE), "levels", 256, FACES_SHAPE),
+    FACES_FILE,
+    FACES_ORIGIN,
+    split_faces,
+)
+
+
+@cache
+def caltech_silhouettes() -> Task:
+    """Read the silhouettes once a process; UsageError where the file is missing or damaged."""
+    return CALTECH_SILHOUETTES.load()

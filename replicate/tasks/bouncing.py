@@ -54,12 +54,7 @@ def render(images: Tensor, corners: Tensor) -> Tensor:
 
 
 def sequences(images: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw n sequences.
-
-    Args:
-        images: digits to choose from, shape (m, 64), levels.
-        n: how many.
-        generator: on the CPU.
+    """Draw n sequences of digits from images (m, 64) of levels, by a generator on the CPU.
 
     Returns:
         (frames (n, FRAMES, CANVAS, CANVAS), which image each shows (n,)).

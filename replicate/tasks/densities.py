@@ -312,18 +312,3 @@ PINWHEEL = _entry("pinwheel", "five twisted arms", pinwheel)
 SPIRALS = _entry("spirals", "two spiral arms", spirals)
 CHECKERBOARD = _entry("checkerboard", "uniform on alternate squares; no score at the edges", Checkerboard)
 MIXTURE_2, MIXTURE_8, MIXTURE_32, MIXTURE_64 = map(_mixture, (2, 8, 32, 64))
-
-#: every density task by name
-DENSITIES: dict[str, TaskEntry] = {
-    "two-gaussians": TWO_GAUSSIANS,
-    "eight-gaussians": EIGHT_GAUSSIANS,
-    "two-moons": TWO_MOONS,
-    "rings": RINGS,
-    "pinwheel": PINWHEEL,
-    "spirals": SPIRALS,
-    "checkerboard": CHECKERBOARD,
-    "mixture-2": MIXTURE_2,
-    "mixture-8": MIXTURE_8,
-    "mixture-32": MIXTURE_32,
-    "mixture-64": MIXTURE_64,
-}

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from replicate.data.files import contents, data_file, read_idx, read_idx_labels
+from replicate.data.files import contents, data_file, parse_idx, parse_idx_labels, read
 from replicate.errors import UsageError
 from replicate.model import DataInfo
 from replicate.tasks.base import Task, TaskEntry
@@ -28,8 +28,7 @@ VALID = 10_000
 #: seeds of the dynamic bits of validation and test
 VALID_BITS_SEED, TEST_BITS_SEED = 150900518, 150900519
 ORIGINS = {
-    "mnist-static": "Larochelle's fixed binarisation, "
-    "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/",
+    "mnist-static": "Larochelle's fixed bits, http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/",
     "mnist": "MNIST, http://yann.lecun.com/exdb/mnist/ and its mirrors",
     "fashion-mnist": "Fashion-MNIST, https://github.com/zalandoresearch/fashion-mnist",
     "cifar-10": "the binary version of CIFAR-10, https://www.cs.toronto.edu/~kriz/cifar.html",
@@ -50,11 +49,7 @@ COLOURS = DataInfo(math.prod(COLOUR_SHAPE), "levels", 256)
 
 
 def parse_amat(content: bytes, dim: int = DIM) -> Tensor:
-    """Rows of `dim` bits from text of single digits, one blank or line end after each: shape (n, dim), float32.
-
-    Raises:
-        UsageError: anything else.
-    """
+    """Rows (n, dim) of bits as float32 from text of digits, a blank or line end after each; else raises UsageError."""
     symbols = np.frombuffer(content, dtype=np.uint8)
     if len(symbols) % (2 * dim):
         raise UsageError(f"{len(symbols)} bytes are not rows of {dim} bits in .amat text")
@@ -72,23 +67,15 @@ def binarise(probabilities: Tensor, generator: torch.Generator) -> Tensor:
 
 @cache
 def mnist_static() -> Task:
-    """Larochelle's bits, 50,000 / 10,000 / 10,000 rows.
-
-    Raises:
-        UsageError: a file is missing or wrong.
-    """
+    """Larochelle's bits, 50,000 / 10,000 / 10,000 rows; raises UsageError if a file is missing or wrong."""
     paths = (data_file(name, ORIGINS["mnist-static"]) for name in FILES["mnist-static"])
     train, valid, test = (parse_amat(contents(path)) for path in paths)
     return Task("mnist-static", MNIST_STATIC.about, BITS, train, valid, test)
 
 
 def grey_values(folder: str) -> tuple[Tensor, Tensor]:
-    """Training (60000, 784) and test (10000, 784) pixels of "mnist" or "fashion-mnist" as uint8.
-
-    Raises:
-        UsageError: a file is missing, damaged or no IDX file of images.
-    """
-    train, test = (read_idx(f"{folder}/{name}", ORIGINS[folder]) for name in _IMAGES)
+    """Pixels (60000, 784) and (10000, 784) of "mnist" or "fashion-mnist" as uint8; raises UsageError as `read`."""
+    train, test = (read(f"{folder}/{name}", ORIGINS[folder], parse_idx) for name in _IMAGES)
     return train, test
 
 
@@ -96,42 +83,29 @@ def grey_values(folder: str) -> tuple[Tensor, Tensor]:
 def _grey(folder: str) -> Task:
     """Grey values 0..255: 50,000 / 10,000 / 10,000 rows with labels."""
     train, test = grey_values(folder)
-    labels, test_labels = (read_idx_labels(f"{folder}/{name}", ORIGINS[folder]) for name in _LABELS)
+    labels, test_labels = (read(f"{folder}/{name}", ORIGINS[folder], parse_idx_labels) for name in _LABELS)
     images, named = (len(train), len(test)), (len(labels), len(test_labels))
     if images != named:
-        raise UsageError(
-            f"{folder} has {images} images and {named} labels; `replicate data check` names what is wrong."
-        )
+        step = "`replicate data check` names what is wrong."
+        raise UsageError(f"{folder} has {images} images and {named} labels; {step}")
     cut = len(train) - VALID if len(train) > VALID else len(train) // 2
     parts = (train[:cut].float(), train[cut:].float(), test.float())
     return Task(folder, f"{folder}, grey values", GREY, *parts, labels=(labels[:cut], labels[cut:], test_labels))
 
 
 def mnist() -> Task:
-    """MNIST's grey values, 50,000 / 10,000 / 10,000 rows.
-
-    Raises:
-        UsageError: a file is missing or wrong.
-    """
+    """MNIST's grey values, 50,000 / 10,000 / 10,000 rows; raises UsageError if a file is missing or wrong."""
     return _grey("mnist")
 
 
 def fashion_mnist() -> Task:
-    """Fashion-MNIST's grey values, 50,000 / 10,000 / 10,000 rows.
-
-    Raises:
-        UsageError: a file is missing or wrong.
-    """
+    """Fashion-MNIST's grey values, 50,000 / 10,000 / 10,000 rows; raises UsageError if a file is missing or wrong."""
     return _grey("fashion-mnist")
 
 
 @cache
 def mnist_dynamic() -> Task:
-    """MNIST's grey values as probabilities of bits for training; frozen bits for validation and test.
-
-    Raises:
-        UsageError: a file is missing or wrong.
-    """
+    """MNIST's grey values as probabilities to train on, frozen bits to test on; raises UsageError as `mnist`."""
     train, test = (part.float() / 255 for part in grey_values("mnist"))
     cut = len(train) - VALID if len(train) > VALID else len(train) // 2
     valid = binarise(train[cut:], torch.Generator().manual_seed(VALID_BITS_SEED))
@@ -142,12 +116,8 @@ def mnist_dynamic() -> Task:
 def parse_cifar(content: bytes, what: str) -> tuple[Tensor, Tensor]:
     """Images (n, 3072) as uint8, the red, green and blue plane one after the other, and labels (n,) of a batch.
 
-    Args:
-        content: the file's bytes, from anywhere.
-        what: its name, for the message.
-
     Raises:
-        UsageError: these are not the bytes of a batch of the binary version.
+        UsageError: these are not the bytes of a batch of the binary version; `what` names them.
     """
     size = 1 + math.prod(COLOUR_SHAPE)  # a label, then the pixels
     if not content or len(content) % size:
@@ -160,22 +130,13 @@ def parse_cifar(content: bytes, what: str) -> tuple[Tensor, Tensor]:
 
 
 def read_cifar(name: str) -> tuple[Tensor, Tensor]:
-    """Read a batch of CIFAR-10 below REPLICATE_DATA, as `parse_cifar`.
-
-    Raises:
-        UsageError: the file is missing, damaged or no such batch.
-    """
-    path = data_file(name, ORIGINS["cifar-10"])
-    return parse_cifar(contents(path), f"{path} (from {ORIGINS['cifar-10']})")
+    """Read a batch of CIFAR-10 below REPLICATE_DATA as `parse_cifar`; raises UsageError if there is no such batch."""
+    return read(name, ORIGINS["cifar-10"], parse_cifar)
 
 
 @cache
 def cifar_10() -> Task:
-    """CIFAR-10's colour values 0..255, 45,000 / 5,000 / 10,000 rows of 3072 with labels.
-
-    Raises:
-        UsageError: a file is missing or wrong.
-    """
+    """CIFAR-10's colours, 45,000 / 5,000 / 10,000 rows of 3072 levels with labels; raises UsageError as `mnist`."""
     *batches, (test, test_labels) = [read_cifar(name) for name in FILES["cifar-10"]]
     train, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     cut = len(train) * 9 // 10

@@ -17,11 +17,7 @@ def tasks() -> dict[str, TaskEntry]:
 
 
 def task_entry(name: str) -> TaskEntry:
-    """Return the entry of a task.
-
-    Raises:
-        UsageError: no such task, or it cannot be imported.
-    """
+    """Return the entry of a task; raises UsageError if there is no such task, or it cannot be imported."""
     return TASKS.get(name)
 
 
@@ -41,11 +37,7 @@ def _loaded(name: str, fold: int) -> Task:
 
 
 def data_sha256(name: str, seed: int = 0) -> str:
-    """Return `Task.sha256` of what `load_task` gives, computed once per process.
-
-    Raises:
-        UsageError: as in `load_task`.
-    """
+    """Return `Task.sha256` of what `load_task` gives, once computed per process; raises UsageError as that does."""
     return _digest(name, seed % task_entry(name).folds)
 
 

@@ -31,10 +31,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from replicate.data.files import contents, data_file
-from replicate.errors import UsageError
+from replicate.data.files import read
 from replicate.model import DataInfo
-from replicate.tasks.base import Task, TaskEntry
+from replicate.tasks.base import Task, TaskEntry, refused
 
 FOLDS = 10
 #: seed of the parts; part of the tasks' definition
@@ -52,12 +51,9 @@ class Source:
     """A table of UCI's, text with one row a line.
 
     Attributes:
-        name: of the task.
-        about: one line.
-        file: below REPLICATE_DATA.
-        delimiter: between the fields of a line.
+        name, about, file: of the task.
+        delimiter: between the fields of a line, of which there are `fields`.
         header: the first line has names.
-        fields: of a line.
         columns: those that are neither target nor discrete.
     """
 
@@ -86,50 +82,38 @@ PROTEINS = Source("casp", "protein structure (CASP)", "uci/CASP.csv", ",", True,
 # -- reading
 
 
-def _refused(where: str, problem: str) -> UsageError:
-    return UsageError(f"{where}: {problem}; get the file again.")
-
-
 def parse_table(content: bytes, source: Source, what: str) -> np.ndarray:
-    """Read the columns of a table, float64 (n, len(source.columns)).
-
-    Args:
-        content: the file's bytes, from anywhere.
-        what: its name, for the message.
+    """Read the columns of a table, float64 (n, len(source.columns)), from a file's bytes; `what` is its name.
 
     Raises:
         UsageError: these are not lines of as many fields as the table has, or a number is none or not finite.
     """
     if not content.isascii():
-        raise _refused(what, "it is no ASCII text")
+        raise refused(what, "it is no ASCII text")
     lines = content.decode("ascii").splitlines()
     first = 1 if source.header else 0
     if len(lines) - first < FOLDS:
-        raise _refused(what, f"it has {max(len(lines) - first, 0)} rows, too few for {FOLDS} parts")
+        raise refused(what, f"it has {max(len(lines) - first, 0)} rows, too few for {FOLDS} parts")
     return np.array([_numbers(line, source, f"{what}, line {i + 1}") for i, line in enumerate(lines) if i >= first])
 
 
 def _numbers(line: str, source: Source, where: str) -> list[float]:
     texts = line.split(source.delimiter)
     if len(texts) != source.fields:
-        raise _refused(where, f"it has {len(texts)} fields, and {source.fields} are expected")
+        raise refused(where, f"it has {len(texts)} fields, and {source.fields} are expected")
     try:
         if "_" in line:  # Python reads 1_0 as a number
             raise ValueError(f"{line[:40]!r} has an underscore")
         values = [float(texts[column]) for column in source.columns]
     except ValueError as error:
-        raise _refused(where, f"it does not hold numbers ({error})") from None
+        raise refused(where, f"it does not hold numbers ({error})") from None
     if not all(map(math.isfinite, values)):
-        raise _refused(where, "it has a number that is not finite")
+        raise refused(where, "it has a number that is not finite")
     return values
 
 
 def parse_matrix(content: bytes, columns: int, what: str) -> np.ndarray:
-    """Read the matrix of an .npy file, float64 (n, columns).
-
-    Args:
-        content: the file's bytes, from anywhere.
-        what: its name, for the message.
+    """Read the matrix of an .npy file's bytes, float64 (n, columns); `what` is the file's name.
 
     Raises:
         UsageError: these are not the bytes of such a matrix, or a number is not finite.
@@ -139,15 +123,15 @@ def parse_matrix(content: bytes, columns: int, what: str) -> np.ndarray:
         version = np.lib.format.read_magic(stream)
         shape, by_columns, dtype = np.lib.format.read_array_header_1_0(stream)
     except (ValueError, EOFError) as error:
-        raise _refused(what, f"it is no .npy file ({' '.join(str(error).split())[:80]})") from None
+        raise refused(what, f"it is no .npy file ({' '.join(str(error).split())[:80]})") from None
     found, rest = f"version {version} with {dtype} of shape {shape}", len(content) - stream.tell()
     whole = dtype == np.dtype("<f8") and len(shape) == 2 and shape[1] == columns and not by_columns
     if version != (1, 0) or not whole or not rest or shape[0] * columns * 8 != rest:
-        raise _refused(what, f"it announces {found} and has {rest} bytes of it; {columns} columns of <f8 are expected")
+        raise refused(what, f"it announces {found} and has {rest} bytes of it; {columns} columns of <f8 are expected")
     matrix = np.frombuffer(content, dtype="<f8", offset=stream.tell()).reshape(shape)
     if not np.isfinite(matrix).all():
         row = int(np.isfinite(matrix).all(1).argmin())
-        raise _refused(f"{what}, row {row + 1}", "it has a number that is not finite")
+        raise refused(f"{what}, row {row + 1}", "it has a number that is not finite")
     return matrix
 
 
@@ -174,11 +158,7 @@ def parts_of(rows: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def cut(rows: np.ndarray, fold: int, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Training, validation and test rows of a fold, standardised by the training rows.
-
-    Raises:
-        ValueError: there is no such fold.
-    """
+    """Training, validation and test rows of a fold, standardised by the first; ValueError if there is none."""
     if not 0 <= fold < FOLDS:
         raise ValueError(f"fold is {fold}; there are folds 0 .. {FOLDS - 1}")
     test, valid = parts == fold, parts == (fold + 1) % FOLDS
@@ -194,43 +174,25 @@ def as_task(name: str, about: str, split: tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def read_columns(source: Source) -> np.ndarray:
-    """Read all rows of a table's columns, float64 (n, len(source.columns)).
-
-    Raises:
-        UsageError: the file is missing or damaged.
-    """
-    path = data_file(source.file, ORIGIN)
-    return parse_table(contents(path), source, f"{path} (from {ORIGIN})")
+    """Read a table's columns, float64 (n, len(source.columns)); raises UsageError if its file is missing or damaged."""
+    return read(source.file, ORIGIN, partial(parse_table, source=source))
 
 
 def read_rows(source: Source) -> np.ndarray:
-    """Read a table's rows as the protocol keeps them, without correlated columns, float64 (n, D), not standardised.
-
-    Raises:
-        UsageError: the file is missing or damaged.
-    """
+    """Read a table without correlated columns, float64 (n, D), not standardised; UsageError as in `read_columns`."""
     return without_correlated(read_columns(source))
 
 
 def load_table(source: Source, fold: int = 0) -> Task:
-    """One fold of a table.
-
-    Raises:
-        UsageError: the file is missing or damaged.
-        ValueError: there is no such fold.
-    """
+    """One fold of a table; raises UsageError as `read_columns`, ValueError if there is no such fold."""
     rows = read_rows(source)
     return as_task(source.name, source.about, cut(rows, fold, parts_of(rows, FOLDS, FOLD_SEED)))
 
 
 def load_miniboone_part() -> Task:
-    """MINIBOONE's validation and test rows as a small task of their own.
-
-    Raises:
-        UsageError: a file is missing or damaged.
-    """
-    paths = [data_file(name, MINIBOONE_ORIGIN) for name in MINIBOONE_FILES]
-    valid, test = (parse_matrix(contents(path), MINIBOONE_DIM, str(path)) for path in paths)
+    """MINIBOONE's validation and test rows as a small task; raises UsageError if a file is missing or damaged."""
+    parse = partial(parse_matrix, columns=MINIBOONE_DIM)
+    valid, test = (read(name, MINIBOONE_ORIGIN, parse) for name in MINIBOONE_FILES)
     held_out = len(valid) // FOLDS
     return as_task("miniboone-part", MINIBOONE_ABOUT, (valid[:-held_out], valid[-held_out:], test))
 

@@ -21,24 +21,23 @@ class Truth(Model):
         super().__init__()
         self.density = density
         self.register_buffer("train_examples", torch.empty(0, info.dim))
-        if density is None:
-            self.capabilities = frozenset({"sample"})
-        else:
-            self.capabilities = frozenset({"log_prob", "sample"} | ({"score"} if density.smooth else set()))
+        known = () if density is None else ("log_prob", "score") if density.smooth else ("log_prob",)
+        self.capabilities = frozenset({"sample", *known})
 
     def initialise(self, train: Tensor, generator: torch.Generator) -> None:
         if self.density is None:
             self.train_examples = train.clone()
 
-    def log_prob(self, x: Tensor) -> Tensor:
+    def _known(self) -> Density:
         if self.density is None:
             raise NotImplementedError("the true density is not known")
-        return self.density.log_prob(x)
+        return self.density
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self._known().log_prob(x)
 
     def score(self, x: Tensor) -> Tensor:
-        if self.density is None:
-            raise NotImplementedError("the true density is not known")
-        return self.density.score(x)
+        return self._known().score(x)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Exact samples; on data, training examples without repeats (with, where n is larger than the split)."""

@@ -19,7 +19,7 @@ from replicate.likelihood.quadrature import grid
 from replicate.model import CAPABILITIES, FAMILIES, DataInfo, Model
 from replicate.registry import models
 from replicate.runs.seeds import Streams
-from replicate.runs.spec import make_spec
+from replicate.runs.spec import RunSpec, make_spec
 from replicate.runs.subjects import build_model
 from replicate.runs.training import train
 from replicate.tasks.base import Task
@@ -27,7 +27,8 @@ from replicate.tasks.loading import load_task, unsupported
 
 PLANE = "two-moons"
 DISCRETE = ("levels", "bits")
-DOMAINS = ("continuous", *DISCRETE)
+#: a task of each domain
+TASKS = {"continuous": PLANE, "levels": "digits", "bits": "digits-binary"}
 STEPS = 60
 
 
@@ -43,38 +44,42 @@ def tiny_levels(levels: int) -> Task:
     return Task("tiny", "", info, x[:300], x[300:350], x[350:])
 
 
+def built(name: str, domain: str) -> tuple[Model, Task, RunSpec, Streams]:
+    """Build a model for the plane, or for tiny images with the parameters that its entry gives for the domain."""
+    spec, streams = make_spec(name, TASKS[domain], 0, "smoke"), Streams("contract", name, 0)
+    task = load_task(PLANE) if domain == "continuous" else tiny_levels({"levels": 3, "bits": 2}[domain])
+    return build_model(spec, task, streams), task, spec, streams
+
+
 @cache
 def trained(name: str, domain: str) -> tuple[Model, Task]:
-    """Train a model for a few steps; on tiny images with the parameters that its entry gives for the domain."""
-    task_name = PLANE if domain == "continuous" else {"levels": "digits", "bits": "digits-binary"}[domain]
-    spec = make_spec(name, task_name, 0, "smoke")
-    task = load_task(task_name) if domain == "continuous" else tiny_levels({"levels": 3, "bits": 2}[domain])
-    streams = Streams("contract", name, 0)
-    model = build_model(spec, task, streams)
+    """Train a model for a few steps."""
+    model, task, spec, streams = built(name, domain)
     training = replace(spec.training, steps=min(STEPS, spec.training.steps), batch_size=64, validate_every=0)
-    data = task.train[:1000]
-    train(model, data, task.valid[:200], training, streams)
+    train(model, task.train[:1000], task.valid[:200], training, streams)
     return model, task
 
 
 def supporting(domain: str) -> list[str]:
     """Return the names of the models that run on the domain."""
-    task = load_task({"continuous": PLANE, "levels": "digits", "bits": "digits-binary"}[domain])
+    task = load_task(TASKS[domain])
     return [n for n, e in sorted(models().items()) if unsupported(e, task) is None]
 
 
 @cache
 def capabilities(name: str, domain: str) -> frozenset[str]:
     """Return the capabilities that a model declares on the domain."""
-    task_name = PLANE if domain == "continuous" else {"levels": "digits", "bits": "digits-binary"}[domain]
-    spec = make_spec(name, task_name, 0, "smoke")
-    task = load_task(task_name) if domain == "continuous" else tiny_levels({"levels": 3, "bits": 2}[domain])
-    return build_model(spec, task, Streams("contract", name, 0)).capabilities
+    return built(name, domain)[0].capabilities
 
 
 def having(domain: str, capability: str) -> list[str]:
     """Return the names of the models that declare the capability on the domain."""
     return [name for name in supporting(domain) if capability in capabilities(name, domain)]
+
+
+def having_both(*both: str) -> list[str]:
+    """Return the names of the models that declare both capabilities in the plane."""
+    return [name for name in supporting("continuous") if capabilities(name, "continuous").issuperset(both)]
 
 
 def gen(seed: int = 0) -> torch.Generator:
@@ -97,7 +102,7 @@ def test_entry_names_a_family_and_a_paper(name: str) -> None:
     assert entry.paper
 
 
-@pytest.mark.parametrize(("name", "domain"), [(n, d) for d in DOMAINS for n in supporting(d)])
+@pytest.mark.parametrize(("name", "domain"), [(n, d) for d in TASKS for n in supporting(d)])
 def test_declared_capabilities_are_known_and_the_model_trains(name: str, domain: str) -> None:
     model, _ = trained(name, domain)
     assert model.capabilities <= set(CAPABILITIES)
@@ -126,7 +131,7 @@ def test_exact_masses_sum_to_one(name: str, domain: str) -> None:
     assert abs(total) < 1e-4
 
 
-@pytest.mark.parametrize("name", [n for n in having("continuous", "log_prob") if n in having("continuous", "sample")])
+@pytest.mark.parametrize("name", having_both("log_prob", "sample"))
 def test_samples_agree_with_the_density(name: str) -> None:
     """Compare counts of samples in coarse cells with the cells' probabilities by quadrature (chi-square)."""
     model, task = trained(name, "continuous")
@@ -151,20 +156,12 @@ def test_samples_agree_with_the_density(name: str) -> None:
     assert abs(rest - rest_expected) < 5 * math.sqrt(max(rest_expected, 0) + 1) + 0.003 * n
 
 
-@pytest.mark.parametrize("name", [n for n in having("continuous", "score") if n in having("continuous", "log_prob")])
-def test_score_is_the_gradient_of_log_p(name: str) -> None:
+@pytest.mark.parametrize(("name", "of"), [(n, of) for of in ("log_prob", "energy") for n in having_both("score", of)])
+def test_score_is_the_gradient_of_log_p_and_minus_that_of_the_energy(name: str, of: str) -> None:
     model, task = trained(name, "continuous")
     x = task.test[:50].clone().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(model.log_prob(x).sum(), x)
+    (gradient,) = torch.autograd.grad((model.log_prob(x) if of == "log_prob" else -model.energy(x)).sum(), x)
     torch.testing.assert_close(model.score(x.detach()).detach(), gradient, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("name", [n for n in having("continuous", "score") if n in having("continuous", "energy")])
-def test_score_is_minus_the_gradient_of_the_energy(name: str) -> None:
-    model, task = trained(name, "continuous")
-    x = task.test[:50].clone().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(model.energy(x).sum(), x)
-    torch.testing.assert_close(model.score(x.detach()).detach(), -gradient, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", supporting("continuous"))

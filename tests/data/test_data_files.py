@@ -42,7 +42,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_file_is_the_same_however_it_is_packed(folder: Path, ending: str, name: str) -> None:
     (folder / f"{name}{ending}").write_bytes(PACKINGS[ending](IDX))
     assert files.sha256(name) == hashlib.sha256(IDX).hexdigest()
-    assert torch.equal(files.read_idx(name, "its place"), torch.arange(12, dtype=torch.uint8).reshape(2, 6))
+    assert torch.equal(
+        files.read(name, "its place", files.parse_idx), torch.arange(12, dtype=torch.uint8).reshape(2, 6)
+    )
 
 
 def test_an_absent_file_is_named_with_its_place_and_the_next_step(
@@ -50,9 +52,9 @@ def test_an_absent_file_is_named_with_its_place_and_the_next_step(
 ) -> None:
     assert files.sha256("images") == ""
     with pytest.raises(UsageError, match=r"images .* is missing: REPLICATE_DATA=.*It comes from its place; put it"):
-        files.read_idx("images", "its place")
+        files.read("images", "its place", files.parse_idx)
     with pytest.raises(UsageError, match=f"`replicate data fetch {NAME}` gets it"):
-        files.read_idx(NAME, "its place")
+        files.read(NAME, "its place", files.parse_idx)
     monkeypatch.delenv("REPLICATE_DATA")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     with pytest.raises(UsageError, match=f"REPLICATE_DATA is not set, so it was looked for in {folder}/cache/score"):
@@ -95,7 +97,7 @@ def test_truncated_file_is_one_line_with_the_finding_and_the_next_step(folder: P
     for cut in range(len(packed)):
         (folder / f"{NAME}{ending}").write_bytes(packed[:cut])
         with pytest.raises(UsageError) as told:
-            files.read_idx(NAME, "its place")
+            files.read(NAME, "its place", files.parse_idx)
         message = str(told.value)
         assert "\n" not in message
         assert f"{folder / NAME}{ending} cannot be used: it" in message
@@ -153,7 +155,7 @@ def test_decompression_bomb_is_unpacked_only_to_the_published_size(folder: Path,
     (folder / f"{NAME}{ending}").write_bytes(PACKINGS[ending](bytes(64 << 20)))
     tracemalloc.start()
     with pytest.raises(UsageError, match="more than 28 bytes come out of it"):
-        files.read_idx(NAME, "its place")
+        files.read(NAME, "its place", files.parse_idx)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 16 << 20  # a dictionary of .xz has 8 MiB
@@ -163,7 +165,7 @@ def test_a_bomb_outside_the_catalogue_stops_at_the_general_limit(folder: Path, m
     monkeypatch.setattr(files, "MOST", 1 << 20)
     (folder / "images.gz").write_bytes(gzip.compress(bytes(8 << 20)))
     with pytest.raises(UsageError, match="more than 1048576 bytes come out of it; get it again"):
-        files.read_idx("images", "its place")
+        files.read("images", "its place", files.parse_idx)
 
 
 def test_an_xz_header_cannot_ask_for_gigabytes(folder: Path) -> None:
@@ -176,7 +178,7 @@ def test_an_xz_header_cannot_ask_for_gigabytes(folder: Path) -> None:
     packed[block] = header
     (folder / "images.xz").write_bytes(packed)
     with pytest.raises(UsageError, match="Memory usage limit"):
-        files.read_idx("images", "its place")
+        files.read("images", "its place", files.parse_idx)
 
 
 # --- IDX -------------------------------------------------------------------------------------------------------------
@@ -185,7 +187,7 @@ def test_an_xz_header_cannot_ask_for_gigabytes(folder: Path) -> None:
 def test_what_is_no_idx_file_of_images_is_refused(folder: Path) -> None:
     (folder / "images").write_bytes(IDX[:10])
     with pytest.raises(UsageError, match=r"images \(from its place\) is no IDX file of images: it has 10 bytes"):
-        files.read_idx("images", "its place")
+        files.read("images", "its place", files.parse_idx)
 
 
 HEADERS = st.builds(

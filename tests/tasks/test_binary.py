@@ -297,7 +297,7 @@ def test_real_silhouettes_are_white_at_the_border_and_dark_inside() -> None:
 def test_real_faces_vary_less_from_row_to_row_than_a_wrong_shape_would() -> None:
     if find(binary.FACES_FILE) is None:
         pytest.skip("REPLICATE_DATA has no faces")
-    x = binary.frey_faces().train[:200]
+    x = binary.FREY_FACES.load().train[:200]
 
     def roughness(height: int, width: int) -> float:
         image = x.view(-1, height, width)

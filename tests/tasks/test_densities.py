@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from replicate.tasks.base import Task
-from replicate.tasks.densities import CURVE_SD, DENSITIES, SIZES, Checkerboard, GaussianMixture, data_seed
+from replicate.tasks.densities import CURVE_SD, SIZES, Checkerboard, GaussianMixture, data_seed
+from replicate.tasks.loading import tasks
 
+DENSITIES = {name: entry for name, entry in tasks().items() if entry.kind == "density"}
 PLANE = [n for n in DENSITIES if not n.startswith("mixture") or n == "mixture-2"]
 SMOOTH = [n for n in DENSITIES if n != "checkerboard"]
 SMOOTH_PLANE = [n for n in PLANE if n in SMOOTH]
