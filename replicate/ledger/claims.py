@@ -252,15 +252,15 @@ def claims_of(paper: Paper) -> PaperClaims:
     Raises:
         ClaimError: the file is not as this module's header says, or names an experiment that the paper does not have.
     """
-    read = read_claims(paper.claims_file)
+    read = read_claims(paper.claims_path)
     if read.key != paper.key:
-        raise ClaimError(f"{paper.claims_file}: key is {read.key!r}; its module says {paper.key!r}")
+        raise ClaimError(f"{paper.claims_path}: key is {read.key!r}; its module says {paper.key!r}")
     known = {e.name for e in paper.experiments}
     for claim in read.claims:
         if claim.experiment and claim.experiment not in known:
             names = ", ".join(sorted(known)) or "none"
             named = f"claim {claim.id} names experiment {claim.experiment!r}"
-            raise ClaimError(f"{paper.claims_file}: {named}; there are {names}")
+            raise ClaimError(f"{paper.claims_path}: {named}; there are {names}")
     return replace(read, claims=tuple(_with_needs(claim, paper) for claim in read.claims))
 
 

@@ -31,15 +31,22 @@ class Paper:
 
     Attributes:
         key: short name, that of its folder.
-        claims_file: TOML file with its claims (`replicate.ledger.claims`).
+        claims_file: TOML file with its claims (`replicate.ledger.claims`), or the `__file__` of the module beside which
+            they are in claims.toml.
         experiments: what its claims measure.
         model_runs: by profile, runs of registered models that its claims measure.
     """
 
     key: str
-    claims_file: Path
+    claims_file: Path | str
     experiments: tuple[Experiment, ...] = ()
     model_runs: Mapping[str, tuple[ModelRuns, ...]] = field(default_factory=dict)
+
+    @property
+    def claims_path(self) -> Path:
+        """The file with its claims."""
+        path = Path(self.claims_file)
+        return path.with_name("claims.toml") if path.suffix == ".py" else path
 
 
 PAPERS: EntryPoints[Paper] = EntryPoints(

@@ -20,9 +20,7 @@ falls to 0 along a cosine (constant 0.1). Non-convergent: 600 updates (100,000),
 likewise (constant 1e-4). Data are 50,000 fixed draws, not fresh ones.
 """
 
-from pathlib import Path
-
 from replicate.experiments import Paper
 from replicate.papers.anatomy.learning import compare
 
-PAPER = Paper("anatomy", Path(__file__).with_name("claims.toml"), experiments=(compare,))
+PAPER = Paper("anatomy", __file__, experiments=(compare,))

@@ -15,10 +15,8 @@ et al. 2019), as one public re-implementation does. A model with two layers has 
 k = 1 is one and the same model for VAE and IWAE: the paper prints one number for both.
 """
 
-from pathlib import Path
-
 from replicate.experiments import Paper
 from replicate.papers.burda.bounds import measure_gaps
 from replicate.papers.burda.rows import ROWS
 
-PAPER = Paper("burda", Path(__file__).with_name("claims.toml"), experiments=(measure_gaps, *ROWS))
+PAPER = Paper("burda", __file__, experiments=(measure_gaps, *ROWS))

@@ -12,9 +12,7 @@ distribution so that the maximum likelihood machine is finite; the papers have o
 that half of the log-likelihood to be gained has been gained.
 """
 
-from pathlib import Path
-
 from replicate.experiments import Paper
 from replicate.papers.carreira.divergence import fixed_points, gradient_bias
 
-PAPER = Paper("carreira", Path(__file__).with_name("claims.toml"), experiments=(gradient_bias, fixed_points))
+PAPER = Paper("carreira", __file__, experiments=(gradient_bias, fixed_points))

@@ -15,7 +15,6 @@ Deviation: the paper estimates l from data; here it is exact, so that the identi
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -133,4 +132,4 @@ def check_tweedie(
     run.curves("posterior-mean", title, ("observation z", "E[mu | z]"), curves)
 
 
-PAPER = Paper("efron", Path(__file__).with_name("claims.toml"), experiments=(check_tweedie,))
+PAPER = Paper("efron", __file__, experiments=(check_tweedie,))

@@ -17,9 +17,7 @@ Deviations: Geyer's example is a spatial process and has no gradient; his chains
 annealed chain has no stationary law and so no autocorrelation time.
 """
 
-from pathlib import Path
-
 from replicate.experiments import Paper
 from replicate.papers.geyer.mixing import EIGHT, TWO
 
-PAPER = Paper("geyer", Path(__file__).with_name("claims.toml"), experiments=(TWO, EIGHT))
+PAPER = Paper("geyer", __file__, experiments=(TWO, EIGHT))

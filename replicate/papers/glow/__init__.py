@@ -11,7 +11,6 @@ by its own training distribution (`DequantisedGaussian`) and gives the condition
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from baselines.image_flow import GLOW, IMAGE_SPLINE_FLOW
 from replicate.experiments import Paper, Run
@@ -52,4 +51,4 @@ def splines(run: Run, s: SplineSettings) -> None:
     image_row(run, IMAGE_SPLINE_FLOW, s)
 
 
-PAPER = Paper("glow", Path(__file__).with_name("claims.toml"), experiments=(MNIST, splines, FASHION))
+PAPER = Paper("glow", __file__, experiments=(MNIST, splines, FASHION))

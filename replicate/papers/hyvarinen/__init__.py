@@ -9,9 +9,7 @@ that are not Gaussian (the identity holds for any sample). The models of the las
 trained; Langevin dynamics is no part of the paper.
 """
 
-from pathlib import Path
-
 from replicate.experiments import Paper
 from replicate.papers.hyvarinen.identities import check_gaussian, check_normaliser, check_objective
 
-PAPER = Paper("hyvarinen", Path(__file__).with_name("claims.toml"), (check_gaussian, check_objective, check_normaliser))
+PAPER = Paper("hyvarinen", __file__, (check_gaussian, check_objective, check_normaliser))

@@ -24,7 +24,6 @@ measured: a network trained with it may adapt its scale, and exp(-E / T) is then
 """
 
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -108,4 +107,4 @@ def compare(
     run.scatter("samples", "one lambda as printed, two constants as released", shown, ("x", "y"))
 
 
-PAPER = Paper("igebm", Path(__file__).with_name("claims.toml"), experiments=(compare,))
+PAPER = Paper("igebm", __file__, experiments=(compare,))

@@ -9,7 +9,6 @@ kept.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from baselines.nade import FixedOrderNADE
 from replicate.experiments import Paper, Run
@@ -35,4 +34,4 @@ def static_bits(run: Run, s: Settings) -> None:
     exact_row(run, task, lambda: FixedOrderNADE(task.info, s.hidden), s, chunk=len(task.test))
 
 
-PAPER = Paper("larochelle", Path(__file__).with_name("claims.toml"), experiments=(static_bits,))
+PAPER = Paper("larochelle", __file__, experiments=(static_bits,))

@@ -18,10 +18,8 @@ and denoising score matching shapes the wells (`replicate.energies.conditional`)
 variable, the displacement, summed out at temperature 1.
 """
 
-from pathlib import Path
-
 from replicate.experiments import Paper
 from replicate.papers.lecun.families import completions
 from replicate.papers.lecun.inference import frames, halves
 
-PAPER = Paper("lecun", Path(__file__).with_name("claims.toml"), experiments=(halves, frames, completions))
+PAPER = Paper("lecun", __file__, experiments=(halves, frames, completions))

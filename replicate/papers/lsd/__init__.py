@@ -21,9 +21,7 @@ Deviations from the released code, which draws new data at each of 100,000 Adam 
 - the learned Stein discrepancy itself and the kernel one are not replicated.
 """
 
-from pathlib import Path
-
 from replicate.experiments import Paper
 from replicate.papers.lsd.components import EXPERIMENTS
 
-PAPER = Paper("lsd", Path(__file__).with_name("claims.toml"), EXPERIMENTS)
+PAPER = Paper("lsd", __file__, EXPERIMENTS)

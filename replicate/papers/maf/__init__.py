@@ -16,7 +16,6 @@ decay (1e-6 there); the test images have several noise draws where the code has 
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from baselines.maf import MAF
 from replicate.experiments import Paper, Run
@@ -75,4 +74,4 @@ ROWS = tuple(
     )
     for name, what, s, minutes in _ROWS
 )
-PAPER = Paper("maf", Path(__file__).with_name("claims.toml"), ROWS)
+PAPER = Paper("maf", __file__, ROWS)

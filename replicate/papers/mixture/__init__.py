@@ -8,8 +8,6 @@ judged; the orderings in K are judged. EM starts from random training rows and h
 the training marginals; it takes a fixed number of steps. The authors' start and stop are not printed.
 """
 
-from pathlib import Path
-
 import torch
 
 from replicate.experiments import Paper, Run
@@ -43,4 +41,4 @@ MIXTURES = tuple(
     )
     for k in (10, 100, 500)
 )
-PAPER = Paper("mixture", Path(__file__).with_name("claims.toml"), experiments=MIXTURES)
+PAPER = Paper("mixture", __file__, experiments=MIXTURES)

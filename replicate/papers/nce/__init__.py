@@ -15,11 +15,9 @@ is convex and solved by Newton's method to machine accuracy for all repetitions 
 so that its error is that of estimation and not of a search.
 """
 
-from pathlib import Path
-
 from replicate.experiments import Paper
 from replicate.papers.nce.gaussian import consistency, noise_ratio, vanishing_gradient
 from replicate.papers.nce.laplace import laplace_consistency
 
 EXPERIMENTS = (consistency, noise_ratio, vanishing_gradient, laplace_consistency)
-PAPER = Paper("nce", Path(__file__).with_name("claims.toml"), EXPERIMENTS)
+PAPER = Paper("nce", __file__, EXPERIMENTS)

@@ -14,11 +14,9 @@ digits replace the images of 4.2; inpainting is that of a Gaussian vector with a
 and eps of the annealed chain open; `langevin.READINGS` lists the values that are run.
 """
 
-from pathlib import Path
-
 from replicate.experiments import Paper
 from replicate.papers.ncsn.langevin import annealed, compare_rules, passage, plain_langevin, step_readings
 from replicate.papers.ncsn.networks import manifold, noise_levels, score_error
 
 EXPERIMENTS = (score_error, plain_langevin, passage, annealed, manifold, noise_levels, compare_rules, step_readings)
-PAPER = Paper("ncsn", Path(__file__).with_name("claims.toml"), EXPERIMENTS)
+PAPER = Paper("ncsn", __file__, EXPERIMENTS)

@@ -19,10 +19,8 @@ Convention: the paper's step x + alpha s + sqrt(2 alpha) z is the suite's with s
 the paper's and are doubled where the suite's sampler is called.
 """
 
-from pathlib import Path
-
 from replicate.experiments import Paper
 from replicate.papers.ncsnv2.techniques import first_level, last_step, solve_levels, solve_step_size
 
 EXPERIMENTS = (solve_levels, solve_step_size, first_level, last_step)
-PAPER = Paper("ncsnv2", Path(__file__).with_name("claims.toml"), EXPERIMENTS)
+PAPER = Paper("ncsnv2", __file__, EXPERIMENTS)

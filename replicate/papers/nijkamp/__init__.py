@@ -22,9 +22,7 @@ step's noise of 0.01 is the released one. On the digits K and the number of upda
 affords, chosen on seeds that are not judged.
 """
 
-from pathlib import Path
-
 from replicate.experiments import Paper
 from replicate.papers.nijkamp.chains import on_digits, on_mnist
 
-PAPER = Paper("nijkamp", Path(__file__).with_name("claims.toml"), experiments=(on_digits, on_mnist))
+PAPER = Paper("nijkamp", __file__, experiments=(on_digits, on_mnist))

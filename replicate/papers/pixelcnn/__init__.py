@@ -10,7 +10,6 @@ at a smaller width. Weights are those of the best validation step, averaged, wit
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -132,4 +131,4 @@ GATED = full_row("pixelcnn-gated", 10, "gated PixelCNN with two stacks on static
 _SETTINGS = Settings(gated=True, data="caltech-silhouettes", dropout=0.5, steps=20_000, validate_every=500)
 _ABOUT = "gated PixelCNN with two stacks on Caltech silhouettes"
 SILHOUETTES = full_row("pixelcnn-gated-silhouettes", 2, _ABOUT, _SETTINGS, files=(SILHOUETTES_FILE,))(train_and_score)
-PAPER = Paper("pixelcnn", Path(__file__).with_name("claims.toml"), experiments=(MASKED, GATED, SILHOUETTES))
+PAPER = Paper("pixelcnn", __file__, experiments=(MASKED, GATED, SILHOUETTES))

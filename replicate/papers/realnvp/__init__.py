@@ -8,8 +8,6 @@ of the range that strokes need, with 1e-6 a fifth. One mean and one deviation of
 About fifty passes over the training images; averaged weights of the best validation step.
 """
 
-from pathlib import Path
-
 from baselines.image_flow import IMAGE_REALNVP
 from replicate.experiments import Paper, Run
 from replicate.experiments.image_flows import CouplingSettings, image_row
@@ -23,4 +21,4 @@ def couplings(run: Run, s: CouplingSettings) -> None:
     image_row(run, IMAGE_REALNVP, s)
 
 
-PAPER = Paper("realnvp", Path(__file__).with_name("claims.toml"), experiments=(couplings,))
+PAPER = Paper("realnvp", __file__, experiments=(couplings,))

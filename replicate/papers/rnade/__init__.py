@@ -19,14 +19,12 @@ Two experiments measure, with the best model, how far such likelihoods can be tr
   rounded row from below and gains nothing from a spike. A column's step is the median gap of its distinct values.
 """
 
-from pathlib import Path
-
 from replicate.experiments import ModelRuns, Paper
 from replicate.papers.rnade.artefacts import COPIES, ROUNDING, TABLES
 
 PAPER = Paper(
     "rnade",
-    Path(__file__).with_name("claims.toml"),
+    __file__,
     experiments=(*COPIES, *ROUNDING),
     model_runs={
         "full": (

@@ -16,9 +16,7 @@ Deviation: Roberts and Tweedie prove rates of convergence and give no bias; the 
 Tubaro 1990 (Stoch. Anal. Appl. 8), the first one in eps.
 """
 
-from pathlib import Path
-
 from replicate.experiments import Paper
 from replicate.papers.roberts.langevin import check_chains, kernel_bias
 
-PAPER = Paper("roberts", Path(__file__).with_name("claims.toml"), experiments=(kernel_bias, check_chains))
+PAPER = Paper("roberts", __file__, experiments=(kernel_bias, check_chains))

@@ -12,9 +12,7 @@ enumerable machines model the suite's thresholded 8x8 digits, and their schedule
 temperatures with every tenth temperature.
 """
 
-from pathlib import Path
-
 from replicate.experiments import Paper
 from replicate.papers.salakhutdinov.annealing import STATIC, against_enumeration
 
-PAPER = Paper("salakhutdinov", Path(__file__).with_name("claims.toml"), experiments=(against_enumeration, *STATIC))
+PAPER = Paper("salakhutdinov", __file__, experiments=(against_enumeration, *STATIC))

@@ -21,9 +21,7 @@ the score network's output as a squared distance. The free network is given the 
 constraint alone makes the difference.
 """
 
-from pathlib import Path
-
 from replicate.experiments import Paper
 from replicate.papers.salimans.fields import MIXTURE, MOONS, constant
 
-PAPER = Paper("salimans", Path(__file__).with_name("claims.toml"), experiments=(MOONS, MIXTURE, constant))
+PAPER = Paper("salimans", __file__, experiments=(MOONS, MIXTURE, constant))

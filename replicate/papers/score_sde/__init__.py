@@ -19,12 +19,10 @@ multilayer perceptron, a thousandth of the paper's training; on the mixture the 
 residuals from the nearest mode to the component that they belong to, which is known in closed form.
 """
 
-from pathlib import Path
-
 from replicate.experiments import ModelRuns, Paper
 from replicate.papers.score_sde.images import DIFFUSIONS
 from replicate.papers.score_sde.samplers import exact_mixture, identities, trained_digits
 
 EXPERIMENTS = (exact_mixture, trained_digits, identities, *DIFFUSIONS)
 RUNS = {"full": (ModelRuns(("sde-vp", "sde-subvp"), ("digits",), 3),)}
-PAPER = Paper("score_sde", Path(__file__).with_name("claims.toml"), EXPERIMENTS, model_runs=RUNS)
+PAPER = Paper("score_sde", __file__, EXPERIMENTS, model_runs=RUNS)

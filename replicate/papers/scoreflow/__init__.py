@@ -21,10 +21,8 @@ and 0.03 (sub-VP), which are the same noise, where the paper has 1e-5; samples b
 flow; the Frechet distance is taken in the features of a digit classifier, to the training images.
 """
 
-from pathlib import Path
-
 from replicate.experiments import Paper
 from replicate.papers.scoreflow.digits import objectives
 from replicate.papers.scoreflow.images import WEIGHTINGS
 
-PAPER = Paper("scoreflow", Path(__file__).with_name("claims.toml"), experiments=(objectives, *WEIGHTINGS))
+PAPER = Paper("scoreflow", __file__, experiments=(objectives, *WEIGHTINGS))

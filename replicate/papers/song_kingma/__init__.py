@@ -18,8 +18,6 @@ they are those of the best validation likelihood, for every method, although the
 have used it by themselves.
 """
 
-from pathlib import Path
-
 from replicate.experiments import Paper
 from replicate.papers.song_kingma.bias import cd_bias
 from replicate.papers.song_kingma.bits import trained_on_bits
@@ -27,4 +25,4 @@ from replicate.papers.song_kingma.comparison import MODES, PLANE, independent_co
 from replicate.papers.song_kingma.digits import trained_on_digits
 
 EXPERIMENTS = (PLANE, MODES, independent_components, cd_bias, trained_on_bits, trained_on_digits)
-PAPER = Paper("song_kingma", Path(__file__).with_name("claims.toml"), EXPERIMENTS)
+PAPER = Paper("song_kingma", __file__, EXPERIMENTS)

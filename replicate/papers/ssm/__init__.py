@@ -10,8 +10,6 @@ its asymptotic covariances: the simulated case, a Gaussian of unknown precision,
 `tables` list those of the density models. Curvature propagation and approximate backpropagation are not implemented.
 """
 
-from pathlib import Path
-
 from replicate.experiments import Paper
 from replicate.papers.ssm.nice import learning_rates, table_1
 from replicate.papers.ssm.objectives import counted_costs, covariance_simulation, timed_costs, unbiasedness
@@ -19,4 +17,4 @@ from replicate.papers.ssm.tables import FIGURE_1, partition_functions
 
 OBJECTIVES = (unbiasedness, counted_costs, timed_costs, covariance_simulation)
 MODELS = (table_1, learning_rates, *FIGURE_1, partition_functions)
-PAPER = Paper("ssm", Path(__file__).with_name("claims.toml"), experiments=(*OBJECTIVES, *MODELS))
+PAPER = Paper("ssm", __file__, experiments=(*OBJECTIVES, *MODELS))

@@ -18,10 +18,8 @@ Deviations: parameters and batches come from this suite's streams; a split is ev
 than the book's 1.7. The book's hierarchical VAE and integer discrete flow are not implemented.
 """
 
-from pathlib import Path
-
 from replicate.experiments import Paper
 from replicate.papers.textbook.notebooks import NOTEBOOKS, cell_noise, uniform_reference
 
-CLAIMS = Path(__file__).with_name("claims.toml")
+CLAIMS = __file__
 PAPER = Paper("textbook", CLAIMS, experiments=(*NOTEBOOKS, uniform_reference, cell_noise))

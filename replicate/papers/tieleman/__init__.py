@@ -14,9 +14,7 @@ Deviations: the suite's thresholded 8x8 digits (1000 training rows) and 16 hidde
 standard profile; the full profile has MNIST's fixed binarisation and 25 hidden units.
 """
 
-from pathlib import Path
-
 from replicate.experiments import Paper
 from replicate.papers.tieleman.persistence import on_digits, on_mnist
 
-PAPER = Paper("tieleman", Path(__file__).with_name("claims.toml"), experiments=(on_digits, on_mnist))
+PAPER = Paper("tieleman", __file__, experiments=(on_digits, on_mnist))

@@ -19,9 +19,7 @@ The code's own sampler of bits adds each new bit to the activations before it ha
 later bit depends on it. Samples here are tested against enumeration.
 """
 
-from pathlib import Path
-
 from replicate.experiments import Paper
 from replicate.papers.uria.ensembles import DEPTHS
 
-PAPER = Paper("uria", Path(__file__).with_name("claims.toml"), experiments=DEPTHS)
+PAPER = Paper("uria", __file__, experiments=DEPTHS)

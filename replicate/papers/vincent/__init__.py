@@ -14,9 +14,7 @@ free score networks and the gradient of an energy. The suite's objective is sigm
 by sigma^2 here.
 """
 
-from pathlib import Path
-
 from replicate.experiments import Paper
 from replicate.papers.vincent.equivalence import check_equivalence
 
-PAPER = Paper("vincent", Path(__file__).with_name("claims.toml"), experiments=(check_equivalence,))
+PAPER = Paper("vincent", __file__, experiments=(check_equivalence,))
