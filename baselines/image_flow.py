@@ -289,8 +289,9 @@ def mixing(permutation: str, channels: int, depth: int) -> list[list[Layer]]:
     if permutation == "conv1x1":
         return [[Conv1x1(channels)] for _ in range(depth)]
     if permutation == "mask":
-        half = (depth + 1) // 2
-        return [[], *([Reorder(BY_ROWS if step == half else SWAPPED)] for step in range(1, depth))]
+        made: list[list[Layer]] = [[]]
+        made += [[Reorder(BY_ROWS if step == (depth + 1) // 2 else SWAPPED)] for step in range(1, depth)]
+        return made
     raise ValueError(f"permutation is {permutation!r}; it must be 'mask' or 'conv1x1'")
 
 
