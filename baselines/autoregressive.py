@@ -13,8 +13,6 @@ Training and sampling share one code path: a convolution with a memory of its la
 gives on the whole.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Protocol
 

@@ -21,8 +21,6 @@ one tilts a Gaussian fitted to the data (Xie et al. 2016, 1602.03264), its chain
 restarted, and log Z is annealed from the Gaussian: all that is `baselines.ebm.NeuralEBM` with a convolutional tilt.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar

@@ -17,8 +17,6 @@ Z can be bracketed by annealing from p0. On densities g begins with a layer of s
 which it smooths narrow shapes away.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise

@@ -17,8 +17,6 @@ Deviations:
     - Spline slopes are 1 at both ends of the interval, as in [2] section 3.1, so the tails are the identity.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

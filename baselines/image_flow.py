@@ -18,8 +18,6 @@ Deviations:
     - The conditioners are residual networks in all three; [2] has two hidden layers of 512 channels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast

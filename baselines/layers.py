@@ -1,7 +1,5 @@
 """Pieces that several families share: settings as values, and dropout whose masks come from an explicit generator."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, TypeVar
 

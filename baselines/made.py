@@ -8,8 +8,6 @@ Deviations. Output biases of bits start at the training marginals. Continuous da
 mixture of Gaussians a dimension.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -12,8 +12,6 @@ Deviations:
     - Decoupled weight decay in place of a penalty in the loss.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -15,8 +15,6 @@ product of matrices: there is no loop over D in training, and torch's own float 
 CUDA where kernels must be deterministic.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 

@@ -10,8 +10,6 @@ Departures:
 - The kernel density keeps at most `SUPPORT` training points and picks its bandwidth on held-out training points.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, ClassVar
 

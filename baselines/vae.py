@@ -14,8 +14,6 @@ Departures:
 - Gradients of the IW bound are plain autograd, not the doubly reparameterised estimator (Tucker et al. 2019).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -36,6 +34,11 @@ START_RAW = -2.5
 START_ROWS, LLOYD_STEPS = 5000, 10
 #: seed of the fixed latent points behind `VariationalAutoencoder.score`
 SCORE_SEED = 0
+
+
+def normal_log_prob(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Return log N(x; mean, diag exp(2 log_std)), summed over the last dimension."""
+    return (-0.5 * ((x - mean) * (-log_std).exp()).square() - log_std - 0.5 * LOG_2PI).sum(-1)
 
 
 def randn(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
@@ -148,8 +151,7 @@ class GaussianDecoder(Decoder):
         return mean, self.FLOOR + F.softplus(raw - self.FLOOR)
 
     def log_prob(self, out: Tensor, x: Tensor) -> Tensor:
-        mean, log_std = self.mean_and_log_std(out)
-        return (-0.5 * ((x[:, None] - mean) * (-log_std).exp()).square() - log_std - 0.5 * LOG_2PI).sum(-1)
+        return normal_log_prob(x[:, None], *self.mean_and_log_std(out))
 
     def sample(self, out: Tensor, generator: torch.Generator) -> Tensor:
         mean, log_std = self.mean_and_log_std(out)

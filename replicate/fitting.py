@@ -4,8 +4,6 @@ The suite's registered models train through `replicate.runs.training.train`, whi
 the selection on validation that the comparison demands.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Mapping

@@ -9,8 +9,6 @@ Deviation: the paper's VE kernel at time 0 has variance 0 by its equation (29) a
 as in its code, the std is sigma(t) for every t: the data count as observed through noise sigma_min.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 

@@ -4,8 +4,6 @@ A table (a mapping from disk, network or command line) is checked against one `R
 `--set` options and records use this module; each adds the checks that it alone needs.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import math

@@ -4,8 +4,6 @@ Exit codes: 0 all good, 1 a run failed, a check failed or a disk could not be wr
 left.
 """
 
-from __future__ import annotations
-
 import gc
 import shutil
 import sys

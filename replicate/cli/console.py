@@ -1,7 +1,5 @@
 """The two consoles of the command, and shared printing functions."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from collections.abc import Iterable, Sequence

@@ -4,8 +4,6 @@ The lines are in the modules that the entry points name, and importing those tak
 user's cache folder, under a name that changes with every entry point and every source file behind one.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from contextlib import suppress

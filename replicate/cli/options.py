@@ -1,7 +1,5 @@
 """Options of commands as values: a dataclass whose fields are the options of one command."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from dataclasses import fields

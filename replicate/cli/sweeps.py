@@ -1,7 +1,5 @@
 """Commands that compute: run, reproduce, verify."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ The content goes to whoever asked, piece by piece; an archive with a member whos
 whole, since no honest packer made it.
 """
 
-from __future__ import annotations
-
 import io
 import stat
 import tarfile

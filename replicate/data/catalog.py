@@ -1,7 +1,5 @@
 """The catalogue of data files: what each must contain and where it can be had, read from `catalog.toml` and checked."""
 
-from __future__ import annotations
-
 import difflib
 import re
 import tomllib

@@ -4,8 +4,6 @@ What arrives is kept as NAME.part, or NAME.gz.part and so on, until it is whole.
 by a rename, only if its uncompressed content has the catalogue's sha256.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

@@ -12,8 +12,6 @@ al. 2018, ICML) is missing: its difference operator requires the D neighbours of
 bit strings as well.
 """
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import torch

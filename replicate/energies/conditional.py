@@ -16,8 +16,6 @@ ranks worse, and one with little has its least energy at a caricature, where y i
 Answers are in the box [0, 1]^b: descent is projected on it, Langevin dynamics is reflected at its walls.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

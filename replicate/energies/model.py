@@ -9,8 +9,6 @@ The state of the objective (chains, noise, log Z) is trained and saved with the 
 that a noise-contrastive objective learns: the suite measures log Z by quadrature or annealing, as for every energy.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass

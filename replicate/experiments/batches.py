@@ -3,8 +3,6 @@
 `replicate.runs.training.Batches` concatenates its passes, so that no batch is short; here a last one may be.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Linear independent component analysis with logistic sources: a density with a known constant."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ the left side, most of them by one draw; `nll` and `bits_per_dim` are that side 
 of the densities bounds log P(x) more tightly, and is `:iw_bound`; no printed number compares with that one.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

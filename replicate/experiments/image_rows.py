@@ -1,7 +1,5 @@
 """Parts that rows of several papers on images share: declaration, data, training, exact scores, sheets of images."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields

@@ -20,8 +20,6 @@ fixed number with a step-halving error in place of RK45; one draw of u and one t
 method on the probability flow.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast

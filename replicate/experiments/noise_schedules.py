@@ -1,7 +1,5 @@
 """Noise schedules of annealed samplers."""
 
-from __future__ import annotations
-
 import math
 
 import torch

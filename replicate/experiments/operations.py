@@ -1,7 +1,5 @@
 """Count floating-point operations."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode

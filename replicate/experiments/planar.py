@@ -1,7 +1,5 @@
 """Energies, densities and networks of the plane that several papers share."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -34,8 +34,6 @@ deviations over seeds), `setup`, `deviations`, `not_comparable` (why this is nev
 for it to run) and `plots` (names of the experiment's plots to show).
 """
 
-from __future__ import annotations
-
 import math
 import re
 import tomllib

@@ -12,8 +12,6 @@
 A cell is text, or a measure (with `minus` a difference paired by seed) that the report fills from the measurements.
 """
 
-from __future__ import annotations
-
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path

@@ -13,8 +13,6 @@ Deviation from the papers: inverse temperatures, weight increments and their sum
 between ten thousand temperatures are wrong by per cents).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple

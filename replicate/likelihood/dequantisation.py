@@ -6,8 +6,6 @@ log mean_k q(x + u_k) is a tighter bound of the same kind (Burda et al. 2016, 15
 gives no bound: each dimension would gain -log(width).
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import ClassVar

@@ -4,8 +4,6 @@ An RBM needs the states of its smaller layer alone, since the other sums out in 
 2008, sec. 2).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

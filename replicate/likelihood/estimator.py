@@ -15,8 +15,6 @@ A continuous model of discrete data turns each of these into a lower bound on lo
 except where log Z itself is an estimate.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ For weights w with E[w] = p(x), L_k = E[log (1/k) sum_i w_i] grows with k from t
 with an analytic KL inside it would no longer average to p(x), and the result would not be a bound.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -14,8 +14,6 @@ forward and vector-Jacobian products share one evaluation; the trace is exact in
 x_{t_min} / s(t_min), so that the model's density is over the data and not over their shrunken copy.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

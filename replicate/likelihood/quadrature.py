@@ -5,8 +5,6 @@ across a discontinuity its error falls like the spacing. The stated error is the
 resolution: safe for smooth functions, where the finer grid is far better than that.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -11,8 +11,6 @@ A chain that hardly moves must not look good. Its own mean and variance would hi
 true mean: a chain that never leaves a mode then has rho = 1 at every lag, and the result is N, as a lower bound.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

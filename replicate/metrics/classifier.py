@@ -3,8 +3,6 @@
 Lopez-Paz and Oquab 2017, arXiv:1610.06545, with the five folds of Lueckmann et al. 2021, arXiv:2101.04653.
 """
 
-from __future__ import annotations
-
 import warnings
 
 import numpy as np

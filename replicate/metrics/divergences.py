@@ -1,7 +1,5 @@
 """Measure distances to a known truth from per-example values: Kullback-Leibler and Fisher divergence."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from torch import Tensor

@@ -6,8 +6,6 @@ have the published sha256, because torch-fidelity unpickles them. FID falls with
 of them than features the covariance has no full rank: a printed number has 50,000, and the row of ours states its n.
 """
 
-from __future__ import annotations
-
 import importlib
 from dataclasses import dataclass
 from functools import cache

@@ -1,7 +1,5 @@
 """Intervals over seeds: Student's t, since a percentile bootstrap of 3 to 10 seeds covers far less than its level."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -5,8 +5,6 @@ recall: Kynkaanniemi et al. 2019, arXiv:1904.06991. Density and coverage: Naeem 
 All are biased at finite n: compare numbers with the same n, and with the row `truth`.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

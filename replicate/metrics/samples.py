@@ -4,8 +4,6 @@ All compare samples with samples, so that the truth compared with itself is not 
 row `truth`, which has the same number of samples.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable

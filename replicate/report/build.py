@@ -4,8 +4,6 @@
 moves files into place when all are there, so that a failure leaves the earlier results whole.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import multiprocessing

@@ -3,8 +3,6 @@
 Seeds pair models because the batch stream of a task and seed is the same for all of them.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence

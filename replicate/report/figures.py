@@ -4,8 +4,6 @@ Each figure function returns the figure, or none where the records hold nothing 
 of `replicate.report.maps`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace

@@ -4,8 +4,6 @@ It keeps measurements and records whole, and not the samples and grids that the 
 figure is carried over as it is, with its texts from figures.json, as long as the runs that it shows are kept.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """Names, units, colours and number formats of the report, in one place, and the escapes of its three languages."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import re

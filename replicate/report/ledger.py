@@ -1,7 +1,5 @@
 """The ledger: every claim with its verdict, from the claims and the measurements."""
 
-from __future__ import annotations
-
 import csv
 import math
 from collections import Counter

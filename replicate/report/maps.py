@@ -3,8 +3,6 @@
 Each figure function returns the figure, or None where the records hold nothing to draw.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ part of TeX that mathtext knows (no environments, no \tfrac), which a test enfor
     python -m nbconvert --to replicate.report.notebooks.OfflineHTML --execute notebooks/*.ipynb
 """
 
-from __future__ import annotations
-
 import html
 import os
 import re

@@ -5,8 +5,6 @@ draws test examples with replacement and keeps the trainings, and pairing by exa
 for every model.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The experiments' plots: each record keeps its lines, and one figure shows all seeds."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """The headline table: the best model of each family on each task, written into README by a command."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The tables of the comparison: from measurements to `TextTable`s of models by task and metric."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence

@@ -5,8 +5,6 @@ give is `reproduced`, wholly outside is `not reproduced`, anything else `inconcl
 "reproduced" one time in twenty, where "the mean lies in the band" would say it every second time.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence

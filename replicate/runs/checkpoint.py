@@ -4,8 +4,6 @@ A file is a line of 64 hexadecimal digits (sha256 of the rest) and a safetensors
 structure around them is JSON, kept as one more tensor of bytes. Nothing in it is code.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

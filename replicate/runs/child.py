@@ -5,8 +5,6 @@ standard input (`python -m replicate.runs.child`). The run sees the same process
 kernels, standard error in a file of the run's folder, an end when the process that watches it ends.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import resource

@@ -1,7 +1,5 @@
 """How hard a run is evaluated: part of its spec, the same for every model of a profile."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from replicate.likelihood.estimator import Effort

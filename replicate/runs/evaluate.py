@@ -4,8 +4,6 @@ Each measurement is an `Estimate` or the reason why there is none. Nothing here 
 afterwards, on generators of its own.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator

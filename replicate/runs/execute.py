@@ -1,7 +1,5 @@
 """Compute one run, from its spec to its record, in this process."""
 
-from __future__ import annotations
-
 import ctypes
 import math
 import os

@@ -4,8 +4,6 @@ An executor decides where and when a run is computed, and nothing else. Through 
 same bytes.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress

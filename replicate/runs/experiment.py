@@ -11,8 +11,6 @@ suffix of the metric, as in "minority_weight:annealed". A metric whose name begi
 and is left out where runs are compared bit for bit.
 """
 
-from __future__ import annotations
-
 import base64
 import inspect
 import math

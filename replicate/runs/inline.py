@@ -1,7 +1,5 @@
 """Compute runs one after the other in this process: for a debugger, and as the reference of the other executors."""
 
-from __future__ import annotations
-
 import math
 import signal
 import time

@@ -1,7 +1,5 @@
 """End a child process when its parent ends; otherwise the child would keep the parent's locks."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from multiprocessing import parent_process

@@ -1,7 +1,5 @@
 """A paper as the suite runs it: experiments as functions, claims as a file, and the runs that both need."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -5,8 +5,6 @@ workers cannot change a number. A slot is a place for one run; on GPUs it is a d
 sees only that device.
 """
 
-from __future__ import annotations
-
 import multiprocessing as mp
 import os
 import time

@@ -1,7 +1,5 @@
 """Show the user how a sweep proceeds: a live bar on a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 import time
 
 from rich.console import Console

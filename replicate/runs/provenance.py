@@ -5,8 +5,6 @@ machine and the settings of the numerical kernels. It holds no name of a host or
 while a process lives is asked for once, and a forked child inherits the answer.
 """
 
-from __future__ import annotations
-
 import datetime
 import hashlib
 import os

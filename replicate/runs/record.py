@@ -5,8 +5,6 @@ it: keys, types, finite numbers, text that is safe in a terminal and in a table,
 spec, and a seal that is the sha256 of everything else.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """Every random stream has its own generator, seeded from what it is for."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ It imports torch and the suite once. Nothing here imports torch, so a command ca
 itself; both then import at the same time.
 """
 
-from __future__ import annotations
-
 import multiprocessing as mp
 import os
 from collections.abc import Iterable

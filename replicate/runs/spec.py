@@ -5,8 +5,6 @@ The hash covers every setting, except settings added later that have their defau
 committed run another id. The default of a later setting must never change.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Mapping

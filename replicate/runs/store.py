@@ -1,7 +1,5 @@
 """Run directories: written so that a record is either whole or not there."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json

@@ -1,7 +1,5 @@
 """The two subjects of a run: a model on a task, and an experiment of a paper. Nothing else asks which one it is."""
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The one training loop of every gradient-trained model; a killed run resumes within it."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Sequence

@@ -8,8 +8,6 @@ code takes steps alpha_i and noise sqrt(2 alpha_i): to follow it, pass twice its
 Sec. 3), which the printed algorithm lacks. It has no default, because it changes sample quality a lot.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -10,8 +10,6 @@ p(x)^(1/T); T = 1 samples p. Callers convert the parametrisation of their paper.
 Sources: Roberts and Tweedie 1996, Bernoulli 2(4), for both chains and the acceptance ratio.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -13,8 +13,6 @@ Deviations: the time grid is `time_grid`, not even in t; ||z|| and ||g|| are mea
 code (in two dimensions a single ||g|| comes arbitrarily close to 0); alpha = 1 for every SDE.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

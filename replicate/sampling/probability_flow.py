@@ -6,8 +6,6 @@ there, the flow ends at t_min, where the model's likelihood is defined, and no E
 unless `denoise` is set (that step is Tweedie's mean).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -16,8 +16,6 @@ score(x) / sqrt(T), at temperature 1 and step size eps.
 Departure: each round evaluates score and density at its first state again, which the count includes.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Bound log p of a diffusion model from below by its variational bound (Song et al. 2021, 2101.09258, theorem 3)."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -12,8 +12,6 @@ Deviations: each example is noised by z and by -z, which cancels most of the tar
 is an MLP preconditioned by the data's Gaussian fit; samples come from the probability-flow ODE.
 """
 
-from __future__ import annotations
-
 import math
 from inspect import signature
 from typing import Any, Literal

@@ -3,8 +3,6 @@
 Noise levels and step sizes are in standard deviations of the data: models see standardised inputs.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 

@@ -4,8 +4,6 @@ It is the ceiling for the other score matching objectives: the same network, the
 (Hyvarinen 2005, JMLR 6, eq. 2).
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from typing import Any

@@ -16,8 +16,6 @@ with attention; noise levels are even in log rho, one stratified sample per batc
 `diffusion` and `ncsn`.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, cast
 

@@ -12,8 +12,6 @@ explicit score matching, 1/2 E|s - t|^2, up to a constant that s does not change
   variance (Song et al. 2019, 1905.07088, eq. 7 and 8). By reverse-over-reverse differentiation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -9,8 +9,6 @@ distance between data (technique 1); sampling ends with a denoising step by defa
 2009.05475).
 """
 
-from __future__ import annotations
-
 import math
 from inspect import signature
 from typing import Any

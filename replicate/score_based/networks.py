@@ -9,8 +9,6 @@ Input Fourier features follow Tancik et al. 2020 (2006.10739); deviation: each i
 the noise, exp(-(rho |w|)^2 / 2), so that frequencies that the noise has erased do not act as noise.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ Deviations: those papers have no Langevin sampler; ours runs the unadjusted chai
 units. Like that of any single-noise model, it cannot move weight between modes that are far apart.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -13,8 +13,6 @@ Deviations: no attention and no dropout, one skip connection per resolution, and
 another order from call to call: nearest upsampling is a copy whose gradient is a sum.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

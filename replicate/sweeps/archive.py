@@ -9,8 +9,6 @@ no repository. What is unpacked is not trusted: names, sizes, records and their 
 code.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

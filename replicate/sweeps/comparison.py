@@ -1,7 +1,5 @@
 """The comparison of each profile: which models run on which tasks, over how many seeds."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from replicate.registry import model_entry, models

@@ -4,8 +4,6 @@ A profile has the runs of the comparison (`replicate.sweeps.comparison`), the pa
 registered models that claims measure.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """All steps of `replicate reproduce`: run a plan, write its report, compare with the committed reference."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence

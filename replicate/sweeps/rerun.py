@@ -6,8 +6,6 @@ machine, within the tolerances of `replicate.report.compare` on another. A diffe
 even if the commit or the sources differ; the message names them.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import tempfile

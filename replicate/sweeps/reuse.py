@@ -4,8 +4,6 @@ results     records in results/PROFILE
 COMMIT      finished runs of a sweep that another commit computed, after some of them were rerun and matched
 """
 
-from __future__ import annotations
-
 import random
 import shutil
 from collections.abc import Callable, Collection

@@ -1,7 +1,5 @@
 """Let SIGINT and SIGTERM stop a sweep so that nothing computed is lost."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Callable
 from types import FrameType

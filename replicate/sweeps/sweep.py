@@ -1,7 +1,5 @@
 """The folder of a sweep: the runs of one profile, computed by one version of the code."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A task: data with a fixed split, and the truth where it is known."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -17,8 +17,6 @@ split of their own. They are cut at random under `FACES_SEED` into 1565 / 200 / 
 2018 (1705.07120). Frames next to each other are nearly the same: such a test part says nothing of another video.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import zipfile

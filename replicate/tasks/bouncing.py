@@ -17,8 +17,6 @@ where the corner is: a digit's blank margin hides it, and where no observed step
 will must be told from the digit's shape.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -14,8 +14,6 @@ Sources of the shapes, rescaled to a box of about [-4, 4]^2; the widths are ours
     mixture-D: ours.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """scikit-learn's 8x8 handwritten digits: 1797 images, 64 pixels, integers 0..16."""
 
-from __future__ import annotations
-
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split

@@ -6,8 +6,6 @@ grey values taken as probabilities, so that the training part holds the probabil
 are drawn once from recorded seeds, where some public code draws them again at every evaluation.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import cache

@@ -1,7 +1,5 @@
 """Load a task's data by its name, once per process and fold."""
 
-from __future__ import annotations
-
 from functools import cache
 
 from replicate.model import ModelEntry

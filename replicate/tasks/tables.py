@@ -21,8 +21,6 @@ Papamakarios et al. 2017 (1705.07057), validates on the last tenth and tests on 
 its own, and no number on it compares with MINIBOONE's.
 """
 
-from __future__ import annotations
-
 import io
 import math
 from dataclasses import dataclass

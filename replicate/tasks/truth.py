@@ -1,7 +1,5 @@
 """The row `truth`: the task's own density and sampler, which show the floor of every metric."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

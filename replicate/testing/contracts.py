@@ -4,8 +4,6 @@ With `-k NAME` they run on one, such as a plug-in's. Each model is trained for a
 or on tiny images, and then every capability that it declares is tested. pytest must be installed.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from dataclasses import replace

@@ -4,8 +4,6 @@ log p(x) >= L_{k+1} >= L_k, measured where log p(x) is known: a linear Gaussian 
 approximate posterior whose mean and width are wrong on purpose.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

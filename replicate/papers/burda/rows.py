@@ -1,7 +1,5 @@
 """The cells of table 1 and appendix D on MNIST: training by the released code's rule, and the bound on test bits."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator

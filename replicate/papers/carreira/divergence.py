@@ -1,7 +1,5 @@
 """The direction of CD-k, and the machines that it learns, by enumeration."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Score evaluations that Langevin dynamics, parallel tempering and annealing need to mix two modes or eight."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The Gaussian example, the partial integration, and models under another normalising constant."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

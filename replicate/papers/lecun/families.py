@@ -14,8 +14,6 @@ Training is reduced, so that nothing here is compared with print. The mutual inf
 the mean of log p(lower | upper) - log p(lower), the second from a `causal-conv` of the lower halves alone.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Conditional energies of half digits and of frames: training, ranking of pairs, inference by descent and Langevin."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial

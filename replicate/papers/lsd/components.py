@@ -1,7 +1,5 @@
 """Objectives of linear ICA, their minimisation, and the likelihood of what they find."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A Gaussian and its log Z over sample sizes and noise ratios, and the contrastive gradient at the truth."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

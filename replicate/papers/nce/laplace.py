@@ -1,7 +1,5 @@
 """Linear ICA with Laplacian sources and its log Z, over sample sizes."""
 
-from __future__ import annotations
-
 import math
 
 import torch

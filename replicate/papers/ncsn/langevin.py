@@ -12,8 +12,6 @@ deviation 1/4, neighbouring correlation 0.9) and the score is that of x + N(0, s
 eps are those of the paper's images.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Score networks trained on data in a plane, on two separated modes, and on digits at several noise levels."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Techniques 1, 2 and 4, and the last denoising step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Short and long runs of two convolutional energies, and a tilted Gaussian with a bracket of log Z."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

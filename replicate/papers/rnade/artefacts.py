@@ -1,7 +1,5 @@
 """Copies of rows and rounded values: how much they add to a likelihood on the tables."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace

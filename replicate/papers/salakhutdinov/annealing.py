@@ -1,7 +1,5 @@
 """Machines trained by contrastive divergence, and annealed importance sampling of their log Z."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from typing import Any

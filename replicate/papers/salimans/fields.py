@@ -1,7 +1,5 @@
 """An energy's gradient and a free score network, trained alike; and the constant that no score sees."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping

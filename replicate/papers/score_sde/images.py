@@ -4,8 +4,6 @@ NCSN has the U-Net of the diffusion models in place of RefineNet, with the paper
 twice the printed one, and 12,000 training steps in place of 200,000.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 

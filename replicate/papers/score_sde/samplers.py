@@ -1,7 +1,5 @@
 """Tables 1 and 2 and figure 3, with the exact score of a mixture and with one network on the 8x8 digits; identities."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial

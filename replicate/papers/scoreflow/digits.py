@@ -1,7 +1,5 @@
 """Arms of training on the 8x8 digits: SDE, proposal of times and weighting, at one network and initialisation."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace

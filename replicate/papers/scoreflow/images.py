@@ -1,7 +1,5 @@
 """ScoreFlow on MNIST and Fashion-MNIST: two weightings, and a dequantiser that is trained after the score model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import cast
 

@@ -1,7 +1,5 @@
 """The bias of contrastive divergence, computed exactly from transition matrices on a grid."""
 
-from __future__ import annotations
-
 import numpy as np
 from scipy.optimize import root
 

@@ -9,8 +9,6 @@ Choices made here: the machine's units are centred (Montavon & Mueller 2012), Ad
 cosine. The weights kept are the best of `checks` looks at the exact validation likelihood.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

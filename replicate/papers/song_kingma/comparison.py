@@ -4,8 +4,6 @@ In the plane the truth is by quadrature; ICA, in whitened coordinates, is scored
 examples.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import time

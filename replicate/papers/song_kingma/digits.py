@@ -12,8 +12,6 @@ fitted for few steps with dropout, since it soon memorises 1000 digits, and then
 train it against the energy). The validation likelihood takes log Z from a short annealing run.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 

@@ -9,8 +9,6 @@ Derivatives in x are taken only along directions, by carrying second-order Taylo
 score matching takes the D coordinate directions, sliced score matching one random direction.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

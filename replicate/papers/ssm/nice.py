@@ -10,8 +10,6 @@ epoch (the released code also reports the best ones by log-likelihood and by the
 layers per coupling are four in the released code.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The sliced objectives: mean over projections (eq. 7, 8), cost (Fig. 2), asymptotic covariances (corollary 1)."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence

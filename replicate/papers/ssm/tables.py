@@ -7,8 +7,6 @@ trained in float32, alpha and the reported losses are computed in float64; the l
 importance sampling with the printed proposal N(0, 2 I). A known density compares it with plain importance sampling.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable

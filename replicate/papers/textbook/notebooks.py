@@ -1,7 +1,5 @@
 """The notebooks' RealNVP, VAE and ARM, trained and scored as they do it and by valid bounds; our own estimator."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Persistent and plain contrastive divergence at equal time, scored by exact likelihood."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

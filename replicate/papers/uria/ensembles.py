@@ -1,7 +1,5 @@
 """Order-agnostic NADE: ensembles of orderings on static bits of MNIST."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

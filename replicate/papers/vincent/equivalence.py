@@ -1,7 +1,5 @@
 """Denoising score matching against explicit score matching of the Parzen density, both by quadrature."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
