@@ -239,7 +239,8 @@ def comparison_figure(results: Results, tasks: Sequence[str], metric: str, name:
     width, height = max(7.2, left + len(tasks) * (size + room)), foot + 0.34 + row * rows[-1][1] + row
     canvas = drawing.new_canvas(width, height)
     for i, task in enumerate(tasks):
-        ax = drawing.add_axes(canvas, left + i * (size + room), foot, size, height - foot - 0.34)
+        across = (left + i * (size + room)) / width
+        ax = canvas.add_axes((across, foot / height, size / width, 1 - (foot + 0.34) / height))
         _comparison_panel(ax, results, (task, metric), rows, write)
         ax.set_title(drawing.plain(task), loc="left", weight="bold")
         ax.set_xlabel(_axis_title(metric))

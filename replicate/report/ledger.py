@@ -81,8 +81,8 @@ def criterion_of(claim: Claim, key: str) -> Criterion:
     """Return what decides a claim's verdict, its measures written out."""
     band = (float(claim.target), claim.relation, float(claim.tolerance), float(claim.seed_sd))
     measure, minus, over = (resolved(m, claim, key) for m in (claim.measure, claim.minus, claim.over))
-    rest = (claim.deterministic, claim.kind, claim.profile, claim.not_comparable, claim.needs)
-    return Criterion(*band, measure, minus, over, *rest)
+    judged = (claim.deterministic, claim.kind, claim.profile)
+    return Criterion(*band, measure, minus, over, *judged, claim.not_comparable, claim.needs)
 
 
 def entries(papers: Iterable[PaperClaims], frame: pd.DataFrame, profile: str) -> list[Entry]:
