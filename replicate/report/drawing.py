@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -190,7 +191,7 @@ def family_legend(canvas: Canvas, families: Sequence[str], y: float = 0.0) -> No
         Line2D([], [], color=colour(f), marker="s", linestyle="", markersize=6, label=FAMILY_LABELS.get(f, f))
         for f in sorted(set(families), key=family_key)
     ]
-    place = {"loc": "lower center", "bbox_to_anchor": (0.5, y), "ncol": len(handles)}
+    place: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, y), "ncol": len(handles)}
     canvas.legend(handles=handles, handletextpad=0.3, columnspacing=1.4, **place)
 
 

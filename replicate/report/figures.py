@@ -58,7 +58,7 @@ def _error(n: Number) -> list[list[float]] | None:
     return [[n.mean - n.low], [n.high - n.mean]] if math.isfinite(n.low) and math.isfinite(n.high) else None
 
 
-def _mark(ax: Axes, n: Number, edge: float, look: Look, at: dict[str, float], **sizes: float) -> None:
+def _mark(ax: Axes, n: Number, edge: float, look: Look, at: dict[str, float], **sizes: Any) -> None:
     """Draw a number with its interval, across or up, as `at` has the other place: {"y": 3} or {"x": 3}.
 
     It is hollow where it is not exact, and a caret without an interval at the `edge` that it is beyond.
@@ -67,7 +67,7 @@ def _mark(ax: Axes, n: Number, edge: float, look: Look, at: dict[str, float], **
     along, caret = ("x", CARETRIGHT) if where == "y" else ("y", CARETUP)
     look = look | ({"marker": caret} if off else {f"{along}err": _error(n)})
     face = look["color"] if n.kind == "exact" else "white"
-    places = {where: [place], along: [min(n.mean, edge)]}
+    places: dict[str, Any] = {where: [place], along: [min(n.mean, edge)]}
     ax.errorbar(**places, **look, markerfacecolor=face, markeredgewidth=1.2, **sizes)
 
 
@@ -237,7 +237,8 @@ def comparison_figure(results: Results, tasks: Sequence[str], metric: str, name:
     width, height = max(7.2, left + len(tasks) * (size + room)), foot + 0.34 + row * rows[-1][1] + row
     canvas = drawing.new_canvas(width, height)
     for i, task in enumerate(tasks):
-        ax = drawing.add_axes(canvas, left + i * (size + room), foot, size, height - foot - 0.34)
+        across = (left + i * (size + room)) / width
+        ax = canvas.add_axes((across, foot / height, size / width, 1 - (foot + 0.34) / height))
         _comparison_panel(ax, results, (task, metric), rows, write)
         ax.set_title(drawing.plain(task), loc="left", weight="bold")
         ax.set_xlabel(_axis_title(metric))
@@ -278,7 +279,7 @@ def _comparison_panel(
         if n is not None:
             values += [v for v in (n.mean, n.low, n.high) if math.isfinite(v)]
             seeds = [v for _, v, _ in n.seeds if math.isfinite(v)]
-            look = {"color": drawing.colour(results.family[m]), "marker": "o"}
+            look: Look = {"color": drawing.colour(results.family[m]), "marker": "o"}
             if n.mean <= edge:
                 ax.plot(seeds, [at] * len(seeds), linestyle="", markersize=2.4, alpha=0.45, zorder=2, **look)
             _mark(ax, n, edge, look, {"y": at}, markersize=5, elinewidth=1.3, capsize=2.5, zorder=3)

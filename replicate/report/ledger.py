@@ -78,9 +78,9 @@ def _text(value: object) -> str:
 def criterion_of(claim: Claim, key: str) -> Criterion:
     """Return what decides a claim's verdict, its measures written out."""
     band = (float(claim.target), claim.relation, float(claim.tolerance), float(claim.seed_sd))
-    measures = (resolved(m, claim, key) for m in (claim.measure, claim.minus, claim.over))
-    rest = (claim.deterministic, claim.kind, claim.profile, claim.not_comparable, claim.needs)
-    return Criterion(*band, *measures, *rest)
+    measure, minus, over = (resolved(m, claim, key) for m in (claim.measure, claim.minus, claim.over))
+    judged = (claim.deterministic, claim.kind, claim.profile)
+    return Criterion(*band, measure, minus, over, *judged, claim.not_comparable, claim.needs)
 
 
 def entries(papers: Iterable[PaperClaims], frame: pd.DataFrame, profile: str) -> list[Entry]:

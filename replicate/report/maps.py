@@ -198,8 +198,9 @@ def _colour_bar(canvas: Canvas, peak: float) -> None:
     bar.set_yticks([])
     bar.set_xticks([0, peak], ["0", f"{peak:.2g} per unit area"])
     bar.tick_params(length=0, pad=1.5, labelsize=6.5)
-    for label, side in zip(bar.get_xticklabels(), ("left", "right"), strict=True):
-        label.set_horizontalalignment(side)
+    first, last = bar.get_xticklabels()
+    first.set_horizontalalignment("left")
+    last.set_horizontalalignment("right")
 
 
 def score_figure(results: Results, task: str, pictured: Sequence[Picture]) -> Figure | None:

@@ -240,7 +240,7 @@ def render(
     placed, claimed = sections(results, tables, pictures), ledger_rows(ledger, pictures, runs)
     measured = {base_metric(m) for m in results.metrics()}
     sized = {"models": results.models(), "tasks": results.tasks, "runs": runs.done, "claims": ledger}
-    look = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    look: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     jinja = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, **look)
     return jinja.get_template("template.html").render(
         profile=profile,

@@ -12,7 +12,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from replicate.report.drawing import QUIET, Array, Figure, add_axes, fitting, new_canvas, panels, plain
+from replicate.report.drawing import QUIET, Array, Figure, fitting, new_canvas, panels, plain
 from replicate.report.labels import significant
 from replicate.report.records import RecordedRun
 from replicate.report.text_table import csv_text
@@ -150,7 +150,8 @@ def _images(seeds: Seeds) -> Drawn:
         sheet = np.full((height + 1, columns * (width + 1)), np.nan)
         for column, image in enumerate(images):
             sheet[:height, column * (width + 1) : column * (width + 1) + width] = image
-        ax = add_axes(canvas, margin, tall - head - (row + 1) * up, columns * side, up)
+        box = (margin / across, 1 - (head + (row + 1) * up) / tall, columns * side / across, up / tall)
+        ax = canvas.add_axes(box)
         ax.imshow(sheet, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest", aspect="auto", rasterized=True)
         ax.set_axis_off()
         ax.text(

@@ -176,7 +176,7 @@ def model_tables(results: Results) -> list[TextTable]:
         ("kl", "KL on two-dimensional densities", known, kl),
         ("dimension", "Error against dimension", series, dimension),
     )
-    return [_models_table(results, *head, columns) for *head, columns in tables if columns]
+    return [_models_table(results, name, title, about, columns) for name, title, about, columns in tables if columns]
 
 
 def samplers_table(results: Results) -> list[TextTable]:
