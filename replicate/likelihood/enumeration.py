@@ -101,5 +101,5 @@ def rbm_log_z(weights: Tensor, visible_bias: Tensor, hidden_bias: Tensor, chunk:
         pre = c + onehot @ w.flatten(0, 1)
         return onehot @ b.flatten() + torch.nn.functional.softplus(pre).sum(1)
 
-    smaller = (given_hidden, hidden, 2) if 2**hidden <= levels**dim else (given_visible, dim, levels)
-    return log_sum_over_states(*smaller, chunk, w.device)
+    given, units, base = (given_hidden, hidden, 2) if 2**hidden <= levels**dim else (given_visible, dim, levels)
+    return log_sum_over_states(given, units, base, chunk, w.device)

@@ -65,11 +65,11 @@ def even_levels(sde: SDE) -> LevelProposal:
     return LevelProposal(*level_range(sde), location=0.0, scale=1.0, uniform=1.0)
 
 
-def build_ncsn(info: DataInfo, *chain: Any, **network: Any) -> NCSN:
+def build_ncsn(info: DataInfo, chain: tuple[float, float, int, int, float], **network: Any) -> NCSN:
     """Build the suite's NCSN with a U-Net, without the denoising step.
 
     Args:
-        chain: from sigma_max to step_size, as for `NCSN`.
+        chain: sigma_max, sigma_min, levels, steps_per_level and step_size, as for `NCSN`.
         network: the settings of `NoiseUNet`.
     """
     return NCSN(_unet(info, network), info.dim, *chain, denoise=False)

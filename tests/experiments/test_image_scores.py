@@ -201,7 +201,7 @@ def test_inpainting_a_gaussian_follows_its_conditional() -> None:
 
 
 def test_the_denoising_step_is_that_of_annealed_langevin() -> None:
-    model = DequantisedImages(build_ncsn(INFO, 2.0, 0.1, 3, 2, 0.4, channels=4), INFO)
+    model = DequantisedImages(build_ncsn(INFO, (2.0, 0.1, 3, 2, 0.4), channels=4), INFO)
     model.initialise(tiny_images(), generator(1))
     inner: Any = model.inner
     start = inner.sigmas[0] * torch.randn(5, 16, generator=(g := generator(2)))

@@ -60,7 +60,7 @@ def annealed(run: Run, s: NCSNSettings) -> None:
     task, streams = image_scores.load(run, s), image_scores.shared_streams(run, s, "unet")
     noise = (s.sigma_max, s.sigma_min, s.levels, s.steps_per_level, s.step_size)
     with streams.initialisation():
-        inner = build_ncsn(task.info, *noise, channels=s.channels)
+        inner = build_ncsn(task.info, noise, channels=s.channels)
     model = DequantisedImages(inner, task.info).to(run.device)
     history = train(model, task.train, task.valid, s.training(s.steps, s.lr), streams)
     inverse = model.transform.inverse
