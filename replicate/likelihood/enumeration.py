@@ -103,5 +103,6 @@ def rbm_log_z(weights: Tensor, visible_bias: Tensor, hidden_bias: Tensor, chunk:
         pre = c + onehot @ w.flatten(0, 1)
         return onehot @ b.flatten() + torch.nn.functional.softplus(pre).sum(1)
 
-    smaller = (given_hidden, hidden, 2) if 2**hidden <= levels**dim else (given_visible, dim, levels)
-    return log_sum_over_states(*smaller, chunk, w.device)
+    if 2**hidden <= levels**dim:
+        return log_sum_over_states(given_hidden, hidden, 2, chunk, w.device)
+    return log_sum_over_states(given_visible, dim, levels, chunk, w.device)

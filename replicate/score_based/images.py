@@ -67,14 +67,18 @@ def even_levels(sde: SDE) -> LevelProposal:
     return LevelProposal(*level_range(sde), location=0.0, scale=1.0, uniform=1.0)
 
 
-def build_ncsn(info: DataInfo, *chain: Any, **network: Any) -> NCSN:
-    """Build the suite's NCSN with a U-Net, without the denoising step.
-
-    Args:
-        chain: from sigma_max to step_size, as for `NCSN`.
-        network: the settings of `NoiseUNet`.
-    """
-    return NCSN(_unet(info, network), info.dim, *chain, denoise=False)
+def build_ncsn(
+    info: DataInfo,
+    sigma_max: float,
+    sigma_min: float,
+    levels: int,
+    steps_per_level: int,
+    step_size: float,
+    **network: Any,
+) -> NCSN:
+    """Build the suite's NCSN with a U-Net, without the denoising step; `network` are the settings of `NoiseUNet`."""
+    net = _unet(info, network)
+    return NCSN(net, info.dim, sigma_max, sigma_min, levels, steps_per_level, step_size, denoise=False)
 
 
 def _unet(info: DataInfo, network: dict[str, Any]) -> NoiseNet:
