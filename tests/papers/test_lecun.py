@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from replicate.papers.ncsn.inpainting import Gaussian
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsRegressor
 from torch import Tensor
@@ -30,6 +29,7 @@ from replicate.papers.lecun.digits import (
 )
 from replicate.papers.lecun.families import Settings, flow_completions, inpainted, log_prob_given_upper, vae_completions
 from replicate.papers.lecun.inference import BouncingEnergy, displaced, rank_estimates
+from replicate.papers.ncsn.langevin import Gaussian
 from replicate.registry import model_entry
 from replicate.runs.experiment import Outcome
 from replicate.runs.seeds import Streams
