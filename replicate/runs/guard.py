@@ -7,10 +7,9 @@ the contract is checked at every call for type, shape and dtype, which costs abo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
-from types import new_class
 from typing import Any
 
 import torch
@@ -47,15 +46,6 @@ OTHERS = {"anneal": 4, "base_log_z": 0, "samplers": 0}
 METHODS = (*SHAPES, *OTHERS)
 
 
-class _NoHook:
-    """Shields the run-time subclass from an `__init_subclass__` of the plug-in: it is no model of its own."""
-
-    __slots__ = ()
-
-    def __init_subclass__(cls) -> None:
-        pass
-
-
 def guarded(model: object, info: DataInfo) -> Model:
     """Check a built model's declarations and return it; from now on every answer of its methods is checked.
 
@@ -70,22 +60,28 @@ def guarded(model: object, info: DataInfo) -> Model:
         raise ModelError(f"{type(model).__name__}{problem}")
     kind = type(model)
     names = [name for name in METHODS if hasattr(kind, name)]
+    if any("__init_subclass__" in vars(base) for base in kind.__mro__[:-1]):
+        bound = names  # the class's own hook may refuse a subclass that it does not know
+    else:
+        model.__class__ = _subclass(kind, names, info.dim)
+        bound = [name for name in METHODS if name in vars(model)]  # these hide the class's
+    for name in bound:
+        vars(model)[name] = partial(_own, model, info.dim, name, getattr(model, name))
+    return model
 
-    def body(namespace: dict[str, Any]) -> None:
-        namespace |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-        namespace |= {name: _method(name) for name in names}
 
-    def _method(name: str) -> Callable[..., Any]:
+def _subclass(kind: type[Model], names: Sequence[str], dim: int) -> type[Model]:
+    """Return a subclass of the same name whose methods check their answers."""
+
+    def checked(name: str) -> Callable[..., Any]:
         def method(self: Model, *args: Any, **kwargs: Any) -> Any:
-            return _answer(self, info.dim, name, getattr(super(kind_here, self), name), args, kwargs)
+            return _answer(self, dim, name, getattr(super(here, self), name), args, kwargs)
 
         return method
 
-    kind_here = new_class(kind.__name__, (_NoHook, kind), {"metaclass": type(kind)}, body)
-    for name in set(METHODS) & set(vars(model)):  # set on the instance, which hides the class's
-        vars(model)[name] = partial(_own, model, info.dim, name, vars(model)[name])
-    model.__class__ = kind_here
-    return model
+    words = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    here: type[Model] = type(kind)(kind.__name__, (kind,), {**words, **{name: checked(name) for name in names}})
+    return here
 
 
 def _problem(model: Model) -> str:
@@ -175,7 +171,9 @@ def _found(value: object) -> str:
     if isinstance(value, (tuple, list)) and len(value) < 5:
         inside = ", ".join(_found(v) if isinstance(v, Tensor) else type(v).__name__ for v in value)
         return f"a {type(value).__name__} of ({inside})"
-    return "None" if value is None else f"a {type(value).__name__}, {brief(value)}"
+    if value is None:
+        return "None"
+    return " ".join(f"a {type(value).__name__}, {brief(value)}".split())  # that of an array has lines
 
 
 def _require_step(model: Model, out: object, x: Tensor) -> None:
