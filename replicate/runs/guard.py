@@ -80,7 +80,8 @@ def _subclass(kind: type[Model], names: Sequence[str], dim: int) -> type[Model]:
         return method
 
     words = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    here: type[Model] = type(kind)(kind.__name__, (kind,), {**words, **{name: checked(name) for name in names}})
+    space = {**words, **{name: checked(name) for name in names}}
+    here: type[Model] = type(kind)(kind.__name__, (kind,), space)  # type: ignore[misc]
     return here
 
 

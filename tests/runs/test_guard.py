@@ -146,7 +146,7 @@ WRONG: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 def test_wrong_answer_is_one_line_with_method_found_and_expected(method: str, wrong: str) -> None:
     spoil, found = WRONG[wrong]
     with pytest.raises(ModelError) as caught:
-        CALLS[method](guarded(Plug(**{method: spoil}), INFO))
+        CALLS[method](guarded(Plug(INFO, **{method: spoil}), INFO))
     line = str(caught.value)
     assert line.startswith(f"Plug.{method} returned ")
     assert found in line
@@ -178,7 +178,7 @@ def test_wrong_answer_is_one_line_with_method_found_and_expected(method: str, wr
 )
 def test_wrong_answer_that_is_no_single_tensor_is_one_line(method: str, spoil: Callable[[Any], Any], says: str) -> None:
     with pytest.raises(ModelError) as caught:
-        CALLS[method](guarded(Plug(**{method: spoil}), INFO))
+        CALLS[method](guarded(Plug(INFO, **{method: spoil}), INFO))
     assert says in str(caught.value)
 
 
@@ -190,7 +190,7 @@ def test_the_right_answers_are_those_of_the_bare_model() -> None:
     assert model.state_dict().keys() == bare.state_dict().keys()
     other = copy.deepcopy(model)
     with torch.no_grad():
-        other.theta += 1  # type: ignore[operator, attr-defined]
+        next(other.parameters()).add_(1)
     assert float(other.log_prob(X)[0].detach()) != float(model.log_prob(X)[0].detach())
     for method in SHAPES:
         assert torch.equal(CALLS[method](model), CALLS[method](bare)), method
@@ -347,7 +347,7 @@ def test_a_log_prob_with_one_axis_too_many_ends_the_run_and_gives_no_number(run:
 @pytest.mark.parametrize("capability", ["log_prob", "importance_weights", "diffusion"])
 def test_it_is_found_behind_the_preprocessing_too(capability: str) -> None:
     method = {"log_prob": "log_prob", "importance_weights": "log_weights", "diffusion": "score_at"}[capability]
-    inner = Plug(**{method: lambda out: out[..., None]})
+    inner = Plug(INFO, **{method: lambda out: out[..., None]})
     inner.capabilities, inner.family = frozenset({capability}), "reference"  # type: ignore[misc]
     model = Preprocessed(guarded(inner, INFO), INFO)
     with pytest.raises(ModelError, match=f"Plug.{method} returned"):
@@ -466,11 +466,15 @@ def test_likelihood_that_is_not_implemented_after_all_has_a_reason(run: Callable
 # -- labels
 
 
+def labelled(name: str, info: DataInfo, train: Tensor, valid: Tensor, test: Tensor) -> Task:
+    a, b, c = ((x[:, 0] > 1).long() for x in (train, valid, test))
+    return Task(name, "", info, train, valid, test, labels=(a, b, c))
+
+
 @pytest.mark.parametrize("info", [INFO, DataInfo(4, "levels", LEVELS, (2, 2)), DataInfo(64, "levels", LEVELS)])
 def test_labels_on_other_data_than_digits_leave_the_rest_of_the_run(run: Callable[..., Any], info: DataInfo) -> None:
     parts = [rows(n, info.dim) for n in (100, 20, 50)]
-    labels = tuple((x[:, 0] > 1).long() for x in parts)
-    found = run(sampling(), Task("labelled", "", info, *parts, labels=labels))["rows"]  # type: ignore[arg-type]
+    found = run(sampling(), labelled("labelled", info, *parts))["rows"]
     assert (found["c2st"]["status"], found["nll"]["status"]) == ("ok", "ok")
     for metric in FEATURE_METRICS:
         assert found[metric]["status"] == "n/a: there is no classifier for these data; its images are 8x8, in levels"
@@ -479,8 +483,7 @@ def test_labels_on_other_data_than_digits_leave_the_rest_of_the_run(run: Callabl
 def test_few_test_rows_have_a_reason_in_place_of_sample_metrics(run: Callable[..., Any]) -> None:
     info = DataInfo(64, "levels", LEVELS, (8, 8))
     parts = [rows(n, 64) for n in (100, 20, 3)]
-    labels = tuple((x[:, 0] > 1).long() for x in parts)
-    found = run(sampling(), Task("few", "", info, *parts, labels=labels))["rows"]  # type: ignore[arg-type]
+    found = run(sampling(), labelled("few", info, *parts))["rows"]
     assert found["nll"]["status"] == "ok"
     assert found["c2st"]["status"].startswith("n/a: c2st needs two sets (n, D) with n >= 5")
     assert found["recall"]["status"].startswith("n/a: ")
@@ -564,7 +567,8 @@ def test_run_without_any_finite_validation_loss_ends_in_one_line(values: list[fl
 def test_the_model_that_regresses_on_the_true_score_is_refused_where_nobody_knows_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    table = Task("table", "", DataInfo(2, "continuous"), *[torch.randn(20, 2, generator=gen())] * 3)
+    x = torch.randn(20, 2, generator=gen())
+    table = Task("table", "", DataInfo(2, "continuous"), x, x, x)
     assert make_spec("sm-explicit", "two-moons").preprocessing == "none"
     for task in (table, TABLE):
         monkeypatch.setattr("replicate.runs.spec.load_task", lambda name, seed=0, task=task: task)
