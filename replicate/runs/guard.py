@@ -1,7 +1,7 @@
 """Check what a model answers, once, where it enters the suite.
 
 A wrong shape need not raise: values (n, 1) against (n,) broadcast to (n, n) and give another number. So each method of
-the contract is checked at every call for type, shape and dtype, which costs about a microsecond and reads no value.
+the contract is checked at every call for type, shape and dtype, which costs a few microseconds and reads no value.
 """
 
 from __future__ import annotations
