@@ -25,6 +25,10 @@ class TrainingError(RuntimeError):
     """Training cannot continue: the loss is not a number."""
 
 
+class ModelError(RuntimeError):
+    """A model breaks its contract; the message has the method, what it returned and what is expected."""
+
+
 class NotANumber(RuntimeError):
     """A measurement came out as nan or infinity."""
 

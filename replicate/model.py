@@ -317,7 +317,8 @@ class ModelEntry:
             "bits"), task name, or "TASK@PROFILE"; applied in that order.
         needs_image: build raises ValueError on data without rows and columns.
         needs_density: build also gets density=task.density (None where the truth is not known, if the model lists
-            that domain), and the model sees the data without preprocessing.
+            that domain; one that lists none runs only where it is known), and the model sees the data without
+            preprocessing.
         later: parameters that came after the model's first committed runs, each with the value that computes what these
             runs did. At that value a parameter is left out of the spec, so that it gives no earlier run another id.
     """

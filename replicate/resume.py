@@ -207,6 +207,19 @@ def resumable(name: str, steps: int, state: State) -> Iterator[int]:
     return journal.loop(name, steps, state)
 
 
+@contextmanager
+def may_fail() -> Iterator[None]:
+    """Inside, an error that is caught outside ends no loop: a run that resumes repeats them, and fails the same way."""
+    journal = _JOURNAL.get()
+    first = journal._next if journal else 0
+    try:
+        yield
+    except Exception:
+        if journal:
+            journal.ended = {at: entry for at, entry in journal.ended.items() if at < first}
+        raise
+
+
 def abandon_loop() -> None:
     """Forget the loop that runs now, before an error leaves it that the run may handle."""
     if (journal := _JOURNAL.get()) is not None:

@@ -23,6 +23,7 @@ class SDE(ABC):
         t_min: the time of the data; above 0 where sigma(0) = 0.
         t_max: the horizon, where x_t is N(0, prior_std^2 I) for every practical purpose.
         prior_std: standard deviation of that Gaussian.
+        dtype: of its samples, which are drawn in single precision.
 
     Example:
         The variance exploding SDE keeps the data and adds noise, here from 0.01 to 10 in geometric progression:
@@ -35,6 +36,7 @@ class SDE(ABC):
     t_min: float
     t_max: float = 1.0
     prior_std: float = 1.0
+    dtype: torch.dtype = torch.float32
 
     @abstractmethod
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +65,7 @@ class SDE(ABC):
 
     def prior_sample(self, n: int, dim: int, generator: torch.Generator) -> Tensor:
         """Draw n samples (n, dim) of the distribution at t_max."""
-        return self.prior_std * torch.randn(n, dim, generator=generator, device=generator.device)
+        return (self.prior_std * torch.randn(n, dim, generator=generator, device=generator.device)).to(self.dtype)
 
     def prior_log_prob(self, x: Tensor) -> Tensor:
         """Return the log density in nats (n,) of x (n, D) under the distribution at t_max."""

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from replicate.errors import ModelError, NotANumber, TimeLimit
 from replicate.likelihood.estimator import CHUNK, log_likelihood
 from replicate.metrics.classifier import c2st
 from replicate.metrics.divergences import fisher_divergence, kl
@@ -24,13 +25,19 @@ from replicate.metrics.features import TASKS as IMAGES
 from replicate.metrics.quality import FEATURE_METRICS, feature_metrics
 from replicate.metrics.samples import DISTANCES, mode_weight_error
 from replicate.model import Estimate, LogLikelihood, Model
+from replicate.resume import may_fail
 from replicate.runs.effort import Evaluation
 from replicate.runs.seeds import Streams, stream_seed
 from replicate.sampling.langevin import Chain, mala, ula
 from replicate.tasks.base import Density, Task
+from replicate.validation import harmless
 
 #: Langevin paths that the report draws
 PATHS = 12
+#: characters of a reason that come from elsewhere
+REASON = 300
+#: the method that gives log p, by the capability that is used first
+LOG_P = {"log_prob": "log_prob", "importance_weights": "log_weights", "energy": "energy", "diffusion": "score_at"}
 
 
 @dataclass(frozen=True)
@@ -57,11 +64,40 @@ class Measurement:
 
 
 Measurements = Iterator[Measurement]
+T = TypeVar("T")
 
 
 def na(metric: str, reason: str) -> Measurement:
     """Return a metric that this model does not have, with the reason."""
-    return Measurement(metric, None, f"n/a: {reason}")
+    return Measurement(metric, None, f"n/a: {one_line(reason) or 'the model gives no reason'}")
+
+
+def one_line(text: object) -> str:
+    """Return text from elsewhere as one short line that is safe in a terminal."""
+    return harmless(" ".join(str(text).split()))[:REASON]
+
+
+def measured(metric: str, compute: Callable[[], Estimate]) -> Measurement:
+    """Return what is computed, or the reason why these samples have no such number."""
+    try:
+        return Measurement(metric, compute())
+    except ValueError as reason:  # too few of them, say
+        return na(metric, str(reason))
+
+
+def attempted(sample: Callable[[], T]) -> tuple[T | None, str]:
+    """Return sample() and "", or None and the reason where the sampler failed; limits of the machine are no reason."""
+    try:
+        with may_fail():
+            return sample(), ""
+    except (TimeLimit, MemoryError, OSError, torch.OutOfMemoryError):
+        raise
+    except ModelError as error:
+        return None, str(error)
+    except Exception as error:
+        if "allocate memory" in str(error):  # torch's on a CPU has no type of its own
+            raise
+        return None, f"the sampler raised {type(error).__name__}: {error}"
 
 
 def count(metric: str, value: float, unit: str) -> Measurement:
@@ -117,10 +153,31 @@ class Evaluator:
         half_width = 2 * density.half_width if self.task.info.dim == 2 else None
         return log_likelihood(self.model, x, effort, generator, half_width)
 
+    def _require_finite(self, values: Tensor, x: Tensor, metric: str, method: str) -> None:
+        """Check a model's answers (n,) or (n, D) at the first rows x (n, D) of the test split.
+
+        Raises:
+            NotANumber: one of them is nan or infinite.
+        """
+        bad = (~values.isfinite()).reshape(len(x), -1).any(1).nonzero().flatten().tolist()
+        if bad:
+            row, name = x[bad[0]], type(getattr(self.model, "inner", self.model)).__name__
+            raise NotANumber(
+                f"{metric} is no number: {name}.{method} gives nan or infinity at row {bad[0]} of the test split "
+                f"({len(bad)} of {len(x)} rows), where x is between {float(row.min()):g} and {float(row.max()):g}; "
+                "look there for an overflow, a logarithm of 0 or a division by 0"
+            )
+
+    def _test_likelihood(self, x: Tensor) -> LogLikelihood:
+        found = self._log_likelihood(x)
+        has = getattr(self.model, "inner", self.model).capabilities
+        self._require_finite(found.values, x, "nll", next((m for c, m in LOG_P.items() if c in has), "energy"))
+        return found
+
     def _density_likelihood(self, truth: Density) -> Measurements:
         x = self.task.test[: self.settings.test_points].to(self.device)
         try:
-            log_q = self._log_likelihood(x)
+            log_q = self._test_likelihood(x)
         except NotImplementedError as reason:
             yield from (na(metric, str(reason)) for metric in ("nll", "kl"))
         else:
@@ -133,18 +190,26 @@ class Evaluator:
             yield na("fisher_divergence", "the model has no score")
         else:
             scores = torch.cat([self.model.score(part).detach() for part in x.split(CHUNK)])
+            self._require_finite(scores, x, "fisher_divergence", "score")
             yield Measurement("fisher_divergence", fisher_divergence(scores, truth.score(x)))
 
     def _density_samples(self, truth: Density) -> Measurements:
-        if "sample" not in self.model.capabilities:
-            names = (*DISTANCES, "mode_weight_error", "sample_ms", "nfe")
-            yield from (na(metric, "the model has no sampler of its own") for metric in names)
+        n = self.settings.samples
+        found, reason = self._drawn(n)
+        if found is None:
+            yield from (na(metric, reason) for metric in (*DISTANCES, "mode_weight_error", "sample_ms", "nfe"))
             return
-        n, generator = self.settings.samples, self.streams.fresh("sample")
-        x, seconds = timed(self.device, lambda: self.model.sample(n, generator).detach())
+        x, seconds = found
         yield from self._sample_quality(truth, x, "")
         yield count("sample_ms", 1000 * seconds / n, "milliseconds")
         yield count("nfe", self.model.nfe, "network evaluations")
+
+    def _drawn(self, n: int) -> tuple[tuple[Tensor, float] | None, str]:
+        """Draw n samples by the model's own sampler; return them with the seconds, or None and the reason."""
+        if "sample" not in self.model.capabilities:
+            return None, "the model has no sampler of its own"
+        generator = self.streams.fresh("sample")
+        return attempted(lambda: timed(self.device, lambda: self.model.sample(n, generator).detach()))
 
     def _sample_quality(self, truth: Density, x: Tensor, suffix: str) -> Measurements:
         reference = self.task.test.to(self.device)
@@ -153,7 +218,7 @@ class Evaluator:
             yield from (na(m + suffix, "the sampler diverged") for m in (*DISTANCES, "mode_weight_error"))
             return
         for metric, distance in DISTANCES.items():
-            yield Measurement(metric + suffix, distance(x[:m], reference[:m]))
+            yield measured(metric + suffix, partial(distance, x[:m], reference[:m]))
         weights = truth.mode_weights()
         if weights is None:
             yield na("mode_weight_error" + suffix, "the truth has no modes")
@@ -166,7 +231,7 @@ class Evaluator:
         """Draw Langevin's start: a centred Gaussian as wide as the data, which ignores the modes' weights."""
         generator = self.streams.fresh("langevin-start")
         z = torch.randn((chains, self.task.info.dim), generator=generator, device=self.device)
-        return z * float(self.task.train.square().mean().sqrt())
+        return z.to(self.task.train.dtype) * float(self.task.train.square().mean().sqrt())
 
     def _given(self, truth: Density, chains: int) -> tuple[Tensor, int, float, torch.Generator]:
         """Return the start, steps, step size (a fifth of the narrowest variance biases it by 5 %) and generator."""
@@ -194,7 +259,12 @@ class Evaluator:
             yield from self._sampler(truth, name, partial(sample, chains, self.streams.fresh(f"sample-{name}")))
 
     def _sampler(self, truth: Density, name: str, sample: Callable[[], Chain | tuple[Tensor, int]]) -> Measurements:
-        found, seconds = timed(self.device, sample)
+        drawn, reason = attempted(partial(timed, self.device, sample))
+        if drawn is None:
+            names = (*DISTANCES, "mode_weight_error", "nfe", "sample_ms")
+            yield from (na(f"{metric}:{name}", reason) for metric in names)
+            return
+        found, seconds = drawn
         x, nfe = (found.samples, found.nfe) if isinstance(found, Chain) else found
         yield from self._sample_quality(truth, x.detach(), f":{name}")
         yield count(f"nfe:{name}", nfe, "network evaluations")
@@ -205,7 +275,7 @@ class Evaluator:
     def _data_likelihood(self) -> Measurements:
         x = self.task.test.to(self.device)
         try:
-            log_p = self._log_likelihood(x)
+            log_p = self._test_likelihood(x)
         except NotImplementedError as reason:
             yield from (na(metric, str(reason)) for metric in ("nll", "bits_per_dim"))
             return
@@ -217,35 +287,55 @@ class Evaluator:
 
     def _data_samples(self) -> Measurements:
         names = ("c2st", *FEATURE_METRICS, "sample_ms", "nfe")
-        if "sample" not in self.model.capabilities:
-            yield from (na(metric, "the model has no sampler of its own") for metric in names)
-            return
         n, test = self.settings.data_samples, self.task.test.to(self.device)
-        generator = self.streams.fresh("sample")
-        x, seconds = timed(self.device, lambda: self.model.sample(n, generator).detach())
-        if not bool(torch.isfinite(x).all()):
-            yield from (na(metric, "the sampler diverged") for metric in names)
+        found, reason = self._drawn(n)
+        reason = reason or self._unusable(found[0] if found else test)
+        if found is None or reason:
+            yield from (na(metric, reason) for metric in names)
             return
+        x, seconds = found
         m = min(n, len(test))
-        yield Measurement("c2st", c2st(x[:m], test[:m], self.streams.fresh("c2st")))
+        yield measured("c2st", lambda: c2st(x[:m], test[:m], self.streams.fresh("c2st")))
+        yield from self._features(x, test)
+        yield count("sample_ms", 1000 * seconds / n, "milliseconds")
+        yield count("nfe", self.model.nfe, "network evaluations")
+
+    def _unusable(self, x: Tensor) -> str:
+        """Return why samples (n, D) of data cannot be measured, or ""."""
+        if not bool(torch.isfinite(x).all()):
+            return "the sampler diverged"
+        top = (self.task.info.levels or 2) - 1
+        wrong = (x != x.round()) | (x < 0) | (x > top)
+        if self.task.info.domain == "continuous" or not bool(wrong.any()):
+            return ""
+        return f"the sampler gives values that are none of the levels 0 to {top}, such as {float(x[wrong][0]):g}"
+
+    def _features(self, x: Tensor, test: Tensor) -> Measurements:
+        """Measure samples x (n, D) in the features of a classifier of the task's labels."""
+        reason, info = "", self.task.info
         if self.task.labels is None:
-            yield from (na(m, "there are no labels to train a classifier's features on") for m in FEATURE_METRICS)
+            reason = "there are no labels to train a classifier's features on"
+        elif self.task.name not in IMAGES and not (info.image == (DIGITS.side, DIGITS.side) and info.levels):
+            reason = f"there is no classifier for these data; its images are {DIGITS.side}x{DIGITS.side}, in levels"
         else:
             classifier = task_features(self.task)
             self.classifiers[self.task.name] = classifier.sha256
             fake, real = classifier.features(x.cpu()), classifier.features(test.cpu())
-            yield from (Measurement(name, e) for name, e in feature_metrics(real, fake).items())
-        yield count("sample_ms", 1000 * seconds / n, "milliseconds")
-        yield count("nfe", self.model.nfe, "network evaluations")
+            try:
+                yield from (Measurement(name, e) for name, e in feature_metrics(real, fake).items())
+            except ValueError as few:
+                reason = str(few)
+        if reason:
+            yield from (na(metric, reason) for metric in FEATURE_METRICS)
 
     # -- what the report draws
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return maps, samples and paths for the report; of one seed only, since they are pictures."""
         out: dict[str, np.ndarray] = {}
-        if "sample" in self.model.capabilities:
-            n = 100 if self.task.density is None else 1_000
-            out["samples"] = self.model.sample(n, self.streams.fresh("sample")).detach().cpu().numpy()
+        drawn, _ = self._drawn(100 if self.task.density is None else 1_000)
+        if drawn is not None:
+            out["samples"] = drawn[0].cpu().numpy()
         if self.task.density is None:
             out["levels"] = np.asarray(self.task.info.levels)
             out["reference_samples"] = self.task.test[:100].numpy()
@@ -288,10 +378,11 @@ def task_features(task: Task) -> FeatureClassifier:
 
 def digit_features(task: Task) -> FeatureClassifier:
     """Return the feature classifier of 8x8 digits, trained once per process under a fixed seed."""
-    if task.name not in _FEATURES:
+    key = f"{task.name} {task.sha256()}"  # the folds of a task have one name and other rows
+    if key not in _FEATURES:
         assert task.labels is not None
         assert task.info.levels is not None
         seed = stream_seed(task.name, "features") % 2**31
         design = replace(DIGITS, white=task.info.levels - 1)  # digits-binary are digits too
-        _FEATURES[task.name] = FeatureClassifier.train(design, task.train, task.labels[0], seed)
-    return _FEATURES[task.name]
+        _FEATURES[key] = FeatureClassifier.train(design, task.train, task.labels[0], seed)
+    return _FEATURES[key]

@@ -16,6 +16,7 @@ from replicate.registry import model_entry
 from replicate.runs.checkpoint import Session
 from replicate.runs.evaluate import Evaluator, Measurement, count, na
 from replicate.runs.experiment import Experiment, Run, pack_examples
+from replicate.runs.guard import guarded
 from replicate.runs.paper import find_experiment
 from replicate.runs.seeds import Streams
 from replicate.runs.spec import PRECISIONS, AnySpec, ExperimentSpec, RunSpec, experiment_spec
@@ -42,11 +43,17 @@ class Findings:
 
 
 def build_model(spec: RunSpec, task: Task, streams: Streams) -> Model:
-    """Build the untrained model behind its preprocessing, its weights drawn from the run's own stream."""
+    """Build the untrained model behind its preprocessing, its weights drawn from the run's own stream.
+
+    Raises:
+        ModelError: what was built is no model, or not the one that it declares.
+    """
     entry = model_entry(spec.model)
     extra = {"density": task.density} if entry.needs_density else {}
     with streams.initialisation():
-        model = entry.build(task.info, **{**entry.later, **spec.params}, **extra)
+        model = guarded(entry.build(task.info, **{**entry.later, **spec.params}, **extra), task.info)
+    if not hasattr(model, "family"):
+        type(model).family = entry.family
     return model if spec.preprocessing == "none" else Preprocessed(model, task.info, spec.preprocessing)
 
 

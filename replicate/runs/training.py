@@ -1,6 +1,7 @@
 """The one training loop of every gradient-trained model; a killed run resumes within it."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from replicate.errors import TrainingError
+from replicate.errors import ModelError, TrainingError
 from replicate.model import Model, Training
 from replicate.resume import State, abandon_loop, resumable
 from replicate.runs.seeds import Streams
@@ -122,7 +123,8 @@ def train(
         redraw: draws the model's input from rows of the training data, afresh for every batch (`Task.redraw`).
 
     Raises:
-        TrainingError: the loss became nan or infinite.
+        TrainingError: the loss became nan or infinite, or no validation loss was a number.
+        ModelError: the loss does not depend on the weights.
     """
     watch = Stopwatch()
     model.train()
@@ -148,7 +150,7 @@ def train(
             group["lr"] = learning_rate(step, settings)
         loss = model.loss(draw(train_data[batches.draw()]), noise)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        _backward(model, loss, parameters if step == 0 else ())
         if settings.grad_clip:
             torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
         optimizer.step()
@@ -166,12 +168,35 @@ def train(
         if last:
             if state["best"] is not None:
                 model.load_state_dict(state["best"])
+            elif settings.validate_every:
+                abandon_loop()
+                raise TrainingError(
+                    "no validation loss was a finite number; lower lr, set grad_clip or look at the data"
+                )
             else:
                 swap(parameters, state["average"])
                 state["best_step"] = settings.steps
             state |= {"optimizer": None, "average": None, "best": None}  # later checkpoints need not carry them
     model.eval()
     return History(state["train"], state["valid"], state["best_step"], watch.seconds)
+
+
+def _backward(model: Model, loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+    """Differentiate the loss; with parameters, check that one of them has a gradient.
+
+    Raises:
+        ModelError: it does not depend on the weights, so that training would change nothing.
+    """
+    if loss.requires_grad:
+        loss.backward()
+        if not parameters or any(p.grad is not None for p in parameters):
+            return
+    abandon_loop()
+    name = type(getattr(model, "inner", model)).__name__
+    raise ModelError(
+        f"{name}.loss returned a loss that does not depend on the weights; compute it without detach, "
+        "no_grad and .data, from parameters that the model registers"
+    )
 
 
 def _log(state: State, step: int) -> None:
@@ -192,12 +217,18 @@ def _log(state: State, step: int) -> None:
 def _select(
     state: State, step: int, model: Model, parameters: Sequence[nn.Parameter], validate: Callable[[], float]
 ) -> None:
-    """Validate the weights, or their moving average, and keep them if they are the best."""
+    """Validate the weights, or their moving average, and keep them if they are the best.
+
+    A loss that is no finite number says nothing about the weights: it is neither recorded nor selected.
+    """
     model.eval()
     swap(parameters, state["average"])
     value = validate()
-    state["valid"].append((step, value))
-    if value < state["best_value"]:
+    if math.isfinite(value):
+        state["valid"].append((step, value))
+    else:
+        print(f"the validation loss is {value} at step {step}: these weights are not selected", file=sys.stderr)
+    if math.isfinite(value) and value < state["best_value"]:
         state["best_value"], state["best_step"] = value, step
         state["best"] = {k: v.clone() for k, v in model.state_dict().items()}
     swap(parameters, state["average"])

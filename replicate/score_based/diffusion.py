@@ -13,6 +13,7 @@ is an MLP preconditioned by the data's Gaussian fit; samples come from the proba
 """
 
 import math
+from copy import copy
 from inspect import signature
 from typing import Any, Literal
 
@@ -138,15 +139,22 @@ class DiffusionModel(Model):
         return scale[:, None] * self.score_at(scale[:, None] * x, t)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        chain = probability_flow(self.score_at, self.sde, n, self.dim, self.sample_steps, generator, denoise=True)
+        chain = probability_flow(self.score_at, self._sde(), n, self.dim, self.sample_steps, generator, denoise=True)
         return chain.samples
+
+    def _sde(self) -> SDE:
+        """Return the SDE, whose prior samples have the dtype of the weights."""
+        sde = copy(self.sde)
+        sde.dtype = self.net.last.weight.dtype
+        return sde
 
     def samplers(self) -> dict[str, Sampler]:
         """Return predictor-corrector sampling (2011.13456, algorithm 1) at about the same number of evaluations."""
 
         def corrected(n: int, generator: torch.Generator) -> tuple[Tensor, int]:
             corrector = Corrector(1, CORRECTOR_SNR)
-            chain = predictor_corrector(self.score_at, self.sde, (n, self.dim), self.sample_steps, corrector, generator)
+            shape, sde = (n, self.dim), self._sde()
+            chain = predictor_corrector(self.score_at, sde, shape, self.sample_steps, corrector, generator)
             return chain.samples, chain.nfe
 
         return {"pc": corrected}

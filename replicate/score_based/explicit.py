@@ -45,5 +45,6 @@ SM_EXPLICIT = replace(
     SM_IMPLICIT,
     about="explicit score matching against the true score",
     build=partial(build, ExplicitModel),
+    domains=frozenset(),  # none without its density
     needs_density=True,
 )

@@ -85,6 +85,7 @@ class NCSN(Model):
 
     def _annealed(self, n: int, generator: torch.Generator, denoise: bool) -> tuple[Tensor, int]:
         start = self.sigmas[0] * torch.randn(n, self.dim, generator=generator, device=generator.device)
+        start = start.to(self.sigmas.dtype)
         eps = self.step_size * float(self.sigmas[-1]) ** 2
         chain = annealed_langevin(
             self.score_at_level, self.sigmas, start, self.steps_per_level, eps, generator, denoise

@@ -39,6 +39,7 @@ class ScoreModel(Model):
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         start = START_STD * torch.randn(n, self.dim, generator=generator, device=generator.device)
+        start = start.to(next(self.net.parameters()).dtype)
         return ula(self.net, start, self.nfe, self.step_size, generator).samples
 
 

@@ -57,6 +57,7 @@ def unsupported(entry: ModelEntry, task: Task) -> str | None:
         return "it needs a task whose true density is known"
     if entry.needs_image and task.info.image is None:
         return "it needs images"
-    if domain in entry.domains or "continuous" in entry.domains:
+    known = task.density is not None and entry.needs_density and not entry.domains
+    if known or domain in entry.domains or "continuous" in entry.domains:
         return None
     return f"it supports only {' and '.join(sorted(entry.domains))}, and the data are {domain}"
