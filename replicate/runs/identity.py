@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import Distribution, EntryPoint
+from importlib.metadata import Distribution, EntryPoint, version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from replicate.validation import harmless
 GROUPS: Mapping[str, EntryPoints[Any]] = {"model": MODELS, "task": TASKS, "paper": PAPERS}
 #: what of a package is its code
 CODE = (".py", ".toml", ".so", ".pyd")
+
+#: a line of a module that imports
+_IMPORT = re.compile(rb"^[ \t]*(?:from|import)[ \t]+([\w., \t]+)", re.MULTILINE)
 
 #: of a plug-in: package, version, sha256
 Identity = dict[str, str]
@@ -72,10 +76,10 @@ def identify(point: EntryPoint) -> Identity:
     """Return the package of an entry point, its version, and the sha256 of its sources on disk now."""
     files = _sources(point)
     digest = hashlib.sha256(f"{point.value} {digest_of(files)}".encode()).hexdigest() if files else UNKNOWN
-    package, version = UNKNOWN, UNKNOWN
+    name, number = UNKNOWN, UNKNOWN
     with suppress(Exception):  # metadata that is missing or damaged
-        package, version = str(point.dist.name), str(point.dist.version)  # type: ignore[union-attr]
-    return {"package": harmless(package), "version": harmless(version), "sha256": digest}
+        name, number = str(point.dist.name), str(point.dist.version)  # type: ignore[union-attr]
+    return {"package": harmless(name), "version": harmless(number), "sha256": digest}
 
 
 def checkpoint_source(spec: AnySpec) -> str:
@@ -83,8 +87,6 @@ def checkpoint_source(spec: AnySpec) -> str:
 
     The libraries count too, except by the kind of their build: a record names one version of each.
     """
-    from importlib.metadata import version
-
     found = plug_ins(spec)
     if any(one["sha256"] == UNKNOWN for one in found.values()):
         return ""
@@ -121,7 +123,11 @@ def _words(identity: Any) -> str:
 
 
 def _sources(point: EntryPoint) -> dict[str, Path]:
-    """Return the code of the package that an entry point came from, by the names that a wheel has for it."""
+    """Return the code of the package that an entry point came from, by the names that a wheel has for it.
+
+    What it imports from its own folder counts too, where that is no folder of many packages: an editable install does
+    not say what lies there.
+    """
     found = _package(point.module)
     if point.dist is not None:
         for name in (point.dist.read_text("top_level.txt") or "").split():
@@ -129,6 +135,29 @@ def _sources(point: EntryPoint) -> dict[str, Path]:
         listed = _listed(point.dist)
         if listed.keys() & found.keys():  # an editable install lists only what leads to the sources
             found |= listed
+    new = found
+    while new:
+        new = {name: path for name, path in _beside(new).items() if name not in found}
+        found = found | new
+    return found
+
+
+def _beside(files: Mapping[str, Path]) -> dict[str, Path]:
+    """Return the code of the packages that some code imports from the folder in which its own package lies."""
+    found: dict[str, Path] = {}
+    for name, path in files.items():
+        root = path.parents[name.count("/")]
+        if path.suffix != ".py" or len([*root.glob("*.dist-info")]) > 1:
+            continue
+        lines = (line.group(1).decode().split(" import ")[0] for line in _IMPORT.finditer(path.read_bytes()))
+        imported = {
+            module.split(".")[0].split()[0] for line in lines for module in line.split(",") if module.strip(". ")
+        }
+        for module in sorted(imported - {*PACKAGES, name.split("/")[0].removesuffix(".py")}):
+            if (root / module).is_dir():
+                found |= _folder(module, root / module)
+            elif (root / f"{module}.py").is_file():
+                found[f"{module}.py"] = root / f"{module}.py"
     return found
 
 
@@ -153,18 +182,21 @@ def _package(module: str) -> dict[str, Path]:
         if spec is None:
             return {}
         if spec.origin is not None:
-            return dict(_files(parts[:n], Path(spec.origin), spec.submodule_search_locations))
-    return {}
-
-
-def _files(parts: list[str], origin: Path, folders: list[str] | None) -> Iterator[tuple[str, Path]]:
-    """Iterate over the code of a package by its folders, of a module by its file, of either in an archive by that."""
-    if not origin.is_file():
-        yield from ((p.name, p) for p in origin.parents if p.is_file())
-    elif folders is None:
-        yield "/".join([*parts[:-1], origin.name]), origin
+            break
     else:
-        for folder in map(Path, folders):
-            for path in folder.rglob("*"):
-                if path.suffix in CODE and path.is_file():
-                    yield "/".join([*parts, path.relative_to(folder).as_posix()]), path
+        return {}
+    origin = Path(spec.origin)
+    if not origin.is_file():  # in an archive, which then is the file, or in the interpreter
+        return {path.name: path for path in origin.parents if path.is_file()}
+    if spec.submodule_search_locations is None:
+        return {"/".join([*parts[: n - 1], origin.name]): origin}
+    found: dict[str, Path] = {}
+    for folder in spec.submodule_search_locations:
+        found |= _folder("/".join(parts[:n]), Path(folder))
+    return found
+
+
+def _folder(name: str, folder: Path) -> dict[str, Path]:
+    """Return the code below a folder by its name in a package."""
+    files = (path for path in folder.rglob("*") if path.suffix in CODE and path.is_file())
+    return {f"{name}/{path.relative_to(folder).as_posix()}": path for path in files}
