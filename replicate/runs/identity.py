@@ -69,13 +69,19 @@ def remember_plug_ins() -> None:
 
 def is_own(point: EntryPoint) -> bool:
     """Return whether an entry point names one of the suite's own modules, which have one hash for all."""
-    return point.module.partition(".")[0] in PACKAGES
+    return _module(point).partition(".")[0] in PACKAGES
+
+
+def _module(point: EntryPoint) -> str:
+    return point.value.partition(":")[0].strip()  # `EntryPoint.module` raises where the value is none
 
 
 def identify(point: EntryPoint) -> Identity:
     """Return the package of an entry point, its version, and the sha256 of its sources on disk now."""
-    files = _sources(point)
-    digest = hashlib.sha256(f"{point.value} {digest_of(files)}".encode()).hexdigest() if files else UNKNOWN
+    digest = UNKNOWN
+    with suppress(OSError):  # a file that cannot be read
+        if files := _sources(point):
+            digest = hashlib.sha256(f"{point.value} {digest_of(files)}".encode()).hexdigest()
     name, number = UNKNOWN, UNKNOWN
     with suppress(Exception):  # metadata that is missing or damaged
         name, number = str(point.dist.name), str(point.dist.version)  # type: ignore[union-attr]
@@ -128,7 +134,7 @@ def _sources(point: EntryPoint) -> dict[str, Path]:
     What it imports from its own folder counts too, where that is no folder of many packages: an editable install does
     not say what lies there.
     """
-    found = _package(point.module)
+    found = _package(_module(point))
     if point.dist is not None:
         for name in (point.dist.read_text("top_level.txt") or "").split():
             found |= _package(name)
@@ -177,7 +183,7 @@ def _package(module: str) -> dict[str, Path]:
     for n in range(1, len(parts) + 1):
         try:
             spec = importlib.util.find_spec(".".join(parts[:n]))
-        except (ImportError, ValueError, AttributeError):
+        except Exception:  # an importer may be a plug-in's own
             return {}
         if spec is None:
             return {}

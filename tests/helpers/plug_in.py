@@ -53,6 +53,12 @@ def write_plug_in(folder: Path) -> None:
     (about / "entry_points.txt").write_text("[replicate.models]\nplugged = plugged_model:ENTRY\n")
 
 
+def edit_loss(folder: Path) -> None:
+    """Make another program of it, of the same length."""
+    path = folder / "plugged_model.py"
+    path.write_text(path.read_text().replace("LOSS = 1.0", "LOSS = 2.0"))
+
+
 @contextmanager
 def plugged(folder: Path) -> Iterator[None]:
     """Inside, this process finds and imports the plug-ins of a folder as a fresh one would."""

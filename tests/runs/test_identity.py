@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.plug_in import FAILING, plugged, write_plug_in
+from helpers.plug_in import FAILING, edit_loss, plugged, write_plug_in
 
 from replicate.errors import UsageError
 from replicate.registry import MODELS
@@ -220,11 +220,6 @@ def called(home: Path, folder: Path) -> dict[str, Any] | None:
         return read_record(folder / spec.run_id())
 
 
-def edit(home: Path) -> None:
-    path = home / "plugged_model.py"
-    path.write_text(path.read_text().replace("LOSS = 1.0", "LOSS = 2.0"))
-
-
 @pytest.mark.parametrize("edited", [True, False])
 def test_no_checkpoint_of_other_code_is_used(
     home: Path, edited: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -233,7 +228,7 @@ def test_no_checkpoint_of_other_code_is_used(
     assert called(home, tmp_path) is None
     monkeypatch.delenv(FAILING)
     if edited:
-        edit(home)
+        edit_loss(home)
     record = called(home, tmp_path)
     assert record is not None
     assert len(record["provenance"]["sittings"]) == (1 if edited else 2)
@@ -256,7 +251,7 @@ def test_no_record_of_other_code_is_used(home: Path, edited: bool, tmp_path: Pat
     (tmp_path / "results/records.jsonl").write_text(json.dumps(record) + "\n")
     pack_runs(root, "smoke", tmp_path / "slice.zip")
     if edited:
-        edit(home)
+        edit_loss(home)
     with plugged(home):
         spec = make_spec("plugged", "two-gaussians", profile="smoke")
         assert sweep.open() == "resuming the unfinished sweep"  # the suite's own runs are what they were
@@ -276,7 +271,7 @@ def test_no_record_of_other_code_is_used(home: Path, edited: bool, tmp_path: Pat
 def test_a_process_keeps_the_identity_of_what_it_imported(home: Path) -> None:
     spec = make_spec("plugged", "two-gaussians", profile="smoke")
     before = plug_ins(spec), checkpoint_source(spec)
-    edit(home)
+    edit_loss(home)
     assert (plug_ins(spec), checkpoint_source(spec)) == before
     with plugged(home):
         assert checkpoint_source(spec) != before[1]
@@ -306,7 +301,7 @@ def test_a_checkpoint_is_of_the_libraries_too_but_not_of_their_build(
 
 def test_workers_with_another_plug_in_differ_and_those_whose_git_is_silent_do_not(home: Path) -> None:
     before = cluster.versions("cpu")
-    edit(home)
+    edit_loss(home)
     (line,) = cluster.differences(cluster.versions("cpu"), before)  # a worker's children import what is there now
     assert line.startswith("plug-in model:plugged plugged 0.1 of sources ")
     silent = {**before, "commit": "unknown", "uncommitted changes": "unknown"}
