@@ -30,7 +30,7 @@ class Plugged(Model):
         self.theta, self.steps = torch.nn.Parameter(torch.zeros(2)), 0
 
     def loss(self, batch, generator):
-        self.steps += 1
+        self.steps += len(batch) == 32  # not where it is validated
         if self.steps == 10 and os.environ.get("PLUGGED_MODEL_FAILS"):
             raise RuntimeError("interrupted")
         return LOSS * (batch - self.theta).square().sum(1).mean()
