@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from replicate.resume import Journal, State
+from replicate.runs.identity import checkpoint_source, plug_ins
 from replicate.runs.limits import Limits
-from replicate.runs.provenance import device_name, provenance, source_version, stamp
+from replicate.runs.provenance import device_name, provenance, stamp
 from replicate.runs.spec import AnySpec
 from replicate.runs.store import write_atomic
 
@@ -122,7 +123,9 @@ class Checkpoints:
             try:
                 found = unpack(path.read_bytes())
                 if found["head"] != self.head:
-                    raise ValueError("it belongs to another spec or another version of the code")
+                    raise ValueError(
+                        "it belongs to another spec or another version of the code, of a plug-in or of a library"
+                    )
                 return found["state"]
             except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
                 print(f"{path.name} of run {self.head['run_id']} is not used: {error}", file=sys.stderr)
@@ -140,7 +143,11 @@ class Session:
 
     def __init__(self, spec: AnySpec, folder: Path | None, device: torch.device, limits: Limits) -> None:
         self.device, self.started, self._begin = device, time.time(), time.monotonic()
-        self.checkpoints = Checkpoints(folder, spec.run_id(), "+".join(source_version()))
+        self.plug_ins, source = plug_ins(spec), checkpoint_source(spec)
+        provenance(device)  # which code this is, is asked before the first step
+        if not source:
+            print("the sources of a plug-in cannot be found: this run keeps no checkpoints", file=sys.stderr)
+        self.checkpoints = Checkpoints(folder if source else None, spec.run_id(), source)
         saved = self.checkpoints.read()
         self.before: list[dict[str, Any]] = saved["sittings"] if saved else []
         self.journal = Journal(self._write, saved["journal"] if saved else None, limits.checkpoint_every)
@@ -174,5 +181,6 @@ class Session:
         sessions = [*self.before, self.as_dict()]
         devices = list(dict.fromkeys(s["device"] for s in sessions))
         times = {"started": sessions[0]["started"], "finished": stamp(time.time())}
+        plugged = {"plugins": self.plug_ins} if self.plug_ins else {}
         # the key is that of the committed records
-        return {**provenance(self.device), "device": " + ".join(devices), **times, "sittings": sessions}
+        return {**provenance(self.device), "device": " + ".join(devices), **times, "sittings": sessions, **plugged}

@@ -41,8 +41,9 @@ from replicate.errors import ClusterLost, UsageError
 from replicate.runs.child import STDERR, STDERR_TAIL, STOPPED, make_ready
 from replicate.runs.execute import check_data, failure
 from replicate.runs.executor import Listener, RunFolders, outcome
+from replicate.runs.identity import GROUPS, identify, is_own
 from replicate.runs.limits import DEFAULT, Limits
-from replicate.runs.provenance import LIBRARIES, source_sha256, source_version
+from replicate.runs.provenance import LIBRARIES, UNKNOWN, source_sha256, source_version
 from replicate.runs.server import ONE_THREAD
 from replicate.runs.spec import AnySpec, spec_from_dict
 from replicate.runs.store import read_record, write_atomic, write_json
@@ -80,14 +81,18 @@ def versions(device: str) -> dict[str, str]:
     found |= {"Python": platform.python_version(), **{name: metadata.version(name) for name in LIBRARIES}}
     if device == "cuda":
         found["torch"] = found["torch"].partition("+")[0]
-    groups = ("replicate.models", "replicate.tasks", "replicate.papers")
-    owners = [entry.dist for group in groups for entry in metadata.entry_points(group=group)]
-    return found | {f"plug-in {dist.name}": dist.version for dist in owners if dist is not None}
+    points = [(kind, point) for kind, group in GROUPS.items() for point in metadata.entry_points(group=group.group)]
+    plugged = {f"plug-in {kind}:{point.name}": identify(point) for kind, point in points if not is_own(point)}
+    return found | {
+        key: f"{one['package']} {one['version']} of sources {one['sha256'][:12]}" for key, one in plugged.items()
+    }
 
 
 def differences(here: dict[str, str], there: dict[str, str]) -> list[str]:
-    """Return one phrase per difference between two sides, with both values."""
-    names = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    """Return one phrase per difference between two sides, with both values; an unknown commit is no difference."""
+    labels = ("commit", "uncommitted changes")
+    silent = [name for name in labels if UNKNOWN in (here.get(name), there.get(name))]
+    names = [name for name in {**here, **there} if here.get(name) != there.get(name) and name not in silent]
     return [f"{name} {there.get(name) or 'none'} there, {here.get(name) or 'none'} here" for name in names]
 
 

@@ -1,16 +1,21 @@
 """Record where and with what a run was computed, and decide whether another run should repeat it bit for bit.
 
-A record's provenance names the code (commit, what differs from it, the sources' own hash, the lock), the libraries, the
-machine and the settings of the numerical kernels. It holds no name of a host or a user and no path. What cannot change
-while a process lives is asked for once, and a forked child inherits the answer.
+A record's provenance names the code (the sources' own hash, the lock, commit and what differs from it), the libraries,
+the machine and the settings of the numerical kernels. It holds no name of a host or a user and no path. What cannot
+change while a process lives is asked for once, and a forked child inherits the answer.
+
+Two versions of the code are told apart by the hash of their sources (`replicate.runs.identity`). The commit is a label:
+git may be absent, slow or refuse, and knows neither plug-ins nor what it does not track.
 """
 
 import datetime
 import hashlib
 import os
 import platform
+import re
 import resource
 import subprocess
+import sys
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
@@ -19,6 +24,8 @@ from typing import Any
 
 import torch
 from threadpoolctl import threadpool_info
+
+from replicate.validation import harmless
 
 #: raised when keys of a record's provenance are added or change their meaning; records from before it carry none
 FORMAT = 2
@@ -30,6 +37,7 @@ LIBRARIES = ("torch", "numpy", "scipy", "scikit-learn", "POT", "safetensors")
 UNKNOWN = "unknown"
 #: seconds that a question to another program may take
 PATIENCE = 10.0
+_COMMIT = re.compile(r"[0-9a-f]{40,64}")
 
 #: what must be the same for two runs of one spec to have the same bits, in words
 MACHINE = {
@@ -67,33 +75,77 @@ def source_version() -> tuple[str, str]:
     """Return (commit, sha256 of what differs from it except the results; "" for a clean tree).
 
     Both are "unknown" where the packages do not lie in a checkout of their own: the repository around a virtual
-    environment is somebody else's.
+    environment is somebody else's. They are also where git does not answer; standard error then has one line that says
+    why.
     """
-    where = ("--", ".", ":(exclude)results", ":(exclude)README.md")
-
-    def git(*words: str) -> str | None:
-        # without a lock: runs side by side must not be in each other's way, nor in the user's
-        return ask("git", "--no-optional-locks", "-C", str(ROOT), *words)
-
-    status = git("status", "--porcelain=v2", "--branch", *where) if (ROOT / ".git").exists() else None
-    if status is None:
+    if not (ROOT / ".git").exists():
         return UNKNOWN, UNKNOWN
-    lines = status.splitlines()
-    commit = next((line.split()[-1] for line in lines if line.startswith("# branch.oid")), UNKNOWN)
-    changes = "\n".join(line for line in lines if not line.startswith("#"))
-    if changes:
-        changes += git("diff", "HEAD", *where) or ""
+    where = ("--", ".", ":(exclude)results", ":(exclude)README.md")
+    try:
+        lines = _git("status", "--porcelain=v2", "--branch", "--untracked-files=normal", *where).splitlines()
+        commit = next((line.split()[-1] for line in lines if line.startswith("# branch.oid")), "")
+        if not _COMMIT.fullmatch(commit):
+            raise ValueError(f"{ROOT} has no commit yet")
+        changes = "\n".join(line for line in lines if not line.startswith("#"))
+        if changes:
+            changes += _git("diff", "--no-color", "--no-ext-diff", "HEAD", *where)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        print(f"{_why(error)}. The sources are recorded by their sha256 all the same.", file=sys.stderr)
+        return UNKNOWN, UNKNOWN
     return commit, hashlib.sha256(changes.encode()).hexdigest() if changes else ""
+
+
+def _git(*words: str) -> str:
+    """Return what git says about the packages' own checkout.
+
+    Raises:
+        OSError, subprocess.SubprocessError: it is not there, does not answer or refuses.
+    """
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    # no repository but this one: neither that of a hook which called us, nor one around a damaged .git
+    own = {"GIT_CEILING_DIRECTORIES": str(ROOT.parent), "LC_ALL": "C"}
+    # without a lock: runs side by side must not be in each other's way, nor in the user's
+    command = ["git", "--no-optional-locks", "-C", str(ROOT), *words]
+    done = subprocess.run(
+        command, env={**kept, **own}, capture_output=True, text=True, errors="replace", check=True, timeout=PATIENCE
+    )
+    return done.stdout
+
+
+def _why(error: Exception) -> str:
+    """Return in a line why the commit is unknown, and the next step."""
+    said, step = str(error), f"`git -C {ROOT} status` shows more"
+    if isinstance(error, subprocess.TimeoutExpired):
+        said = f"git did not answer in {PATIENCE:g} s"
+    elif isinstance(error, subprocess.CalledProcessError):
+        first = (error.stderr.strip().splitlines() or [f"it ended with code {error.returncode}"])[0]
+        said = f"git refuses ({first})"
+        if "dubious ownership" in first:
+            step = f"`git config --global --add safe.directory {ROOT}` trusts this checkout"
+    elif isinstance(error, OSError):
+        said, step = f"git cannot be started ({error.strerror})", "install it to have records name their commit"
+    return harmless(f"{said}: the commit is recorded as unknown; {step}")
+
+
+def digest_of(files: Mapping[str, Path]) -> str:
+    """Return the sha256 of files, names included."""
+    digest = hashlib.sha256()
+    for name, path in sorted(files.items()):
+        digest.update(f"{hashlib.sha256(path.read_bytes()).hexdigest()} {name}\n".encode())
+    return digest.hexdigest()
 
 
 def source_sha256() -> str:
     """Return the sha256 of the packages' own modules and tables, names included, as they are on disk now."""
-    files = (p for package in PACKAGES for p in (ROOT / package).rglob("*") if p.suffix in (".py", ".toml"))
-    digest = hashlib.sha256()
-    for path in sorted(files, key=lambda p: p.relative_to(ROOT).as_posix()):
-        content = hashlib.sha256(path.read_bytes()).hexdigest()
-        digest.update(f"{content} {path.relative_to(ROOT).as_posix()}\n".encode())
-    return digest.hexdigest()
+    found = (p for package in PACKAGES for p in (ROOT / package).rglob("*") if p.suffix in (".py", ".toml"))
+    # an editor's lock is a link to nowhere
+    return digest_of({path.relative_to(ROOT).as_posix(): path for path in found if path.is_file()})
+
+
+@cache
+def source_here() -> str:
+    """Return the `source_sha256` of what this process imported: that of its first call, soon after the imports."""
+    return source_sha256()
 
 
 def lock_sha256() -> str:
@@ -156,7 +208,7 @@ def stamp(seconds: float) -> str:
 def _code() -> dict[str, Any]:
     """Return the versions of the code that this process runs."""
     commit, dirty = source_version()
-    own = {"commit": commit, "dirty": dirty, "source_sha256": source_sha256(), "lock_sha256": lock_sha256()}
+    own = {"commit": commit, "dirty": dirty, "source_sha256": source_here(), "lock_sha256": lock_sha256()}
     return {**own, "libraries": {name: version(name) for name in LIBRARIES}}
 
 

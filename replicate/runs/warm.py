@@ -2,20 +2,26 @@
 
 import gc
 import os
+from contextlib import redirect_stderr
+from io import StringIO
 
 import torch
 
 from replicate.registry import models
 from replicate.runs.evaluate import digit_features
 from replicate.runs.execute import prepare_process
+from replicate.runs.identity import remember_plug_ins
 from replicate.runs.paper import papers
-from replicate.runs.provenance import driver_version, provenance
+from replicate.runs.provenance import driver_version, provenance, source_version
 from replicate.runs.server import CLASSIFY
 from replicate.tasks.loading import load_task, tasks
 
 models()
 tasks()
 papers()
+remember_plug_ins()
+with redirect_stderr(StringIO()):  # the command itself says where git does not answer
+    source_version()
 provenance(prepare_process("cpu"))  # switching deterministic kernels on imports a second's worth of torch
 driver_version()
 if not torch.cuda.is_available():  # with a GPU, autograd starts threads that a child would not have

@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from replicate.errors import RecordError, UsageError
-from replicate.runs.provenance import source_sha256
+from replicate.runs.identity import other_plug_ins
+from replicate.runs.provenance import source_here
 from replicate.runs.record import parse_failure, parse_record
+from replicate.runs.spec import spec_from_dict
 from replicate.runs.store import held, writable, write_atomic
 from replicate.sweeps.sweep import Sweep
 from replicate.validation import PROFILES
@@ -74,7 +76,7 @@ def pack_runs(root: Path, profile: str, target: Path) -> Moved:
     counts: Counter[str] = Counter()
     partial = target.with_name(target.name + ".part")
     with held(sweep.root), zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as out:
-        out.writestr(HEAD, json.dumps({"format": FORMAT, "profile": profile, "source_sha256": source_sha256()}))
+        out.writestr(HEAD, json.dumps({"format": FORMAT, "profile": profile, "source_sha256": source_here()}))
         for path in (p for run in sorted(runs.iterdir()) if run.is_dir() for p in _members(run)):
             counts[path.relative_to(runs).parts[1]] += 1
             out.write(path, path.relative_to(runs).as_posix())
@@ -112,7 +114,7 @@ def _head(opened: zipfile.ZipFile, archive: Path) -> str:
     head = json.loads(opened.read(HEAD)) if opened.getinfo(HEAD).file_size < 10_000 else None
     if not isinstance(head, dict) or head.get("format") != FORMAT or head.get("profile") not in PROFILES:
         raise ValueError(f"its {HEAD} is not that of an archive of runs")
-    if head.get("source_sha256") != source_sha256():
+    if head.get("source_sha256") != source_here():
         raise ValueError("its runs were computed with other sources than these; check out the same commit")
     return str(head["profile"])
 
@@ -132,6 +134,9 @@ def _checked(opened: zipfile.ZipFile, name: str) -> bytes:
             raise ValueError(f"{name}: {error}") from None
         if found["run_id"] != match[1]:
             raise ValueError(f"{name} belongs to another run")
+        made_with = found.get("provenance")  # a failure has none
+        if made_with and (other := other_plug_ins(spec_from_dict(found["spec"]), made_with, "there", "here")):
+            raise ValueError(f"{name} was computed with another version of a plug-in ({other}); install the same")
     return content
 
 

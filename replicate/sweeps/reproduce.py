@@ -72,6 +72,8 @@ def reproduce(plan: SweepPlan, options: SweepOptions) -> int:
         with held(sweep.root):
             reference = read_reference(out)
             say(sweep.open(plan.adds))
+            for line in sweep.drop_other_plug_ins((*plan.specs, *plan.others)):
+                say(line)
             complete = _compute(plan, sweep, options, reference)
             missing = [s for s in plan.specs if read_record(sweep.current / s.run_id()) is None]
             if not complete:

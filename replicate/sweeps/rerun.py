@@ -24,8 +24,9 @@ from replicate.report.labels import is_timing, short
 from replicate.report.records import commit_of, load_runs, measurements, read_measurements, read_records
 from replicate.runs.execute import check_data
 from replicate.runs.executor import Executor, RunFolders
+from replicate.runs.identity import other_plug_ins
 from replicate.runs.progress import clock
-from replicate.runs.provenance import UNKNOWN, machine_differences, source_sha256, source_version
+from replicate.runs.provenance import UNKNOWN, machine_differences, source_here, source_version
 from replicate.runs.spec import RESULTS_VERSION, AnySpec, spec_from_dict
 from replicate.runs.store import read_record
 from replicate.sweeps.signals import until_signal
@@ -48,7 +49,7 @@ class Rerun:
         numbers: how many values were compared.
         found: values whose bits differ.
         machine: differences in hardware or libraries; empty where bit equality is expected.
-        source: the difference in the code; "" where it is the same.
+        source: the difference in the code in words; "" where it is the same.
         other: other differences.
         error: why the rerun failed; "" if it did not.
     """
@@ -73,7 +74,7 @@ class Rerun:
 
     def lines(self) -> list[str]:
         """Return the outcome in a line, followed by the differences that are not excused."""
-        source = f"; other code: {self.source}" if self.source else ""
+        source = f"; {self.source}" if self.source else ""
         if self.error:
             return [f"{self.name}: FAILED: {self.error}{source}"]
         counts = Counter(d.label for d in self.found)
@@ -220,7 +221,7 @@ def _compared(drawn: Sequence[tuple[AnySpec, Mapping[str, Any]]], root: Path, re
         found.setdefault(difference.run_id, []).append(difference)
     out = []
     for spec, record in drawn:
-        run_id, name, source = spec.run_id(), name_of(spec), other_source(record.get("provenance") or {})
+        run_id, name, source = spec.run_id(), name_of(spec), other_source(spec, record.get("provenance") or {})
         if run_id not in runs or runs[run_id].failed:
             error = runs[run_id].error if run_id in runs else "it left no record"
             out.append(Rerun(name, source=source, error=error))
@@ -269,14 +270,19 @@ def _traces(record: Mapping[str, Any], afresh: Mapping[str, Any]) -> list[str]:
     return out
 
 
-def other_source(then: Mapping[str, Any]) -> str:
+def other_source(spec: AnySpec, then: Mapping[str, Any]) -> str:
     """Return the difference between the code of a committed run and the code here; "" where it is the same."""
     commit, dirty = source_version()
     now = {"commit": commit, "dirty": dirty}
     if "source_sha256" in then:
-        same = then["source_sha256"] == source_sha256()
+        same = then["source_sha256"] == source_here()
     else:
         same = commit != UNKNOWN and now == {key: then.get(key) for key in now}
-    full = (commit_of(p) or UNKNOWN for p in (then, now))
+    full = [commit_of(p) or UNKNOWN for p in (then, now)]
     left, right = (c[:8] + ("-dirty" if c.endswith("-dirty") else "") for c in full)
-    return "" if same else f"commit {left} {COMMITTED}, {right} {AFRESH}"
+    # without a hash of the sources only commits can be compared, and an unknown one is none
+    what = "other code" if "source_sha256" in then or UNKNOWN not in full else "perhaps other code"
+    out = [] if same else [f"{what}: commit {left} {COMMITTED}, {right} {AFRESH}"]
+    if plugged := other_plug_ins(spec, then, COMMITTED, AFRESH):
+        out.append(f"other plug-ins: {plugged}")
+    return "; ".join(out)

@@ -6,13 +6,16 @@ COMMIT      finished runs of a sweep that another commit computed, after some of
 
 import random
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from replicate.errors import UsageError
 from replicate.report.records import load_runs, measurements, read_records
 from replicate.runs.executor import Executor
+from replicate.runs.identity import other_plug_ins
 from replicate.runs.provenance import UNKNOWN, source_version
+from replicate.runs.spec import spec_from_dict
 from replicate.runs.store import held, read_record
 from replicate.sweeps.rerun import draw, rerun_drawn
 from replicate.sweeps.sweep import Sweep
@@ -22,9 +25,18 @@ RESULTS = "results"
 
 
 def in_results(folder: Path) -> set[str]:
-    """Return the ids of the finished runs of a results folder; none where there are no results."""
+    """Return the ids of the finished runs of a results folder that these plug-ins computed; none without results."""
     path = folder / "records.jsonl"
-    return {str(r.get("run_id")) for r in read_records(path) if "error" not in r} if path.exists() else set()
+    finished = [r for r in read_records(path) if "error" not in r] if path.exists() else []
+    return {str(r.get("run_id")) for r in finished if _by_these_plug_ins(r)}
+
+
+def _by_these_plug_ins(record: Mapping[str, Any]) -> bool:
+    """Return whether no plug-in that is here now differs from the one that computed a record."""
+    try:
+        return not other_plug_ins(spec_from_dict(record.get("spec")), record.get("provenance") or {}, "then", "now")
+    except UsageError:
+        return False
 
 
 def adopt(
@@ -50,13 +62,15 @@ def adopt(
     Raises:
         UsageError: there is no such sweep, or a version has changes that are not committed.
     """
-    if sweep.belongs_here():  # the same command again, after an interruption
-        return 0
     there, (here, dirty) = sweep.version() or {}, source_version()
     found = str(there.get("commit", "none"))
+    if sweep.belongs_here() and (sweep.current.exists() or found == here):  # the same command again
+        return 0
     if len(commit) < 4 or not found.startswith(commit):
         raise UsageError(f"the sweep in {sweep.root} is of commit {found[:12]}, not {commit!r}.")
-    if dirty or here == UNKNOWN or there.get("dirty") != "":
+    if here == UNKNOWN:
+        raise UsageError("--reuse COMMIT needs the commit that is here, which git does not say; nothing is changed.")
+    if dirty or there.get("dirty") != "":
         raise UsageError(
             "--reuse works between two clean commits: commit your changes. "
             "A sweep that was started with uncommitted changes cannot be reused."
@@ -64,7 +78,7 @@ def adopt(
     with held(sweep.root):
         loaded = load_runs(sweep.runs)
         finished = (read_record(sweep.runs / run.run_id) for run in loaded.done if run.run_id in planned)
-        records = {r["run_id"]: r for r in finished if r is not None}
+        records = {r["run_id"]: r for r in finished if r is not None and _by_these_plug_ins(r)}
         drawn = draw(list(records.values()), checks, random.SystemRandom().randrange(2**31), say)
         if records and not drawn:
             say("no run of that sweep can be rerun here, so none is reused")

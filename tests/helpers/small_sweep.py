@@ -60,9 +60,11 @@ def here(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     import torch
 
     from replicate.cli.command import guarded
-    from replicate.runs.provenance import source_version
+    from replicate.runs.identity import plug_in
+    from replicate.runs.provenance import source_here, source_version
 
-    source_version.cache_clear()  # a process of its own looks at the files as they are now
+    for asked in (source_version, source_here, plug_in):
+        asked.cache_clear()  # a process of its own looks at the files as they are now
     out, err, code = StringIO(), StringIO(), 0
     before = torch.are_deterministic_algorithms_enabled()
     try:

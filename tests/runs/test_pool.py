@@ -91,7 +91,7 @@ def test_a_sweep_of_another_version_of_the_code_is_not_continued(tmp_path: Path)
     assert sweep.open() == "starting afresh"
     (sweep.current / "some-run").mkdir()
     assert sweep.open() == "resuming the unfinished sweep"
-    write_json(sweep.current / "version.json", {"commit": "another", "dirty": ""})
+    write_json(sweep.current / "version.json", {"source_sha256": "0" * 64, "commit": "another", "dirty": ""})
     assert "another version of the code" in sweep.open()
     assert not (sweep.current / "some-run").exists()
 

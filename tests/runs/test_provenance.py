@@ -6,7 +6,9 @@ import getpass
 import json
 import os
 import platform
+import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +177,103 @@ def test_the_sources_digest_follows_every_byte_and_name_of_the_code_and_nothing_
     (checkout / "baselines" / "claims.toml").write_text("")  # a file that git does not know
     seen.add(source_sha256())
     assert len(seen) == 4
+
+
+# -- a git that does not say it
+
+
+@pytest.fixture
+def fake_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Put a program of these lines of shell in git's place."""
+
+    def put(lines: str) -> None:
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        (folder / "git").write_text(f"#!/bin/sh\n{lines}\n")
+        (folder / "git").chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+    return put
+
+
+NOBODYS = "fatal: detected dubious ownership in repository at '/x'"
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("exec sleep 60", ["git did not answer in 0.3 s: the commit is recorded as unknown; `git -C "]),
+        (f'echo "{NOBODYS}" >&2\nexit 128', [f"git refuses ({NOBODYS}): ", "--global --add safe.directory "]),
+        ("echo 'fatal: \\033[2Jnot a repository' >&2\nexit 128", ["git refuses (fatal: \\x1b[2Jnot a repository)"]),
+        ("exit 3", ["git refuses (it ended with code 3): the commit is recorded as unknown"]),
+        ("echo '# branch.oid (initial)'", [" has no commit yet: the commit is recorded as unknown"]),
+        ("echo 'words of another program'", [" has no commit yet: the commit is recorded as unknown"]),
+        ("printf '\\377'", [" has no commit yet: the commit is recorded as unknown"]),
+        ("kill -9 $$", ["git refuses (it ended with code -9)"]),
+    ],
+)
+def test_a_git_that_does_not_answer_is_told_in_one_line_and_the_commit_is_unknown(
+    lines: str,
+    words: list[str],
+    checkout: Path,
+    fake_git: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fake_git(lines)
+    monkeypatch.setattr(module, "PATIENCE", 0.3 if "sleep" in lines else 10.0)
+    assert version() == ("unknown", "unknown")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(part in line for part in words), line
+    assert line.endswith("The sources are recorded by their sha256 all the same.")
+
+
+def test_no_git_is_told_and_a_folder_that_is_no_checkout_is_not(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert version() == ("unknown", "unknown")
+    assert "git cannot be started (No such file or directory)" in capsys.readouterr().err
+    shutil.rmtree(checkout / ".git")
+    assert version() == ("unknown", "unknown")
+    assert capsys.readouterr().err == ""
+
+
+def test_the_sources_are_known_where_git_is_not(checkout: Path, fake_git: Callable[[str], None]) -> None:
+    before = source_sha256()
+    fake_git("exit 1")
+    assert source_sha256() == before
+    (checkout / "replicate" / ".#model.py").symlink_to("somebody@somewhere")  # an editor's lock
+    assert source_sha256() == before
+
+
+@pytest.mark.parametrize(
+    "name", ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_NAMESPACE", "GIT_OBJECT_DIRECTORY"]
+)
+def test_a_hook_of_another_repository_does_not_change_the_commit(
+    name: str, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = git(checkout, "rev-parse", "HEAD").strip(), ""
+    (tmp_path / "other").mkdir()
+    git(tmp_path / "other", "init", "--quiet")
+    monkeypatch.setenv(name, str(tmp_path / "other" / ("" if name == "GIT_WORK_TREE" else ".git")))
+    assert version() == expected
+
+
+def test_a_damaged_checkout_takes_no_commit_from_the_repository_around_it(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inside = checkout / "environment"
+    (inside / ".git").mkdir(parents=True)
+    monkeypatch.setattr(module, "ROOT", inside)
+    assert version() == ("unknown", "unknown")
+    assert "git refuses (fatal: not a git repository" in capsys.readouterr().err
+
+
+def test_untracked_modules_are_changes_whatever_the_user_lets_git_show(checkout: Path) -> None:
+    git(checkout, "config", "status.showUntrackedFiles", "no")
+    (checkout / "replicate" / "other.py").write_text("")
+    assert version()[1] != ""
 
 
 # -- the machine

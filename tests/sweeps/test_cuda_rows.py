@@ -83,12 +83,12 @@ def test_rows_of_a_slice_are_added_to_a_finished_sweep(tmp_path: Path) -> None:
 def test_rows_never_join_a_finished_sweep_of_other_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = Sweep(tmp_path / "runs/smoke")
     swept(tmp_path, REST, ROWS, add=False)
-    monkeypatch.setattr("replicate.sweeps.sweep.source_version", lambda: ("b" * 40, ""))
+    monkeypatch.setattr("replicate.sweeps.sweep.source_here", lambda: "b" * 64)
     swept(tmp_path, ROWS, REST, add=True)
     assert {p.name for p in sweep.current.iterdir() if p.is_dir()} == ids(*ROWS)
     assert reported(tmp_path) == ids(*REST, *ROWS)  # the results of the rest stay
     assert {p.name for p in sweep.finished.iterdir() if p.is_dir()} == ids(*REST)  # it stays for `--reuse COMMIT`
-    assert json.loads((sweep.finished / "version.json").read_text())["commit"] != "b" * 40
+    assert json.loads((sweep.finished / "version.json").read_text())["source_sha256"] != "b" * 64
 
 
 def test_rows_join_results_whose_runs_are_gone(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from replicate.runs.store import write_json
 from replicate.sweeps import rerun as rerun_module
 from replicate.sweeps import reuse as reuse_module
 from replicate.sweeps import sweep as sweep_module
-from replicate.sweeps.rerun import Report, draw, obstacle, rerun
+from replicate.sweeps.rerun import Report, draw, obstacle, other_source, rerun
 from replicate.sweeps.reuse import adopt
 from replicate.sweeps.sweep import Sweep
 
@@ -220,6 +220,31 @@ def test_other_code_is_named_and_excuses_nothing(results: Path, replay: Replay) 
 def test_the_same_sources_under_another_commit_are_the_same_code(results: Path, replay: Replay) -> None:
     change(results, lambda record: record["provenance"].update(commit="a" * 40, dirty=""))
     assert "other code" not in again(results, replay, 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "hashed", "said"),
+    [
+        (("a" * 40, ""), ("a" * 40, ""), False, ""),
+        (("a" * 40, ""), ("b" * 40, ""), False, "other code: commit aaaaaaaa as committed, bbbbbbbb here"),
+        (
+            ("a" * 40, ""),
+            ("unknown", "unknown"),
+            False,
+            "perhaps other code: commit aaaaaaaa as committed, unknown here",
+        ),
+        (("unknown", "unknown"), ("unknown", "unknown"), False, "perhaps other code: commit unknown as committed, "),
+        (("a" * 40, ""), ("unknown", "unknown"), True, ""),
+        (("unknown", "unknown"), ("b" * 40, "c"), True, ""),
+    ],
+)
+def test_an_unknown_commit_is_never_compared_as_a_version(
+    there: tuple[str, str], here: tuple[str, str], hashed: bool, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rerun_module, "source_version", lambda: here)
+    then = {"commit": there[0], "dirty": there[1]}
+    found = other_source(FLOW, {**then, "source_sha256": provenance_module.source_here()} if hashed else then)
+    assert (found.startswith(said), bool(found)) == (True, bool(said))
 
 
 # -- what is drawn
@@ -445,7 +470,7 @@ def test_finished_runs_are_reused_where_they_match_bit_for_bit(sweep: Sweep, rep
     assert code == 0, said
     assert "rerunning 3 runs of commit aaaaaaaa by commit bbbbbbbb" in said
     assert "3 finished runs of commit aaaaaaaa are reused" in said
-    assert sweep.version() == {"commit": NEW, "dirty": ""}
+    assert sweep.version() == {"source_sha256": provenance_module.source_here(), "commit": NEW, "dirty": ""}
     assert folders(sweep) == set(before)  # runs in progress start again
     assert {i: (sweep.current / i / "record.json").read_bytes() for i in before} == before
     assert sweep.open() == "resuming the unfinished sweep"
@@ -457,7 +482,7 @@ def test_runs_of_a_finished_sweep_are_reused_and_the_sweep_is_in_progress_again(
     sweep.close()
     code, said = adopted(sweep, replay)
     assert code == 0, said
-    assert sweep.version() == {"commit": NEW, "dirty": ""}
+    assert sweep.version() == {"source_sha256": provenance_module.source_here(), "commit": NEW, "dirty": ""}
     assert folders(sweep) == {s.run_id() for s in SPECS}
     assert not sweep.finished.exists()
 
@@ -472,6 +497,25 @@ def test_uncommitted_changes_reuse_nothing_and_lose_nothing(
     with pytest.raises(UsageError, match="commit your changes"):
         adopted(sweep, replay)
     assert folders(sweep) == before
+
+
+def test_a_git_that_says_nothing_reuses_nothing_and_loses_nothing(
+    sweep: Sweep, replay: Replay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = folders(sweep)
+    monkeypatch.setattr(reuse_module, "source_version", lambda: ("unknown", "unknown"))
+    with pytest.raises(UsageError, match="needs the commit that is here"):
+        adopted(sweep, replay)
+    assert folders(sweep) == before
+
+
+def test_a_finished_sweep_of_another_commit_with_the_same_sources_is_reused(sweep: Sweep, replay: Replay) -> None:
+    same = {"source_sha256": provenance_module.source_here(), "commit": OLD, "dirty": ""}
+    write_json(sweep.current / "version.json", same)
+    sweep.close()
+    code, said = adopted(sweep, replay)
+    assert (code, "3 finished runs of commit aaaaaaaa are reused" in said) == (0, True), said
+    assert sweep.current.exists()
 
 
 def test_runs_that_cannot_be_checked_are_not_reused(
