@@ -14,6 +14,7 @@ import torch
 
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.model import LogLikelihood, Model
+from replicate.process_state import contained
 from replicate.registry import model_entry
 from replicate.runs.checkpoint import Session
 from replicate.runs.evaluate import Evaluator, Measurement, count, na
@@ -47,7 +48,7 @@ def build_model(spec: RunSpec, task: Task, streams: Streams) -> Model:
     """Build the untrained model behind its preprocessing, its weights drawn from the run's own stream."""
     entry = model_entry(spec.model)
     extra = {"density": task.density} if entry.needs_density else {}
-    with streams.initialisation():
+    with contained(f"building {spec.model}", within_run=True), streams.initialisation():
         model = entry.build(task.info, **{**entry.later, **spec.params}, **extra)
     return model if spec.preprocessing == "none" else Preprocessed(model, task.info, spec.preprocessing)
 
@@ -61,7 +62,8 @@ def train_model(spec: RunSpec, device: torch.device) -> tuple[Model, Task, Histo
     model = build_model(spec, task, streams).to(device)
     if dtype != torch.float32:  # never narrowed: some models keep tables in double precision
         model = model.to(dtype)
-    history = train(model, task.train.to(device), task.valid.to(device), spec.training, streams, task.redraw)
+    with contained(f"training {spec.model}", within_run=True):
+        history = train(model, task.train.to(device), task.valid.to(device), spec.training, streams, task.redraw)
     return model, task, history, Evaluator(model, task, spec.evaluation, streams, device)
 
 

@@ -1,7 +1,9 @@
 """Imports, facts about the machine and trained classifiers that the pool's server reads once, for runs to inherit."""
 
 import gc
+import io
 import os
+from contextlib import redirect_stderr
 
 import torch
 
@@ -13,9 +15,10 @@ from replicate.runs.provenance import driver_version, provenance
 from replicate.runs.server import CLASSIFY
 from replicate.tasks.loading import load_task, tasks
 
-models()
-tasks()
-papers()
+with redirect_stderr(io.StringIO()):  # the command itself imports the plug-ins too, and says what there is to say
+    models()
+    tasks()
+    papers()
 provenance(prepare_process("cpu"))  # switching deterministic kernels on imports a second's worth of torch
 driver_version()
 if not torch.cuda.is_available():  # with a GPU, autograd starts threads that a child would not have
