@@ -169,7 +169,7 @@ def _set_numpy_generator(state: Any) -> None:
 
 def _set_filters(filters: list[Any]) -> None:
     warnings.simplefilter("default", append=True)  # lets every module forget what it has warned of
-    warnings.filters = list(filters)  # type: ignore[assignment]
+    warnings.filters = list(filters)
 
 
 def _handlers() -> dict[signal.Signals, Any]:
@@ -234,7 +234,7 @@ PARTS = (
     ),
     Part(
         "torch's filling of new memory",
-        *_attribute(torch.utils.deterministic, "fill_uninitialized_memory"),  # type: ignore[attr-defined]
+        *_attribute(torch.utils.deterministic, "fill_uninitialized_memory"),
         run=False,  # nothing reads it, and it costs 5 %
     ),
     Part(
@@ -250,7 +250,7 @@ PARTS = (
     Part("Python's global generator", random.getstate, random.setstate),
     Part("numpy's handling of errors", np.geterr, lambda value: np.seterr(**value)),
     Part("the warning filters", lambda: list(warnings.filters), _set_filters, told=False),
-    Part("the working folder", lambda: _quietly(os.getcwd), lambda value: value and os.chdir(value)),
+    Part("the working folder", lambda: _quietly(os.getcwd), os.chdir),
     Part("the umask", _umask, os.umask),
     Part("the locale", lambda: locale.setlocale(locale.LC_ALL), lambda value: locale.setlocale(locale.LC_ALL, value)),
     Part("the environment", lambda: dict(os.environ), _set_environment, _same_environment, told=False),
@@ -417,7 +417,7 @@ def _lent_streams() -> Iterator[None]:
     kept = {fd: copy for fd in (1, 2) if (copy := _quietly(lambda fd=fd: os.dup(fd))) is not None}  # type: ignore[misc]
     if len(kept) == 2:
         os.dup2(2, 1)
-    sys.stdout = sys.stderr = _LentText(sys.stderr)  # type: ignore[assignment]
+    sys.stdout = sys.stderr = _LentText(sys.stderr)
     try:
         yield
     finally:

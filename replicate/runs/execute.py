@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from threadpoolctl import threadpool_limits
 
-from replicate.errors import NotANumber, UsageError
+from replicate.errors import Exited, NotANumber, UsageError
 from replicate.process_state import set_up
 from replicate.runs.checkpoint import Session
 from replicate.runs.evaluate import Measurement, count
@@ -119,6 +119,7 @@ def failure(spec: AnySpec, error: BaseException | str, stderr: str = "") -> dict
         stderr: the end of what the run's process printed there.
     """
     text = error if isinstance(error, str) else (f"{type(error).__name__}: {error}".splitlines() or [""])[0]
-    tail = [] if isinstance(error, str) else traceback.format_exception(error)[-6:]
+    origin = error.__cause__ if isinstance(error, Exited) and error.__cause__ else error
+    tail = [] if isinstance(origin, str) else traceback.format_exception(origin)[-6:]
     head = {"run_id": spec.run_id(), "spec": spec.as_dict(), "error": text}
     return {**head, "traceback_tail": "".join(tail), "stderr_tail": stderr}
