@@ -41,5 +41,13 @@ class ClusterLost(OSError):
     """The scheduler or its last worker went away during a sweep; what is finished is kept."""
 
 
+class Exited(UsageError):
+    """A plug-in's code tried to end the program; the message has what it raised and where."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM arrived where no run could save itself."""
+
+
 class Stopped(BaseException):
     """The run was asked to stop and has saved what it has. No `except Exception` may take it for a failure."""

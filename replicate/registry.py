@@ -47,17 +47,23 @@ class EntryPoints(Generic[T]):
 
     @cached_property
     def _loaded(self) -> tuple[dict[str, T], dict[str, str]]:
+        from replicate.process_state import asked_to_stop, contained
+
         module, _, name = self.kind.partition(":")
         kind = getattr(importlib.import_module(module), name)
         found: dict[str, T] = {}
         broken: dict[str, str] = {}
         for point in self.points.values():
-            try:
-                entry = point.load()
-                problem = "" if isinstance(entry, kind) else f"{point.value} is a {type(entry).__name__}, not a {name}"
-                problem = problem or getattr(entry, "problem", "")
-            except (Exception, SystemExit) as error:  # a plug-in that cannot be imported must not take the others down
-                problem = f"{type(error).__name__}: {error}"
+            package = f" (package {point.dist.name})" if point.dist else ""
+            with contained(f"plug-in {point.name}{package}", "at import"):
+                try:
+                    entry = point.load()
+                    wrong = f"{point.value} is a {type(entry).__name__}, not a {name}"
+                    problem = getattr(entry, "problem", "") if isinstance(entry, kind) else wrong
+                except BaseException as error:  # a plug-in that cannot be imported must not take the others down
+                    if asked_to_stop(error):
+                        raise
+                    problem = f"{type(error).__name__}: {error}"
             if problem:
                 broken[point.name] = problem
             else:

@@ -17,6 +17,7 @@ ROOMS = (
         "resume",
         "fitting",
         "model",
+        "process_state",
         "registry",
         "sde",
         "data",

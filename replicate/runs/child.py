@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from replicate.errors import Stopped
+from replicate.process_state import contained
 from replicate.resume import stop_current
 from replicate.runs.execute import execute, failure, prepare_process
 from replicate.runs.limits import Limits
@@ -50,8 +51,11 @@ def stderr_tail(folder: Path) -> str:
 
 def attempt(spec: AnySpec, folder: Path, limits: Limits) -> int:
     """Compute a run in this process, leave a record or a failure in its folder, and return the exit code."""
+    folder = folder.absolute()  # the run may change the working folder
     try:
-        execute(spec, folder, prepare_process(spec.device), limits)
+        device = prepare_process(spec.device, spec.run_id())
+        with contained(f"the run {spec.label}", within_run=True):
+            execute(spec, folder, device, limits)
     except Stopped:
         return STOPPED
     except Exception as error:
@@ -82,6 +86,7 @@ def run_job(given: dict[str, Any]) -> int:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             os.dup2(os.open(folder / STDERR, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
+            os.dup2(2, 1)  # what a model prints is no line of the command's
         except OSError:
             return UNWRITABLE
         return attempt(spec, folder, limits)
@@ -102,8 +107,9 @@ def worker(given: dict[str, Any]) -> None:
 
 def main() -> None:
     """Read one job, a line of JSON, from standard input and do it; the end of standard input ends the run."""
-    given = json.loads(sys.stdin.readline())
-    die_when(sys.stdin.read)
+    given, watched = json.loads(sys.stdin.readline()), sys.stdin
+    sys.stdin = open(os.devnull)  # noqa: SIM115  # a model may close it, as quit() does
+    die_when(watched.read)
     os._exit(run_job(given))  # the watching thread still reads
 
 

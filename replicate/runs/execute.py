@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from threadpoolctl import threadpool_limits
 
-from replicate.errors import NotANumber, UsageError
+from replicate.errors import Exited, NotANumber, UsageError
+from replicate.process_state import set_up
 from replicate.runs.checkpoint import Session
 from replicate.runs.evaluate import Measurement, count
 from replicate.runs.limits import DEFAULT, Limits
 from replicate.runs.provenance import peak_memory_mb
 from replicate.runs.record import check_record, seal
+from replicate.runs.seeds import stream_seed
 from replicate.runs.spec import AnySpec
 from replicate.runs.store import write_arrays, write_atomic, write_json
 from replicate.runs.subjects import subject_of
@@ -38,16 +40,15 @@ def keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def prepare_process(device: str) -> torch.device:
-    """Make this process deterministic: one thread, deterministic kernels, full float32 precision."""
+def prepare_process(device: str, run_id: str = "") -> torch.device:
+    """Make this process deterministic: one thread, deterministic kernels, full float32 precision.
+
+    Whatever was imported or ran before, a run begins with the same values (`replicate.process_state.PARTS`).
+    """
     keep_freed_memory()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_num_threads(1)
+    set_up(stream_seed("global", run_id))
     threadpool_limits(1)  # sums in numpy and scipy depend on the number of threads as well
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it: 5 %
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = False
     return torch.device(device)
 
 
@@ -116,6 +117,7 @@ def failure(spec: AnySpec, error: BaseException | str, stderr: str = "") -> dict
         stderr: the end of what the run's process printed there.
     """
     text = error if isinstance(error, str) else (f"{type(error).__name__}: {error}".splitlines() or [""])[0]
-    tail = [] if isinstance(error, str) else traceback.format_exception(error)[-6:]
+    origin = error.__cause__ if isinstance(error, Exited) and error.__cause__ else error
+    tail = [] if isinstance(origin, str) else traceback.format_exception(origin)[-6:]
     head = {"run_id": spec.run_id(), "spec": spec.as_dict(), "error": text}
     return {**head, "traceback_tail": "".join(tail), "stderr_tail": stderr}

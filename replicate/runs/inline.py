@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from replicate.errors import Stopped, TimeLimit
+from replicate.process_state import ProcessState
 from replicate.resume import stop_current
 from replicate.runs.child import STOPPED, attempt, make_ready
 from replicate.runs.executor import Listener, RunFolders, outcome
@@ -33,8 +34,12 @@ class Inline:
             folder = runs.folder(spec)
             make_ready(folder)
             listen("started", spec, "")
-            with _alarm(self.limits.seconds, deadline):
-                code = attempt(spec, folder, self.limits)
+            before = ProcessState()
+            try:
+                with _alarm(self.limits.seconds, deadline):
+                    code = attempt(spec, folder, self.limits)
+            finally:
+                before.restore()
             if code == STOPPED:
                 if deadline is not None and time.monotonic() >= deadline:
                     return False

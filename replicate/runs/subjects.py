@@ -12,6 +12,7 @@ import torch
 
 from replicate.likelihood.dequantisation import Preprocessed
 from replicate.model import LogLikelihood, Model
+from replicate.process_state import contained
 from replicate.registry import model_entry
 from replicate.runs.checkpoint import Session
 from replicate.runs.evaluate import Evaluator, Measurement, count, na
@@ -50,7 +51,7 @@ def build_model(spec: RunSpec, task: Task, streams: Streams) -> Model:
     """
     entry = model_entry(spec.model)
     extra = {"density": task.density} if entry.needs_density else {}
-    with streams.initialisation():
+    with contained(f"building {spec.model}", within_run=True), streams.initialisation():
         model = guarded(entry.build(task.info, **{**entry.later, **spec.params}, **extra), task.info)
     if not hasattr(model, "family"):
         type(model).family = entry.family
@@ -66,7 +67,8 @@ def train_model(spec: RunSpec, device: torch.device) -> tuple[Model, Task, Histo
     model = build_model(spec, task, streams).to(device)
     if dtype != torch.float32:  # never narrowed: some models keep tables in double precision
         model = model.to(dtype)
-    history = train(model, task.train.to(device), task.valid.to(device), spec.training, streams, task.redraw)
+    with contained(f"training {spec.model}", within_run=True):
+        history = train(model, task.train.to(device), task.valid.to(device), spec.training, streams, task.redraw)
     return model, task, history, Evaluator(model, task, spec.evaluation, streams, device)
 
 

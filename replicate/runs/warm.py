@@ -1,9 +1,9 @@
 """Imports, facts about the machine and trained classifiers that the pool's server reads once, for runs to inherit."""
 
 import gc
+import io
 import os
 from contextlib import redirect_stderr
-from io import StringIO
 
 import torch
 
@@ -16,12 +16,12 @@ from replicate.runs.provenance import driver_version, provenance, source_version
 from replicate.runs.server import CLASSIFY
 from replicate.tasks.loading import load_task, tasks
 
-models()
-tasks()
-papers()
-remember_plug_ins()
-with redirect_stderr(StringIO()):  # the command itself says where git does not answer
+with redirect_stderr(io.StringIO()):  # the command itself says what its imports and git give reason for
+    models()
+    tasks()
+    papers()
     source_version()
+remember_plug_ins()
 provenance(prepare_process("cpu"))  # switching deterministic kernels on imports a second's worth of torch
 driver_version()
 if not torch.cuda.is_available():  # with a GPU, autograd starts threads that a child would not have

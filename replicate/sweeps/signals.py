@@ -4,12 +4,8 @@ import signal
 from collections.abc import Callable
 from types import FrameType
 
-from replicate.errors import Stopped
+from replicate.errors import Interrupted, Stopped
 from replicate.resume import stop_current
-
-
-class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM arrived."""
 
 
 def until_signal(work: Callable[[], bool]) -> bool:

@@ -3,6 +3,7 @@
 from functools import cache
 
 from replicate.model import ModelEntry
+from replicate.process_state import contained
 from replicate.registry import EntryPoints
 from replicate.tasks.base import Task, TaskEntry
 
@@ -31,7 +32,8 @@ def load_task(name: str, seed: int = 0) -> Task:
 @cache
 def _loaded(name: str, fold: int) -> Task:
     entry = task_entry(name)
-    return entry.load(fold) if entry.folds > 1 else entry.load()
+    with contained(f"task {name}", "when it was loaded", within_run=True):
+        return entry.load(fold) if entry.folds > 1 else entry.load()
 
 
 def data_sha256(name: str, seed: int = 0) -> str:
