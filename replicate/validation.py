@@ -337,7 +337,7 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
 def _parsed(text: str) -> Any:
     with suppress(ValueError, RecursionError):  # no JSON, a number of too many digits, or brackets without end
         return json.loads(text)
-    if _NUMBER.fullmatch(text):  # as people and Python write it
+    if _NUMBER.fullmatch(text.strip()):  # as people and Python write it
         with suppress(ValueError):
             return float(text) if set(text) & set(".eE") else int(text)
     return text

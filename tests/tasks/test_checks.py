@@ -240,9 +240,7 @@ def test_more_test_rows_than_a_record_keeps_are_refused_when_the_spec_is_made(
     if fits:
         assert make_spec("marginals", "mine").task == "mine"
         return
-    with pytest.raises(
-        UsageError, match="test has 100,001 rows, and a record keeps the likelihoods of at most 100,000"
-    ):
+    with pytest.raises(UsageError, match=r"test has 100,001 rows, and a record keeps .* at most 100,000"):
         make_spec("marginals", "mine")
 
 
