@@ -370,7 +370,7 @@ def _columns(axes: Sequence[Axes], sheets: Sequence[Sheet]) -> str:
     dim = sheets[0].rows.shape[1]
     if dim == 1:
         low, high = sheets[0].rows.min(), sheets[0].rows.max()
-        edges = np.linspace(low - 1e-6, high + 1e-6, 26)
+        edges = np.linspace(low - 1e-6, high + 1e-6, 26).tolist()
         for ax, sheet in zip(axes, sheets, strict=True):
             ax.hist(sheet.rows[:, 0], bins=edges, color=drawing.colour(sheet.family), alpha=0.6)
         return "; histograms of their only column, over the range of the test split"
