@@ -444,6 +444,7 @@ REALNVP = ModelEntry(
     paper="Dinh, Sohl-Dickstein, Bengio 2017, 1605.08803",
     build=build_realnvp,
     domains=frozenset({"continuous"}),
+    needs_dim=2,  # a coupling moves one part by another
     params={"couplings": 8, "hidden": 64, "blocks": 1},
     training=Training(steps=600, batch_size=512, lr=3e-3, ema=0.99),
     overrides={
@@ -470,6 +471,7 @@ SPLINE_FLOW = ModelEntry(
     paper="Durkan, Bekasov, Murray, Papamakarios 2019, 1906.04032",
     build=build_spline_flow,
     domains=frozenset({"continuous"}),
+    needs_dim=2,  # a coupling moves one part by another
     params={"couplings": 4, "hidden": 64, "blocks": 1, "bins": 8},
     training=Training(steps=500, batch_size=512, lr=3e-3, ema=0.99),
     overrides={

@@ -316,6 +316,7 @@ class ModelEntry:
         overrides: changes to params and training (one flat mapping) by data domain ("continuous", "levels",
             "bits"), task name, or "TASK@PROFILE"; applied in that order.
         needs_image: build raises ValueError on data without rows and columns.
+        needs_dim: build raises ValueError on data of fewer dimensions.
         needs_density: build also gets density=task.density (None where the truth is not known, if the model lists
             that domain; one that lists none runs only where it is known), and the model sees the data without
             preprocessing.
@@ -332,6 +333,7 @@ class ModelEntry:
     training: Training = field(default_factory=Training)
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     needs_image: bool = False
+    needs_dim: int = 1
     needs_density: bool = False
     later: Mapping[str, Any] = field(default_factory=dict)
 

@@ -11,6 +11,7 @@ import re
 import reprlib
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -43,6 +44,10 @@ _PATTERNS = {
     DIGEST: "a sha256 of 64 hexadecimal digits",
     CELL: "text that does not begin with =, +, - or @, which a spreadsheet would run",
 }
+
+
+#: numbers that JSON refuses: .5, 5., +1, 1_000, 007
+_NUMBER = re.compile(r"[+-]?(?=\.?\d)[\d_]*\.?[\d_]*(?:[eE][+-]?\d+)?", re.ASCII)
 
 
 # -- words
@@ -308,7 +313,7 @@ def check_profile(profile: str) -> None:
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """Parse the settings of `--set key=value`; a value is JSON where it parses as such, else text.
+    """Parse the settings of `--set key=value`; a value is JSON or a number, else text.
 
     Raises:
         UsageError: every pair that has another form or comes twice, one per line.
@@ -328,7 +333,9 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _parsed(text: str) -> Any:
-    try:
+    with suppress(ValueError, RecursionError):  # no JSON, a number of too many digits, or brackets without end
         return json.loads(text)
-    except (ValueError, RecursionError):  # no JSON, a number of too many digits, or brackets without end
-        return text
+    if _NUMBER.fullmatch(text.strip()):  # as people and Python write it
+        with suppress(ValueError):
+            return float(text) if set(text) & set(".eE") else int(text)
+    return text

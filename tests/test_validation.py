@@ -177,6 +177,20 @@ def test_settings_are_json_where_they_parse_and_text_where_not() -> None:
     assert parse_settings([]) == {}
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *((".001", 0.001), ("5.", 5.0), ("-.5", -0.5), ("+.5e-3", 0.0005), ("1e-3", 0.001), ("1.E5", 1e5)),
+        *(("+1", 1), ("1_000", 1000), ("007", 7), ("1_000.5", 1000.5), (" .5 ", 0.5), ("-1", -1)),
+        *((text, text) for text in ("1__0", "_1", "1_", ".", "+", "e5", "0x10", "1,5", "1.2.3", "٣", "inf", "--1")),
+    ],
+)
+def test_a_number_is_read_as_people_write_it(text: str, value: object) -> None:
+    (found,) = parse_settings([f"lr={text}"]).values()
+    assert found == value
+    assert type(found) is type(value)
+
+
 def test_every_pair_that_is_none_is_named_at_once() -> None:
     with pytest.raises(UsageError) as caught:
         parse_settings(["lr", "=3", "steps=1", "steps=2", " =4"])

@@ -5,6 +5,7 @@ left.
 """
 
 import gc
+import io
 import shutil
 import sys
 from collections.abc import Callable
@@ -67,10 +68,21 @@ def guarded(work: Callable[[], None]) -> None:
     sys.exit(code)
 
 
+def prepare_output() -> None:
+    """Fit the output to where it goes: wide lines for a file, and no character that its encoding does not have."""
+    columns = shutil.get_terminal_size().columns
+    if columns < 100 and not console.is_terminal:
+        console.width = errors.width = 160
+    elif console.width < 1:  # COLUMNS=0
+        console.width = errors.width = columns
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
     """Run the command with the words of `sys.argv`."""
-    if shutil.get_terminal_size().columns < 100 and not console.is_terminal:
-        console.width = errors.width = 160
+    prepare_output()
     try:
         guarded(app)
     finally:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from replicate.cli.console import AsJson, Profile, complain, console, print_table, say
-from replicate.errors import FetchError
+from replicate.errors import FetchError, UsageError
 
 if TYPE_CHECKING:
     from replicate.data.catalog import Entry
@@ -34,21 +34,28 @@ def tasks(context: typer.Context, as_json: AsJson = False) -> None:
     from replicate.tasks.loading import load_task, tasks
 
     rows: dict[str, dict[str, object]] = {}
-    away = {}
+    away: dict[str, str] = {}
+    broken: dict[str, str] = {}
     for name, entry in sorted(tasks().items()):
         if missing := entry.absent():
             away[name] = missing
             continue
-        task = load_task(name)
+        try:
+            task = load_task(name)
+        except UsageError as error:
+            broken[name] = str(error)
+            continue
         rows[name] = {part: len(getattr(task, part)) for part in ("train", "valid", "test")}
         rows[name] |= {"dim": task.info.dim, "domain": task.info.domain, "sha256": task.sha256()}
     if as_json:
-        print(json.dumps({**rows, **{name: {"absent": why} for name, why in away.items()}}, indent=1))
+        print(json.dumps({**rows, **{name: {"absent": why} for name, why in {**away, **broken}.items()}}, indent=1))
         return
     lines = ([name, *(str(v)[:16] for v in row.values())] for name, row in rows.items())
     print_table(("task", "train", "valid", "test", "dim", "domain", "sha256"), lines)
     for name, why in away.items():
         say(f"{name} is absent: {why}")
+    for why in broken.values():
+        complain(why)
     say("`replicate data files` shows the files behind them; densities and digits need none.")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from replicate.data.files import cache_folder
+from replicate.errors import UsageError
 from replicate.validation import PROFILES
 
 GROUPS = ("replicate.models", "replicate.tasks", "replicate.papers")
@@ -20,7 +21,10 @@ GROUPS = ("replicate.models", "replicate.tasks", "replicate.papers")
 
 def listing() -> dict[str, Any]:
     """Return every model, task, paper and profile, and the entry points that cannot be used."""
-    path = cache_folder() / f"list-{_sources()}.json"
+    try:
+        path = cache_folder() / f"list-{_sources()}.json"
+    except UsageError:  # there is nowhere to keep it
+        return _read()
     with suppress(OSError, ValueError):
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found

@@ -76,9 +76,10 @@ def compare(
     from replicate.report.compare import compare_models, comparison_table
     from replicate.sweeps.reproduce import read_reference
 
+    check_profile(profile)
     folder = results / profile
-    if len(models) < 2:
-        raise UsageError("name at least two models to compare.")
+    if len(set(models)) < 2:
+        raise UsageError("name at least two different models to compare.")
     measured = read_reference(folder)
     if measured is None:
         raise UsageError(f"there is no {folder / 'measurements.csv'}; `make reproduce PROFILE={profile}` first.")
@@ -108,6 +109,7 @@ def claims(
     from replicate.report.ledger import read_claims_csv
     from replicate.report.verdicts import VERDICTS
 
+    check_profile(profile)
     path = results / profile / "claims.csv"
     if not path.exists():
         raise UsageError(f"there is no {path}; `make reproduce PROFILE={profile}` writes it.")

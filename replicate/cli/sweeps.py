@@ -1,6 +1,7 @@
 """Commands that compute: run, reproduce, verify."""
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -8,15 +9,19 @@ from typing import Annotated
 import typer
 
 from replicate.cli.console import AsJson, Profile, Results, complain, console, print_table, say, this_command
-from replicate.cli.options import takes
+from replicate.cli.options import seconds, takes
 from replicate.errors import UsageError
 from replicate.registry import MODELS, EntryPoints
-from replicate.validation import check_profile, parse_settings
+from replicate.validation import MOST, check_profile, parse_settings
 
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Jobs = Annotated[int, typer.Option(min=0, help="Runs at a time; 0 for one per core.")]
-RunLimit = Annotated[float, typer.Option(min=0, help="Seconds after which a run counts as failed.")]
-CheckpointEvery = Annotated[float, typer.Option(min=0, help="Seconds between the checkpoints of a run.")]
+RunLimit = Annotated[
+    float, typer.Option(parser=seconds, metavar="SECONDS", help="Seconds after which a run counts as failed.")
+]
+CheckpointEvery = Annotated[
+    float, typer.Option(parser=seconds, metavar="SECONDS", help="Seconds between the checkpoints of a run.")
+]
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,10 @@ class ReproduceOptions:
     jobs: Jobs = 0
     seeds: Annotated[int, typer.Option(min=0, help="Seeds per model; 0 for the profile's own.")] = 0
     device: Device = "auto"
-    time_budget: Annotated[float | None, typer.Option(help="Stop after this many seconds, with exit code 3.")] = None
+    time_budget: Annotated[
+        float | None,
+        typer.Option(parser=seconds, metavar="SECONDS", help="Stop after this many seconds, with exit code 3."),
+    ] = None
     scheduler: Annotated[
         str | None, typer.Option(help="Compute on the workers of a Dask scheduler (tcp://host:8786).")
     ] = None
@@ -109,7 +117,9 @@ class ReproduceOptions:
     reuse_check: Annotated[int, typer.Option(min=1, help="Number of COMMIT's runs to rerun as a check.")] = 5
     runs_per_gpu: Annotated[int, typer.Option(min=1, help="Runs that share a GPU.")] = 1
     run_limit: RunLimit = 7200.0
-    memory_limit: Annotated[int | None, typer.Option(min=1, help="Megabytes of memory that a run may use.")] = None
+    memory_limit: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Megabytes of memory that a run may use.")
+    ] = None
     checkpoint_every: CheckpointEvery = 30.0
     results: Results = Path("results")
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and stop.")] = False
@@ -190,12 +200,13 @@ def verify(
     from replicate.report.build import verify as check
     from replicate.report.readme import PREFIX, stale
 
+    check_profile(profile)
     folder = results / profile
     if not (folder / "MANIFEST.json").exists():
         raise UsageError(f"there is no {folder / 'MANIFEST.json'}; `make reproduce PROFILE={profile}` first.")
     problems = check(folder, read_ledger())
     if profile in PREFIX and readme.exists() and stale(readme, folder):
-        again = f"`replicate report --profile {profile} --readme {readme}`"
+        again = f"`replicate report --profile {profile} --readme {shlex.quote(str(readme))}`"
         problems.append(f"the generated part of {readme} differs from {folder}; {again}")
     for problem in problems:
         complain(problem)

@@ -40,14 +40,22 @@ class Unreadable(ValueError):
 
 
 def cache_folder() -> Path:
-    """Return scoreboard-replicate in the user's cache directory."""
+    """Return scoreboard-replicate in the user's cache directory.
+
+    Raises:
+        UsageError: the system does not say where that is; it is never below the current folder.
+    """
     cache = os.environ.get("XDG_CACHE_HOME", "")
-    home = cache if os.path.isabs(cache) else os.path.expanduser("~/.cache")  # the standard ignores a relative one
-    return Path(home, "scoreboard-replicate")
+    if os.path.isabs(cache):  # the standard ignores a relative one
+        return Path(cache, "scoreboard-replicate")
+    home = os.path.expanduser("~") if os.environ.get("HOME", "~") else ""
+    if not os.path.isabs(home):
+        raise UsageError("there is no cache folder, since HOME is not set to a folder; set HOME or REPLICATE_DATA.")
+    return Path(home, ".cache", "scoreboard-replicate")
 
 
 def data_folder() -> Path:
-    """REPLICATE_DATA, or scoreboard-replicate in the user's cache directory."""
+    """REPLICATE_DATA, or scoreboard-replicate in the user's cache directory; raises UsageError as `cache_folder`."""
     folder = os.environ.get("REPLICATE_DATA")
     return Path(folder) if folder else cache_folder()
 
@@ -56,12 +64,20 @@ def where() -> str:
     """Return the folder and how it was chosen, in words."""
     if os.environ.get("REPLICATE_DATA"):
         return f"REPLICATE_DATA={data_folder()}"
+    try:
+        data_folder()
+    except UsageError as error:
+        return f"REPLICATE_DATA is not set, and {str(error).removesuffix('.')}"
     return f"REPLICATE_DATA is not set, so it was looked for in {data_folder()}"
 
 
 def find(name: str) -> Path | None:
     """Find a file of the data folder, as named or with .gz or .xz after it; None where there is none."""
-    paths = (data_folder() / (name + ending) for ending in ENDINGS)
+    try:
+        folder = data_folder()
+    except UsageError:  # `where` says why
+        return None
+    paths = (folder / (name + ending) for ending in ENDINGS)
     return next((path for path in paths if path.is_file()), None)
 
 

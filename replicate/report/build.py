@@ -6,8 +6,10 @@ moves files into place when all are there, so that a failure leaves the earlier 
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -41,7 +43,7 @@ __all__ = ["MANIFEST", "TIMING_METRICS", "build", "remarks", "verify", "write_ma
 MANIFEST = "MANIFEST.json"
 #: folders whose earlier files a build removes
 OWNED = ("tables", "figures")
-#: relative precision to which numbers of summary.csv, written with ten digits, are recomputed
+#: relative precision to which numbers of summary.csv and tables, written with ten digits, are recomputed
 PRECISION = 1e-8
 
 
@@ -51,9 +53,16 @@ def sha256(path: Path) -> str:
 
 
 def results_files(folder: Path) -> list[str]:
-    """Return every file below a results folder but the manifest, as sorted relative paths with forward slashes."""
-    files = (p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
-    return sorted(p.relative_to(folder).as_posix() for p in files)
+    """Return every file below a results folder but the manifest, as sorted relative paths with forward slashes.
+
+    What desktops and editors leave in any folder (.DS_Store, Thumbs.db, backups) is none of ours.
+    """
+    files = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+    return sorted(p.as_posix() for p in files if not any(map(_is_left_by_a_desktop, p.parts)))
+
+
+def _is_left_by_a_desktop(name: str) -> bool:
+    return name.startswith((".", "~$", "#")) or name.endswith("~") or name.lower() in ("thumbs.db", "desktop.ini")
 
 
 def write_manifest(folder: Path) -> Path:
@@ -240,8 +249,25 @@ def _table_problems(folder: Path, frame: pd.DataFrame, lines: list[dict[str, Any
     return [
         f"tables/{name} is not the table that the measurements give"
         for name, text in right.items()
-        if not (folder / "tables" / name).exists() or (folder / "tables" / name).read_text(encoding="utf-8") != text
+        if not (folder / "tables" / name).exists()
+        or not same_text((folder / "tables" / name).read_text(encoding="utf-8"), text)
     ]
+
+
+#: a number with a point in a table
+_DECIMAL = re.compile(r"(\d+\.\d+(?:e[+-]?\d+)?)")
+
+
+def same_text(written: str, computed: str) -> bool:
+    """Return whether two texts are the same but for the last digits of their decimal numbers.
+
+    Another version of scipy gives other last bits of a t-quantile, and ten written digits can show them.
+    """
+    if written == computed:
+        return True
+    left, right = _DECIMAL.split(written), _DECIMAL.split(computed)  # every other part is a number
+    numbers = zip(left[1::2], right[1::2], strict=False)
+    return left[::2] == right[::2] and all(math.isclose(float(a), float(b), rel_tol=PRECISION) for a, b in numbers)
 
 
 def _manifest_problems(folder: Path) -> list[str]:
@@ -280,7 +306,7 @@ def _figure_problems(folder: Path, known: set[str]) -> list[str]:
         index = read_index(folder)
     except ReportError as error:
         return [str(error)]
-    there = {p.stem for p in (folder / "figures").glob("*.png")}
+    there = {Path(name).stem for name in results_files(folder) if name.startswith("figures/") and name.endswith(".png")}
     problems = [f"figures.json has no entry for {name}" for name in sorted(there - set(index))]
     problems += [f"figures.json names {name}, which is not in figures" for name in sorted(set(index) - there)]
     strange = (name for name, entry in sorted(index.items()) if not known.issuperset(entry["runs"]))

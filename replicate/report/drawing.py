@@ -116,7 +116,9 @@ def style() -> Iterator[None]:
         "figure.dpi": DPI,
         "savefig.dpi": DPI,
     }
-    with mpl.rc_context(look):
+    with mpl.rc_context():
+        mpl.rcdefaults()  # a matplotlibrc of the user or the current folder must not change a byte
+        mpl.rcParams.update(look)
         yield
 
 

@@ -344,8 +344,7 @@ def samples_figure(results: Results, task: str, pictured: Sequence[Picture]) -> 
         ax.set(xticks=[], yticks=[])
     if math.isnan(levels):
         shown = max(len(s.rows) for s in sheets)
-        i, j = _scatters(axes, sheets)
-        what += f"; of {dim} columns, all of them in the CSV, those two that are most correlated there: {i} and {j}"
+        what += _columns(axes, sheets)
     elif info is not None and info.image is not None:
         _mosaics(axes, sheets, levels, info.image)
     else:
@@ -363,6 +362,19 @@ def samples_figure(results: Results, task: str, pictured: Sequence[Picture]) -> 
 
 def _grey(ax: Axes, picture: Array, levels: float, aspect: Literal["auto", "equal"] = "equal") -> None:
     ax.imshow(picture, cmap="gray_r", vmin=0, vmax=levels - 1, aspect=aspect, interpolation="nearest", rasterized=True)
+
+
+def _columns(axes: Sequence[Axes], sheets: Sequence[Sheet]) -> str:
+    """Draw a table's rows by two of its columns, or its only one, and return which, for the caption."""
+    dim = sheets[0].rows.shape[1]
+    if dim == 1:
+        low, high = sheets[0].rows.min(), sheets[0].rows.max()
+        edges = np.linspace(low - 1e-6, high + 1e-6, 26).tolist()
+        for ax, sheet in zip(axes, sheets, strict=True):
+            ax.hist(sheet.rows[:, 0], bins=edges, color=drawing.colour(sheet.family), alpha=0.6)
+        return "; histograms of their only column, over the range of the test split"
+    i, j = _scatters(axes, sheets)
+    return f"; of {dim} columns, all of them in the CSV, those two that are most correlated there: {i} and {j}"
 
 
 def _scatters(axes: Sequence[Axes], sheets: Sequence[Sheet]) -> tuple[int, int]:

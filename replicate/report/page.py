@@ -24,7 +24,7 @@ from replicate.report.ledger import Entry, by_verdict
 from replicate.report.plots import figure_name
 from replicate.report.readme import headline_best, headline_rows, row_label, seeds_line, winner
 from replicate.report.records import RecordedRun, RecordedRuns
-from replicate.report.tables import Results, data_tasks, density_tasks, planar
+from replicate.report.tables import Results, data_tasks, density_tasks, dimensions, planar
 from replicate.report.text_table import TextTable
 
 #: total of all pictures of a page, in bytes before base64
@@ -88,12 +88,14 @@ def sections(results: Results, tables: Sequence[TextTable], figures: Sequence[Fi
     data, flat = data_tasks(results), planar(density_tasks(results))
     on_data = tuple(part(t, "samples") for t in data)
     on_flat = tuple(part(t, "density", "score", "paths") for t in flat)
-    other = tuple(part(t) for t in results.tasks if t not in (*data, *flat))
+    rest = [t for t in results.tasks if t not in (*data, *flat)]
+    series = dimensions(rest)
     curves = pick(*(f"training-{slug(t)}" for t in [*data, *density_tasks(results)]))
     out = [
         Section("likelihood", some("likelihood"), pick("nll", "cost-data"), on_data),
         Section("densities", some("kl"), pick("kl", "cost-densities"), on_flat),
-        Section("dimension", some("dimension"), pick("dimension"), other),
+        Section("dimension", some("dimension"), pick("dimension"), tuple(part(t) for t in rest if t in series)),
+        Section("others", parts=tuple(part(t) for t in rest if t not in series)),
         Section("samplers", some("samplers"), folded=True),
         Section("cost", some("cost"), folded=True),
         Section("checks", some("estimator-checks"), folded=True),

@@ -72,7 +72,8 @@ def resampled_means(values: np.ndarray, name: str) -> np.ndarray:
     """
     seed = int.from_bytes(hashlib.sha256(f"paired/{name}".encode()).digest()[:8], "big")
     generator, n = np.random.default_rng(seed), len(values)
-    draws = (generator.multinomial(n, np.full(n, 1 / n), size=CHUNK) for _ in range(RESAMPLES // CHUNK))
+    size = CHUNK if n <= 20_000 else CHUNK // 5  # 16 megabytes at the most
+    draws = (generator.multinomial(n, np.full(n, 1 / n), size=size) for _ in range(RESAMPLES // size))
     return np.concatenate([counts @ values / n for counts in draws])
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from replicate.data.files import absent
 from replicate.model import Estimate, Family, LogLikelihood
 from replicate.runs.seeds import Streams
+from replicate.tasks.base import MAX_EXAMPLES
 
 M = TypeVar("M", bound=nn.Module)
 Style = Literal["line", "points", "images"]
@@ -116,8 +117,6 @@ class Outcome:
 
 #: levels of a packed likelihood
 _LEVELS = 2**16 - 1
-#: examples of a task whose likelihoods a record keeps
-MAX_EXAMPLES = 20_000
 
 
 def pack_examples(log_p: LogLikelihood) -> dict[str, Any]:

@@ -21,6 +21,9 @@ from replicate.runs.executor import Listener, RunFolders, outcome
 from replicate.runs.limits import DEFAULT, Limits
 from replicate.runs.spec import AnySpec
 
+#: seconds that one wait may take: the system's has a limit
+DAY = 86_400.0
+
 
 def slots(device: str, jobs: int, runs_per_gpu: int = 1) -> list[str | None]:
     """Return what each child may see of the GPUs: a device's number, or None on the CPU.
@@ -77,7 +80,7 @@ class Pool:
                     children[child.process.sentinel] = child
                     listen("started", child.spec, "")
                 ends = [c.ends for c in children.values()] + ([] if deadline is None else [deadline])
-                for sentinel in wait(list(children), max(0.0, min(ends) - time.monotonic())):
+                for sentinel in wait(list(children), min(DAY, max(0.0, min(ends) - time.monotonic()))):
                     child = children.pop(cast(int, sentinel))
                     child.process.join()
                     free.append(child.slot)

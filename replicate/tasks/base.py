@@ -12,6 +12,9 @@ from replicate.data.files import absent
 from replicate.errors import UsageError
 from replicate.model import DataInfo
 
+#: test rows of data, not of a density: a record keeps the likelihood of each
+MAX_EXAMPLES = 100_000
+
 
 class Density(Protocol):
     """A density whose log p, score and sampler are exact."""
@@ -48,7 +51,7 @@ class Task:
         name: as in `replicate list`.
         about: one line.
         info: what a model may know of the data.
-        train, valid, test: float32 tensors (n, D); discrete data hold integers.
+        train, valid, test: float32 tensors (n, D); discrete data hold integers. `check_task` has every rule.
         density: the truth, where it is known.
         labels: class labels of (train, valid, test) where the data have them (only metrics read them).
         redraw: where training draws every batch afresh, redraw(rows of train, generator) -> the batch; train then holds

@@ -2,10 +2,12 @@
 
 from functools import cache
 
+from replicate.errors import UsageError
 from replicate.model import ModelEntry
 from replicate.process_state import contained
 from replicate.registry import EntryPoints
 from replicate.tasks.base import Task, TaskEntry
+from replicate.tasks.checks import check_task
 
 TASKS: EntryPoints[TaskEntry] = EntryPoints("replicate.tasks", "task", "replicate.tasks.base:TaskEntry")
 
@@ -24,7 +26,8 @@ def load_task(name: str, seed: int = 0) -> Task:
     """Load a task's data as a run of this seed sees them: cross-validated tasks have another fold for each seed.
 
     Raises:
-        UsageError: no such task, it cannot be imported, or its files are missing or damaged.
+        UsageError: no such task, it cannot be imported or loaded, its files are missing or damaged, or its data are not
+            what it says of them.
     """
     return _loaded(name, seed % task_entry(name).folds)
 
@@ -32,8 +35,15 @@ def load_task(name: str, seed: int = 0) -> Task:
 @cache
 def _loaded(name: str, fold: int) -> Task:
     entry = task_entry(name)
-    with contained(f"task {name}", "when it was loaded", within_run=True):
-        return entry.load(fold) if entry.folds > 1 else entry.load()
+    try:
+        with contained(f"task {name}", "when it was loaded", within_run=True):
+            found = entry.load(fold) if entry.folds > 1 else entry.load()
+    except UsageError:
+        raise
+    except Exception as error:  # whatever a plug-in's code raises
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(f"task {name!r} cannot be loaded: {why}. Fix its data or its package.") from error
+    return check_task(name, entry, found)
 
 
 def data_sha256(name: str, seed: int = 0) -> str:
@@ -59,6 +69,8 @@ def unsupported(entry: ModelEntry, task: Task) -> str | None:
         return "it needs a task whose true density is known"
     if entry.needs_image and task.info.image is None:
         return "it needs images"
+    if task.info.dim < entry.needs_dim:
+        return f"it needs data of {entry.needs_dim} dimensions or more"
     known = task.density is not None and entry.needs_density and not entry.domains
     if known or domain in entry.domains or "continuous" in entry.domains:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,14 +19,16 @@ from matplotlib.axes import Axes
 from scipy import stats
 
 from replicate.errors import ReportError
+from replicate.model import DataInfo
 from replicate.report import build as builder
 from replicate.report import tables
 from replicate.report.build import TIMING_METRICS, build, verify, write_manifest
 from replicate.report.compare import compare_models, compare_with_reference, differences, kind_of_difference
-from replicate.report.drawing import Figure
+from replicate.report.drawing import ENDINGS, Figure, new_canvas, save, style
+from replicate.report.figures import all_figures
 from replicate.report.labels import fixed, latex, markdown, slug
 from replicate.report.maps import Picture, samples_figure
-from replicate.report.page import NOTEBOOKS
+from replicate.report.page import NOTEBOOKS, sections
 from replicate.report.plots import experiment_figures
 from replicate.report.readme import headline_markdown, refresh, stale, update_readme
 from replicate.report.records import (
@@ -40,6 +43,8 @@ from replicate.report.records import (
 )
 from replicate.report.text_table import Cell, Number, Row
 from replicate.runs.record import seal
+from replicate.tasks.base import TaskEntry
+from replicate.tasks.loading import tasks
 
 
 @pytest.fixture(scope="module")
@@ -380,6 +385,20 @@ def test_samples_of_a_table_are_scattered_by_its_most_correlated_columns(frame: 
     assert len(lines) == 1 + 2 * 100
 
 
+def test_samples_of_a_table_of_one_column_are_histograms(frame: pd.DataFrame) -> None:
+    rows = np.random.default_rng(0).normal(size=(100, 1))
+    figure, axes = drawn_samples(frame, rows, math.nan)
+    assert "histograms of their only column" in figure.caption
+    assert [sum(p.get_height() for p in ax.patches) for ax in axes] == [100, 100]  # type: ignore[attr-defined]
+    assert figure.csv.splitlines()[0] == "model,sample,x_0"
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_samples_of_a_table_of_few_columns_are_scattered(frame: pd.DataFrame, dim: int) -> None:
+    _, axes = drawn_samples(frame, np.random.default_rng(0).normal(size=(100, dim)), math.nan)
+    assert all(len(ax.collections[0].get_offsets()) == 100 for ax in axes)
+
+
 def test_samples_of_bits_that_are_no_image_are_lines_of_a_picture(frame: pd.DataFrame) -> None:
     rows = np.random.default_rng(0).integers(0, 2, size=(100, 7))
     figure, axes = drawn_samples(frame, rows, 2)
@@ -404,11 +423,58 @@ def test_a_square_number_of_bits_is_no_image(frame: pd.DataFrame) -> None:
         np.testing.assert_array_equal(axes[0].images[0].get_array(), rows[:36])
 
 
+def test_only_densities_in_the_plane_stand_among_two_dimensional_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = {"spline-flow": "flow", "truth": "reference"}
+    names = tuple(f"mixture-{dim}" for dim in (1, 2, 3))
+    for dim, name in zip((1, 2, 3), names, strict=True):
+        entry = TaskEntry("a plug-in's", lambda: pytest.fail("loaded"), "density", info=DataInfo(dim, "continuous"))
+        monkeypatch.setitem(tasks(), name, entry)
+    runs = load_runs(write_runs(tmp_path / "runs", names, models=models, points=12))
+    results = tables.Results(measurements(runs))
+    assert tables.planar(tables.density_tasks(results)) == ["mixture-2"]
+    (kl,) = [t for t in tables.model_tables(results) if t.name == "kl"]
+    assert [c.key for c in kl.columns[2:]] == ["mixture-2"]
+    placed = {s.id: [p.title for p in s.parts] for s in sections(results, tables.all_tables(results), [])}
+    assert placed["densities"] == ["mixture-2"]
+    assert placed["others"] == ["mixture-1", "mixture-3"]
+    assert "dimension" not in placed
+    figures = {f.name for f in all_figures(results, runs.comparison)}
+    assert {"kl", "cost-densities", "training-mixture-1", "training-mixture-3"} <= figures
+
+
+#: what a matplotlibrc may hold; the first one needs LaTeX
+CUSTOM = {
+    **{"text.usetex": True, "lines.linewidth": 9.0, "font.size": 30.0, "axes.formatter.use_locale": True},
+    **{"figure.autolayout": True, "savefig.bbox": "tight", "savefig.transparent": True, "axes.axisbelow": False},
+    **{"image.cmap": "hot", "path.sketch": (1.0, 100.0, 2.0), "axes.xmargin": 0.4, "svg.image_inline": False},
+    **{"legend.loc": "center", "lines.antialiased": False, "agg.path.chunksize": 3, "mathtext.fontset": "stix"},
+}
+
+
+def test_a_matplotlibrc_changes_no_byte(tmp_path: Path) -> None:
+    def saved(folder: str) -> list[bytes]:
+        with style():
+            canvas = new_canvas(1.5, 1.2)
+            ax = canvas.add_axes((0.2, 0.2, 0.7, 0.7))
+            ax.plot([0, 1, 2], [0, 3, 1], label=r"$x_1$")
+            ax.imshow([[0, 1], [2, 3]])
+            ax.legend()
+            save(Figure("figure", "", "", canvas, "x\n"), tmp_path / folder)
+        return [(tmp_path / folder / f"figure.{ending}").read_bytes() for ending in ENDINGS]
+
+    usual = saved("usual")
+    for key, value in CUSTOM.items():
+        with mpl.rc_context({key: value}):
+            assert saved("custom") == usual, key
+            assert mpl.rcParams[key] == value
+
+
 def test_drawing_leaves_no_global_state(small_runs: Path, tmp_path: Path) -> None:
     before, figures = dict(mpl.rcParams), plt.get_fignums()
     backend = mpl.get_backend()
     runs = load_runs(small_runs)
-    from replicate.report.drawing import style
     from replicate.report.figures import comparison_figure
 
     with style():
@@ -465,6 +531,56 @@ def test_verify_finds_an_edited_missing_and_added_file(copy: Path) -> None:
     assert "tables/kl.md is not the file" in problems
     assert "figures/kl.png is in the manifest and not in the folder" in problems
     assert "notes.txt is in the folder and not in the manifest" in problems
+
+
+#: what desktops and editors leave in any folder
+LEFT = (
+    *(".DS_Store", "figures/.DS_Store", "Thumbs.db", "figures/thumbs.db", "desktop.ini", "figures/._kl.png"),
+    *("tables/likelihood.md~", ".summary.csv.swp", "#summary.csv#", ".ipynb_checkpoints/a.csv", "~$summary.xlsx"),
+)
+
+
+def test_what_a_desktop_leaves_in_a_folder_is_none_of_the_results(copy: Path) -> None:
+    before = (copy / "MANIFEST.json").read_bytes()
+    for name in LEFT:
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_bytes(b"left")
+    assert verify(copy) == []
+    write_manifest(copy)
+    assert (copy / "MANIFEST.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("written", "computed", "same"),
+    [
+        ("a,1.234567891,b", "a,1.234567892,b", True),
+        ("a,-1.234567891e-07,b", "a,-1.234567890e-07,b", True),
+        ("= 9.999999999 [1.5, 2.5]", "= 10.00000000 [1.5, 2.5]", True),
+        ("a,1.234567,b", "a,1.234568,b", False),
+        ("a,1.5,b", "a,-1.5,b", False),
+        ("a,1.5,b", "a,1.5,c", False),
+        ("a,1.5,b", "a,,b", False),
+        ("a,1.5e-07", "a,1.5e-08", False),
+        ("seeds,3", "seeds,4", False),
+        ("run,123456789", "run,123456788", False),
+        ("1.5,1.5", "1.5", False),
+        ("", "1.5", False),
+    ],
+)
+def test_tables_may_differ_in_last_digits_alone(written: str, computed: str, same: bool) -> None:
+    assert builder.same_text(written, computed) == same
+
+
+def test_another_librarys_last_digits_make_no_table_wrong(copy: Path) -> None:
+    """Intervals of another version of scipy differ in the tenth digit at most."""
+    path = copy / "tables" / "kl.csv"
+    committed = path.read_text()
+    for factor, problems in ((1 + 2e-10, 0), (1 + 1e-6, 1)):
+        nudged = re.sub(r"\d\.\d{8,}", lambda m: f"{float(m.group()) * factor:.10g}", committed)  # noqa: B023
+        assert nudged != committed
+        path.write_text(nudged)
+        write_manifest(copy)
+        assert len(verify(copy)) == problems
 
 
 def test_verify_finds_an_edited_measurement_behind_a_fresh_manifest(copy: Path) -> None:
