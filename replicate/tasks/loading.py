@@ -2,7 +2,7 @@
 
 from functools import cache
 
-from replicate.errors import UsageError
+from replicate.errors import Exited, UsageError
 from replicate.model import ModelEntry
 from replicate.process_state import contained
 from replicate.registry import EntryPoints
@@ -38,10 +38,10 @@ def _loaded(name: str, fold: int) -> Task:
     try:
         with contained(f"task {name}", "when it was loaded", within_run=True):
             found = entry.load(fold) if entry.folds > 1 else entry.load()
-    except UsageError:
-        raise
     except Exception as error:  # whatever a plug-in's code raises
-        why = " ".join(f"{type(error).__name__}: {error}".split())
+        if isinstance(error, UsageError) and not isinstance(error, Exited):
+            raise
+        why = " ".join((str(error) if isinstance(error, Exited) else f"{type(error).__name__}: {error}").split())
         raise UsageError(f"task {name!r} cannot be loaded: {why}. Fix its data or its package.") from error
     return check_task(name, entry, found)
 

@@ -176,7 +176,7 @@ def test_a_task_whose_code_fails_is_one_line(error: BaseException, register: Cal
     register(TaskEntry("fails", load, "data"))
     with pytest.raises(UsageError) as told:
         make_spec("marginals", "mine")
-    assert str(told.value).startswith(f"task 'mine' cannot be loaded: {type(error).__name__}: ")
+    assert str(told.value).startswith(f"task 'mine' cannot be loaded: {type(error).__name__}")
     assert "\n" not in str(told.value)
 
 
