@@ -423,7 +423,7 @@ def test_a_record_whose_names_are_no_file_names_is_refused(name: str) -> None:
 
 
 def test_listing_and_claims_show_the_terminals_mark_up_as_text(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     import replicate.registry as registry
     from replicate.cli import main
@@ -434,6 +434,7 @@ def test_listing_and_claims_show_the_terminals_mark_up_as_text(
     entry = ModelEntry("flow", "[/red] about", "[/red] paper", lambda *_: None, frozenset())  # type: ignore[arg-type, return-value]
     monkeypatch.setattr(registry, "models", lambda: {"[/red]": entry})
     monkeypatch.setattr(sys, "argv", ["replicate", "list"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # the user's has the list of the models that are installed
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code in (0, None)
