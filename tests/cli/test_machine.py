@@ -136,9 +136,9 @@ def test_a_folder_with_a_space_is_quoted_in_the_next_step(  # type: ignore[no-un
         monkeypatch.setattr(f"replicate.report.build.{what}", lambda *_: [])
     monkeypatch.setattr("replicate.ledger.tables.read_ledger", lambda: None)
     readme = tmp_path / "READ ME.md"
-    readme.write_text("<!-- headline:begin -->\nold\n<!-- headline:end -->\n")
+    readme.write_text("".join(f"<!-- {m}:begin -->\nold\n<!-- {m}:end -->\n" for m in ("headline", "ledger")))
     (tmp_path / "my results" / "standard").mkdir(parents=True)
-    for name in ("MANIFEST.json", "summary.csv", "claims.csv"):
+    for name in ("MANIFEST.json", "summary.csv", "claims.csv", "records.jsonl"):
         shutil.copyfile(Path(COMMITTED, "standard", name), tmp_path / "my results" / "standard" / name)
     code, _, err = replicate("verify", "--results", str(tmp_path / "my results"), "--readme", str(readme))
     assert code == 1
