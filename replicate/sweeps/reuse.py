@@ -34,9 +34,10 @@ def in_results(folder: Path) -> set[str]:
 def _by_these_plug_ins(record: Mapping[str, Any]) -> bool:
     """Return whether no plug-in that is here now differs from the one that computed a record."""
     try:
-        return not other_plug_ins(spec_from_dict(record.get("spec")), record.get("provenance") or {}, "then", "now")
-    except UsageError:
-        return False
+        spec = spec_from_dict(record.get("spec"))
+    except UsageError:  # `replicate verify` reports it; its id says what was computed
+        return True
+    return not other_plug_ins(spec, record.get("provenance") or {}, "then", "now")
 
 
 def adopt(
