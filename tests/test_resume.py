@@ -29,8 +29,8 @@ from replicate.runs.store import read_record
 STEPS = 7
 
 
-class Cut(BaseException):
-    """Stands for a kill."""
+class Cut(Stopped):
+    """Stands for a kill, which no code contains."""
 
 
 def walk(cut_at: int | None = None) -> tuple[torch.Tensor, list[int]]:

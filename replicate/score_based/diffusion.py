@@ -145,7 +145,7 @@ class DiffusionModel(Model):
     def _sde(self) -> SDE:
         """Return the SDE, whose prior samples have the dtype of the weights."""
         sde = copy(self.sde)
-        sde.dtype = self.net.last.weight.dtype
+        sde.dtype = next(self.net.parameters()).dtype
         return sde
 
     def samplers(self) -> dict[str, Sampler]:
