@@ -291,7 +291,7 @@ def test_run_that_kills_every_worker_is_a_failure(tmp_path: Path, monkeypatch: p
         assert Cluster(found.address, "cpu", LIMITS).run_all(SPECS[:1], runs, kill)
     assert told[-1] == "failed"
     left = json.loads((runs.folder(SPECS[0]) / "failure.json").read_text())
-    assert "1 workers died while they had it" in left["error"]
+    assert "1 workers died with it" in left["error"]
 
 
 def test_a_cluster_where_no_worker_can_take_a_run_is_refused_with_the_way_to_start_one(
