@@ -13,8 +13,8 @@ Example:
     True
 """
 
-import ast
 import importlib
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -75,27 +75,27 @@ if TYPE_CHECKING:
     from replicate.tasks.loading import load_task
 
 
+@cache
 def _homes() -> dict[str, str]:
     """Return the module of each public name, read from the imports above, which only type checkers run."""
+    import ast  # most programs need it only once a public name is asked for
+
     with open(__file__, encoding="utf-8") as source:
         blocks = (node for node in ast.parse(source.read()).body if isinstance(node, ast.If))
     imports = (node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom))
     return {alias.name: str(node.module) for node in imports for alias in node.names}
 
 
-#: public names with the module that defines each
-_HOME = _homes()
-__all__ = sorted(_HOME)
-
-
 def __getattr__(name: str) -> Any:
     """Import a public name at its first use."""
-    if name not in _HOME:
+    if name == "__all__":
+        return sorted(_homes())
+    if name.startswith("__") or name not in _homes():
         raise AttributeError(f"module 'replicate' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    value = globals()[name] = getattr(importlib.import_module(_homes()[name]), name)
     return value
 
 
 def __dir__() -> list[str]:
     """Return all names, loaded or not."""
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_homes()})

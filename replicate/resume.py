@@ -33,13 +33,18 @@ from replicate.errors import Stopped
 State = dict[str, Any]
 
 
+def _keeps_state(value: Any) -> bool:
+    """Return whether a value gives and takes its state, as modules and optimizers do."""
+    return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
+
+
 def snapshot(value: Any) -> Any:
     """Copy a state so that later steps cannot change it: tensors cloned, stateful objects as their states."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, torch.Generator):
         return value.get_state()
-    if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
+    if _keeps_state(value):
         return snapshot(value.state_dict())
     if isinstance(value, Mapping):
         return {k: snapshot(v) for k, v in value.items()}
@@ -61,7 +66,7 @@ def restore(state: State, saved: Mapping[str, Any]) -> None:
             state[key] = None
         elif isinstance(now, torch.Generator):
             now.set_state(value.cpu())
-        elif hasattr(now, "state_dict") and hasattr(now, "load_state_dict"):
+        elif _keeps_state(now):
             now.load_state_dict(value)
         else:
             state[key] = snapshot(value)
@@ -209,7 +214,10 @@ def resumable(name: str, steps: int, state: State) -> Iterator[int]:
 
 @contextmanager
 def may_fail() -> Iterator[None]:
-    """Inside, an error that is caught outside ends no loop: a run that resumes repeats them, and fails the same way."""
+    """Forget the loops that ran inside when an error leaves them, so that a resumed run fails in the same way.
+
+    The caller catches the error. Without this a resumed run would take these loops for finished.
+    """
     journal = _JOURNAL.get()
     first = journal._next if journal else 0
     try:

@@ -17,7 +17,7 @@ import replicate
 def test_public_name_resolves_and_has_a_docstring(name: str) -> None:
     value = getattr(replicate, name)
     assert inspect.getdoc(value)
-    assert value.__module__ == replicate._HOME[name]
+    assert value.__module__ == replicate._homes()[name]
     assert name in dir(replicate)
 
 
@@ -35,7 +35,7 @@ def test_type_checkers_see_the_names_that_are_imported_lazily() -> None:
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert seen == replicate._HOME
+    assert seen == replicate._homes()
 
 
 def test_importing_the_package_imports_neither_torch_nor_pandas() -> None:

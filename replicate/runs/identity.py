@@ -1,8 +1,8 @@
 """Which code computes a run: the suite's own sources, and those of the packages whose plug-ins the run uses.
 
 The identity of code is the sha256 of its sources, wherever they lie: a checkout, a wheel, an editable install or a
-single module, tracked by git or not. It is that of what this process imported, asked for once, and a forked child
-inherits the answer. Checkpoints and records of other code are not used.
+single module, tracked by git or not. Each process computes it once, for the code that it imported, and a forked child
+inherits the answer. The suite uses no checkpoint and no record of other code.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def checkpoint_source(spec: AnySpec) -> str:
 def other_plug_ins(spec: AnySpec, provenance: Mapping[str, Any], there: str, here: str) -> str:
     """Return in words how the plug-ins that computed a record differ from those here; "" where they are the same.
 
-    What has no known sources is never the same.
+    A plug-in whose sources are unknown counts as different.
 
     Args:
         there, here: where each is, such as "as committed" and "here".
@@ -131,8 +131,8 @@ def _words(identity: Any) -> str:
 def _sources(point: EntryPoint) -> dict[str, Path]:
     """Return the code of the package that an entry point came from, by the names that a wheel has for it.
 
-    What it imports from its own folder counts too, where that is no folder of many packages: an editable install does
-    not say what lies there.
+    Packages beside it that it imports are part of its code, since an editable install does not list them. They are not
+    where the folder holds many packages, such as site-packages.
     """
     found = _package(_module(point))
     if point.dist is not None:
@@ -177,7 +177,8 @@ def _listed(dist: Distribution) -> dict[str, Path]:
 def _package(module: str) -> dict[str, Path]:
     """Return the code of the outermost package of a module, or of the module itself where it is in none.
 
-    Packages that only hold others (PEP 420) belong to nobody. Nothing is imported but those, which have no code.
+    Namespace packages (PEP 420) have no code and belong to no distribution, so they are passed over. To look into
+    one, Python imports it; nothing else is imported.
     """
     parts = module.split(".")
     for n in range(1, len(parts) + 1):
